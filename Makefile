@@ -1,0 +1,47 @@
+SHELL := /bin/bash
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+FUZZTIME ?= 30s
+
+export CGO_ENABLED ?= 0
+
+.PHONY: help
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## Build the driver into bin/
+	go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/overlay-csi ./cmd/overlay-csi
+
+.PHONY: demo
+demo: build ## Show what the driver does, step by step (root)
+	@go build -o bin/demo ./test/demo
+	@bin/demo bin/overlay-csi
+
+.PHONY: test
+test: ## Run all tests with real mounts, csi-sanity and crash tests included (root)
+	go test ./...
+
+.PHONY: test-race
+test-race: ## The same tests with the race detector, in the driver's process too (root, a C compiler)
+	CGO_ENABLED=1 OVERLAY_CSI_BUILD_FLAGS=-race go test -race ./...
+
+.PHONY: fuzz
+fuzz: ## Run each fuzz target for FUZZTIME (30s)
+	@set -e; for package in $$(grep -rl --include='*_test.go' '^func Fuzz' pkg | xargs -n1 dirname | sort -u); do \
+	  for target in $$(grep -ho '^func Fuzz[A-Za-z]*' $$package/*_test.go | cut -d' ' -f2); do \
+	    echo "== $$package $$target"; go test ./$$package -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME); \
+	  done; done
+
+.PHONY: bench
+bench: ## Print the table of docs/performance.md: the driver beside the raw system calls (root, 5 minutes)
+	go run ./test/bench
+
+.PHONY: lint
+lint: ## Check form, vet and staticcheck
+	@test -z "$$(gofmt -l .)" || { gofmt -l .; echo "run gofmt -w on these"; exit 1; }
+	go vet ./...
+	go tool staticcheck ./...
+
+.PHONY: vulncheck
+vulncheck: ## Look for known vulnerabilities (needs vuln.go.dev)
+	go tool govulncheck ./...

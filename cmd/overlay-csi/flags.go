@@ -1,0 +1,142 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+)
+
+// options are the flags, read and checked.
+type options struct {
+	driverName       string
+	nodeID           string
+	endpoint         string
+	httpEndpoint     string
+	dataRoot         string
+	kubeletDir       string
+	kubeconfig       string
+	register         bool
+	registrationPath string
+	layerRoots       map[string]layer.Root
+	permittedOptions []string
+	podVolumeWait    time.Duration
+	reconcile        time.Duration
+	withoutFeatures  []string
+	logFormat        string
+	verbosity        int
+	printVersion     bool
+}
+
+// parseFlags reads the command line. With --help it writes the help to output and returns pflag.ErrHelp.
+func parseFlags(args []string, output io.Writer) (options, error) {
+	opts, roots, rootMounts := options{}, []string{}, []string{}
+	hostname, err := os.Hostname()
+	if err != nil {
+		return options{}, fmt.Errorf("read the host name: %w", err)
+	}
+	flags := pflag.NewFlagSet("overlay-csi", pflag.ContinueOnError)
+	flags.SetOutput(output)
+	flags.SortFlags = false
+	flags.Usage = func() {
+		fmt.Fprintf(output, "overlay-csi %s: a CSI driver for overlay volumes, the plugin of one node\n\nUsage:\n  overlay-csi [flags]\n\nFlags:\n%s", version, flags.FlagUsagesWrapped(120))
+	}
+	flags.StringVar(&opts.driverName, "driver-name", "overlay-csi.github.io", "`name` of the CSI driver, and prefix of its topology key")
+	flags.StringVar(&opts.nodeID, "node-id", hostname, "`name` of this node in the cluster")
+	flags.StringVar(&opts.endpoint, "endpoint", "", "CSI `socket`, unix:///path (default <kubelet-dir>/plugins/<driver-name>/csi.sock)")
+	flags.StringVar(&opts.dataRoot, "data-root", "/var/lib/overlay-csi", "`directory` for everything that the driver keeps: ext4, xfs, btrfs or tmpfs")
+	flags.StringVar(&opts.kubeletDir, "kubelet-dir", "/var/lib/kubelet", "kubelet's root `directory`; mounted into the driver at the same path, with mount propagation Bidirectional")
+	flags.StringArrayVar(&roots, "layer-root", nil, "`NAME=PATH` of a directory that dir://NAME/... layers are taken from; repeatable")
+	flags.StringArrayVar(&rootMounts, "layer-root-mounts", nil, "`NAME` of a layer root in which layers may lie on other mounts beneath it; repeatable")
+	flags.StringSliceVar(&opts.permittedOptions, "permit-mount-option", nil, "mount `options` that volumes may name although they loosen what untrusted layers may do: "+strings.Join(overlay.LooseningOptions(), ", "))
+	flags.BoolVar(&opts.register, "register", true, "register with kubelet through <kubelet-dir>/plugins_registry")
+	flags.StringVar(&opts.registrationPath, "registration-path", "", "`path` of the CSI socket as kubelet sees it (default: that of --endpoint)")
+	flags.StringVar(&opts.kubeconfig, "kubeconfig", "", "`file` for access to the API server, which finds claims that volume:// names (default: the pod's ServiceAccount; outside of a cluster: none)")
+	flags.StringVar(&opts.httpEndpoint, "http-endpoint", ":9808", "`address` of /healthz and /readyz; empty: none")
+	flags.DurationVar(&opts.podVolumeWait, "pod-volume-wait", 10*time.Second, "how long a publish waits for kubelet to mount a volume that volume:// names")
+	flags.DurationVar(&opts.reconcile, "reconcile-interval", time.Minute, "time between two looks for what pods that are gone have left")
+	flags.StringSliceVar(&opts.withoutFeatures, "without-kernel-features", nil, "`features` that the kernel is taken to lack ("+strings.Join(overlay.FeatureNames(), ", ")+"), to try the fallbacks")
+	flags.StringVar(&opts.logFormat, "log-format", "text", "`format` of the log: text or json")
+	flags.IntVarP(&opts.verbosity, "v", "v", 0, "`level` of the log: 4 adds RPCs that only ask, 6 the requests without their secrets")
+	flags.BoolVar(&opts.printVersion, "version", false, "print the version and exit")
+	if err := flags.Parse(args); err != nil {
+		return options{}, err
+	}
+	if flags.NArg() > 0 {
+		return options{}, fmt.Errorf("unexpected argument %q: there are only flags, see --help", flags.Arg(0))
+	}
+	if opts.layerRoots, err = parseLayerRoots(roots, rootMounts); err != nil {
+		return options{}, err
+	}
+	return opts, opts.complete()
+}
+
+// complete fills in what follows from other flags, and refuses what cannot be.
+func (o *options) complete() error {
+	if o.endpoint == "" {
+		o.endpoint = "unix://" + filepath.Join(o.kubeletDir, "plugins", o.driverName, "csi.sock")
+	}
+	for _, name := range o.permittedOptions {
+		if !slices.Contains(overlay.LooseningOptions(), name) {
+			return fmt.Errorf("--permit-mount-option %q: there are %s", name, strings.Join(overlay.LooseningOptions(), ", "))
+		}
+	}
+	switch {
+	case o.nodeID == "":
+		return fmt.Errorf("--node-id is empty: name the node")
+	case o.driverName == "":
+		return fmt.Errorf("--driver-name is empty: name the driver")
+	case !filepath.IsAbs(o.dataRoot) || !filepath.IsAbs(o.kubeletDir):
+		return fmt.Errorf("--data-root %q and --kubelet-dir %q must be absolute paths", o.dataRoot, o.kubeletDir)
+	case o.podVolumeWait < 0 || o.reconcile <= 0:
+		return fmt.Errorf("--pod-volume-wait %s must not be negative and --reconcile-interval %s must be positive", o.podVolumeWait, o.reconcile)
+	case o.logFormat != "text" && o.logFormat != "json":
+		return fmt.Errorf("--log-format %q: there are text and json", o.logFormat)
+	}
+	return nil
+}
+
+func parseLayerRoots(roots, mounts []string) (map[string]layer.Root, error) {
+	parsed := map[string]layer.Root{}
+	for _, root := range roots {
+		name, path, ok := strings.Cut(root, "=")
+		if !ok || name == "" || path == "" {
+			return nil, fmt.Errorf("--layer-root %q: write NAME=PATH", root)
+		}
+		if _, twice := parsed[name]; twice {
+			return nil, fmt.Errorf("--layer-root %q: there is another root of that name", root)
+		}
+		parsed[name] = layer.Root{Path: path, Mounts: slices.Contains(mounts, name)}
+	}
+	for _, name := range mounts {
+		if _, ok := parsed[name]; !ok {
+			return nil, fmt.Errorf("--layer-root-mounts %q: no --layer-root has that name", name)
+		}
+	}
+	return parsed, nil
+}
+
+// newLogger makes klog write as asked, and returns its logger.
+func newLogger(opts options) klog.Logger {
+	var level klog.Level
+	if err := level.Set(strconv.Itoa(opts.verbosity)); err != nil {
+		// It is a number: the flag was parsed as one.
+		panic(err)
+	}
+	if opts.logFormat == "json" {
+		// klog decides on the level: the handler takes what it gets.
+		klog.SetSlogLogger(slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: slog.Level(-127)})))
+	}
+	return klog.Background()
+}

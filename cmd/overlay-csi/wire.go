@@ -1,0 +1,203 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sync/errgroup"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/klog/v2"
+	registerapi "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
+	mount "k8s.io/mount-utils"
+
+	"github.com/overlay-csi/overlay-csi/pkg/driver"
+	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
+	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/volume"
+)
+
+// run makes the driver's objects, one on top of the other, and serves until ctx is done.
+func run(ctx context.Context, opts options) error {
+	logger := klog.FromContext(ctx)
+	root, err := takeDataRoot(ctx, opts.dataRoot)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	mounter, err := newMounter(root.Path(), opts)
+	if err != nil {
+		return err
+	}
+	defer mounter.Close()
+	manager, err := newManager(root, mounter, opts)
+	if err != nil {
+		return err
+	}
+
+	server, err := driver.NewServer(opts.endpoint, logger)
+	if err != nil {
+		return err
+	}
+	csi.RegisterIdentityServer(server, driver.NewIdentity(opts.driverName, version, manager.Ready))
+	csi.RegisterControllerServer(server, driver.NewController(opts.driverName, opts.nodeID, manager))
+	csi.RegisterNodeServer(server, driver.NewNode(opts.driverName, opts.nodeID, manager, opts.permittedOptions))
+
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { manager.Run(ctx); return nil })
+	group.Go(func() error { return server.Serve(ctx) })
+	if opts.httpEndpoint != "" {
+		group.Go(func() error { return serveHealth(ctx, opts.httpEndpoint, manager.Ready) })
+	}
+	if opts.register {
+		registration, err := newRegistration(opts, logger)
+		if err != nil {
+			return err
+		}
+		group.Go(func() error { return registration.Serve(ctx) })
+	}
+	logger.Info("Started", "version", version, "driver", opts.driverName, "node", opts.nodeID, "endpoint", opts.endpoint)
+	return group.Wait()
+}
+
+// takeDataRoot waits for a predecessor that is still stopping: only one process works on a data root.
+func takeDataRoot(ctx context.Context, path string) (*volume.DataRoot, error) {
+	for {
+		root, err := volume.OpenDataRoot(path)
+		if !errors.Is(err, volume.ErrInUse) {
+			return root, err
+		}
+		klog.FromContext(ctx).Info("Waiting for another process to end", "reason", err.Error())
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+// newMounter finds out what the kernel can do, once, and makes the mounter for it.
+func newMounter(dataRoot string, opts options) (*overlay.Mounter, error) {
+	features, err := overlay.Probe(dataRoot)
+	if err != nil {
+		return nil, err
+	}
+	if features, err = features.Without(opts.withoutFeatures...); err != nil {
+		return nil, fmt.Errorf("--without-kernel-features: %w", err)
+	}
+	klog.Background().Info("Probed the kernel", "features", features.String())
+	dir := filepath.Join(dataRoot, "mounter")
+	mounter, err := overlay.NewMounter(dir, features, mount.NewWithoutSystemd(""))
+	if err != nil {
+		return nil, err
+	}
+	if !features.MountAPI {
+		// mount(8) inherits both: short relative links to many layers, and mount(2), since util-linux from 2.39 on
+		// hands options to the mount API one by one, each of at most 256 bytes.
+		err = errors.Join(os.Chdir(overlay.LinkDir(dir)), os.Setenv("LIBMOUNT_FORCE_MOUNT2", "always"))
+	}
+	return mounter, err
+}
+
+func newManager(root *volume.DataRoot, mounter *overlay.Mounter, opts options) (*volume.Manager, error) {
+	forbidden, err := layer.Forbid(root.Path())
+	if err != nil {
+		return nil, err
+	}
+	roots, err := layer.NewRoots(opts.layerRoots, forbidden)
+	if err != nil {
+		return nil, err
+	}
+	kubeletDir := kubelet.Dir(opts.kubeletDir)
+	found, err := newPodVolumes(kubeletDir, opts)
+	if err != nil {
+		return nil, err
+	}
+	podVolumes := layer.NewPodVolumes(found, forbidden)
+	bootID, err := volume.BootID()
+	if err != nil {
+		return nil, err
+	}
+	config := volume.Config{Node: opts.nodeID, BootID: bootID, ReconcileInterval: opts.reconcile}
+	return volume.NewManager(config, root, mounter, layer.NewResolver(roots, podVolumes), podVolumes, kubeletDir), nil
+}
+
+func newPodVolumes(dir kubelet.Dir, opts options) (*kubelet.PodVolumes, error) {
+	config, err := clientConfig(opts.kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	if config == nil {
+		klog.Background().Info("No API server: volume:// finds a pod's own volumes, and none of claims")
+		return kubelet.NewPodVolumes(dir, nil, opts.podVolumeWait), nil
+	}
+	specs, err := kubelet.NewPodSpecs(config)
+	if err != nil {
+		return nil, err
+	}
+	return kubelet.NewPodVolumes(dir, specs, opts.podVolumeWait), nil
+}
+
+// clientConfig is nil where there is no API server.
+func clientConfig(kubeconfig string) (*rest.Config, error) {
+	if kubeconfig == "" {
+		config, err := rest.InClusterConfig()
+		if errors.Is(err, rest.ErrNotInCluster) {
+			return nil, nil
+		}
+		return config, err
+	}
+	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		return nil, fmt.Errorf("--kubeconfig: %w", err)
+	}
+	return config, nil
+}
+
+func newRegistration(opts options, logger klog.Logger) (*driver.Server, error) {
+	csiSocket := opts.registrationPath
+	if csiSocket == "" {
+		var err error
+		if csiSocket, err = driver.SocketPath(opts.endpoint); err != nil {
+			return nil, err
+		}
+	}
+	server, err := driver.NewServer(filepath.Join(opts.kubeletDir, "plugins_registry", opts.driverName+"-reg.sock"), logger)
+	if err != nil {
+		return nil, err
+	}
+	registerapi.RegisterRegistrationServer(server, kubelet.NewRegistration(opts.driverName, csiSocket))
+	return server, nil
+}
+
+// serveHealth answers /healthz while the process lives and /readyz once the driver works.
+func serveHealth(ctx context.Context, address string, ready func() bool) error {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if !ready() {
+			http.Error(w, "making good what an earlier process left", http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		return fmt.Errorf("--http-endpoint: %w", err)
+	}
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	stop := context.AfterFunc(ctx, func() { server.Close() })
+	defer stop()
+	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve /healthz and /readyz: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,166 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/volume"
+)
+
+// provisioner is what the controller service needs of the volumes of a node.
+type provisioner interface {
+	Create(ctx context.Context, req volume.CreateRequest) (volume.Volume, error)
+	Delete(ctx context.Context, id string) error
+	Get(id string) (volume.Volume, error)
+	List(after string, limit int) (volumes []volume.Volume, more bool, err error)
+	Capacity() (int64, error)
+}
+
+// Controller is the CSI Controller service (CSI spec, "Controller Service RPC"). It is made for external-provisioner's
+// --node-deployment: it runs on the node that a volume's upper will live on, and answers for that node alone.
+type Controller struct {
+	csi.UnimplementedControllerServer
+	volumes  provisioner
+	topology *csi.Topology
+}
+
+// NewController returns the service of a node.
+func NewController(driverName, nodeID string, volumes provisioner) *Controller {
+	return &Controller{volumes: volumes, topology: nodeTopology(driverName, nodeID)}
+}
+
+// CreateVolume makes a volume on this node.
+func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
+	request, err := createRequest(req)
+	if err != nil {
+		return nil, err
+	}
+	if request.Spec.Upper == volume.UpperVolume && !c.isWanted(req.GetAccessibilityRequirements()) {
+		return nil, fmt.Errorf("%w: the volume is wanted on other nodes than this one (%v)", errdefs.ErrResourceExhausted, c.topology.GetSegments())
+	}
+	created, err := c.volumes.Create(ctx, request)
+	if err != nil {
+		return nil, err
+	}
+	return &csi.CreateVolumeResponse{Volume: c.describe(created)}, nil
+}
+
+// isWanted reports whether this node is among those that a volume may live on.
+func (c *Controller) isWanted(requirement *csi.TopologyRequirement) bool {
+	requisite := requirement.GetRequisite()
+	return len(requisite) == 0 || slices.ContainsFunc(requisite, c.isHere)
+}
+
+// isHere reports whether a topology includes this node. Segments of other keys are not the driver's to judge.
+func (c *Controller) isHere(topology *csi.Topology) bool {
+	for key, value := range c.topology.GetSegments() {
+		if wanted, ok := topology.GetSegments()[key]; ok && wanted != value {
+			return false
+		}
+	}
+	return true
+}
+
+func (c *Controller) describe(v volume.Volume) *csi.Volume {
+	described := &csi.Volume{VolumeId: v.ID, CapacityBytes: v.Capacity, VolumeContext: v.Spec.Parameters()}
+	if v.OnThisNode {
+		described.AccessibleTopology = []*csi.Topology{c.topology}
+	}
+	return described
+}
+
+// DeleteVolume removes a volume and what was written to it.
+func (c *Controller) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequest) (*csi.DeleteVolumeResponse, error) {
+	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+		return nil, err
+	}
+	if err := c.volumes.Delete(ctx, req.GetVolumeId()); err != nil {
+		return nil, err
+	}
+	return &csi.DeleteVolumeResponse{}, nil
+}
+
+// ValidateVolumeCapabilities tells whether a volume could be used so.
+func (c *Controller) ValidateVolumeCapabilities(ctx context.Context, req *csi.ValidateVolumeCapabilitiesRequest) (*csi.ValidateVolumeCapabilitiesResponse, error) {
+	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+		return nil, err
+	}
+	if len(req.GetVolumeCapabilities()) == 0 {
+		return nil, fmt.Errorf("%w: the volume capabilities are missing", errdefs.ErrInvalidArgument)
+	}
+	v, err := c.volumes.Get(req.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	if _, _, err := parseCapabilities(v.Spec.Parameters(), req.GetVolumeCapabilities()); err != nil {
+		return &csi.ValidateVolumeCapabilitiesResponse{Message: err.Error()}, nil
+	}
+	if given := userKeys(req.GetVolumeContext()); len(given) > 0 && !maps.Equal(given, v.Spec.Parameters()) {
+		return &csi.ValidateVolumeCapabilitiesResponse{Message: "the volume context is not that of the volume"}, nil
+	}
+	return &csi.ValidateVolumeCapabilitiesResponse{Confirmed: &csi.ValidateVolumeCapabilitiesResponse_Confirmed{
+		VolumeContext:      req.GetVolumeContext(),
+		VolumeCapabilities: req.GetVolumeCapabilities(),
+		Parameters:         req.GetParameters(),
+	}}, nil
+}
+
+// tokenPrefix begins a token of ListVolumes; the ID of the last volume that was listed follows.
+const tokenPrefix = "after:"
+
+// ListVolumes lists the volumes of this node, by ID.
+func (c *Controller) ListVolumes(ctx context.Context, req *csi.ListVolumesRequest) (*csi.ListVolumesResponse, error) {
+	if req.GetMaxEntries() < 0 {
+		return nil, fmt.Errorf("%w: max_entries is %d", errdefs.ErrInvalidArgument, req.GetMaxEntries())
+	}
+	after, isToken := strings.CutPrefix(req.GetStartingToken(), tokenPrefix)
+	if req.GetStartingToken() != "" && !isToken {
+		return nil, fmt.Errorf("%w: starting token %q is none of this driver's: list again from the beginning", errdefs.ErrAborted, req.GetStartingToken())
+	}
+	volumes, more, err := c.volumes.List(after, int(req.GetMaxEntries()))
+	if err != nil {
+		return nil, err
+	}
+	response := &csi.ListVolumesResponse{}
+	for _, v := range volumes {
+		response.Entries = append(response.Entries, &csi.ListVolumesResponse_Entry{Volume: c.describe(v)})
+	}
+	if more {
+		response.NextToken = tokenPrefix + volumes[len(volumes)-1].ID
+	}
+	return response, nil
+}
+
+// GetCapacity tells how much is free for uppers on this node.
+func (c *Controller) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest) (*csi.GetCapacityResponse, error) {
+	if topology := req.GetAccessibleTopology(); topology != nil && !c.isHere(topology) {
+		return &csi.GetCapacityResponse{}, nil
+	}
+	free, err := c.volumes.Capacity()
+	if err != nil {
+		return nil, err
+	}
+	return &csi.GetCapacityResponse{AvailableCapacity: free}, nil
+}
+
+// ControllerGetCapabilities tells what the service can do.
+func (c *Controller) ControllerGetCapabilities(context.Context, *csi.ControllerGetCapabilitiesRequest) (*csi.ControllerGetCapabilitiesResponse, error) {
+	response := &csi.ControllerGetCapabilitiesResponse{}
+	for _, rpc := range []csi.ControllerServiceCapability_RPC_Type{
+		csi.ControllerServiceCapability_RPC_CREATE_DELETE_VOLUME,
+		csi.ControllerServiceCapability_RPC_LIST_VOLUMES,
+		csi.ControllerServiceCapability_RPC_GET_CAPACITY,
+		csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
+	} {
+		response.Capabilities = append(response.Capabilities, &csi.ControllerServiceCapability{
+			Type: &csi.ControllerServiceCapability_Rpc{Rpc: &csi.ControllerServiceCapability_RPC{Type: rpc}},
+		})
+	}
+	return response, nil
+}

@@ -1,0 +1,46 @@
+// Package driver is the CSI services: requests in, calls of package volume, gRPC codes out. It is the only package
+// that knows gRPC, but for kubelet's own registration.
+package driver
+
+import (
+	"context"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+// Identity is the CSI Identity service (CSI spec, "Identity Service RPC").
+type Identity struct {
+	csi.UnimplementedIdentityServer
+	name, version string
+	ready         func() bool
+}
+
+// NewIdentity returns the service of a driver of that name and version.
+func NewIdentity(name, version string, ready func() bool) *Identity {
+	return &Identity{name: name, version: version, ready: ready}
+}
+
+// GetPluginInfo tells the driver's name and version.
+func (i *Identity) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
+	return &csi.GetPluginInfoResponse{Name: i.name, VendorVersion: i.version}, nil
+}
+
+// GetPluginCapabilities tells that there is a controller service and that volumes are bound to nodes.
+func (i *Identity) GetPluginCapabilities(context.Context, *csi.GetPluginCapabilitiesRequest) (*csi.GetPluginCapabilitiesResponse, error) {
+	response := &csi.GetPluginCapabilitiesResponse{}
+	for _, service := range []csi.PluginCapability_Service_Type{
+		csi.PluginCapability_Service_CONTROLLER_SERVICE,
+		csi.PluginCapability_Service_VOLUME_ACCESSIBILITY_CONSTRAINTS,
+	} {
+		response.Capabilities = append(response.Capabilities, &csi.PluginCapability{
+			Type: &csi.PluginCapability_Service_{Service: &csi.PluginCapability_Service{Type: service}},
+		})
+	}
+	return response, nil
+}
+
+// Probe tells whether what an earlier process left has been made good.
+func (i *Identity) Probe(context.Context, *csi.ProbeRequest) (*csi.ProbeResponse, error) {
+	return &csi.ProbeResponse{Ready: wrapperspb.Bool(i.ready())}, nil
+}

@@ -1,0 +1,112 @@
+package driver
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"regexp"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/volume"
+)
+
+// publisher is what the node service needs of the volumes of a node.
+type publisher interface {
+	Publish(ctx context.Context, req volume.PublishRequest) error
+	Unpublish(ctx context.Context, id, target string) error
+	Stats(ctx context.Context, id, path string) (volume.Stats, error)
+}
+
+// Node is the CSI Node service (CSI spec, "Node Service RPC").
+type Node struct {
+	csi.UnimplementedNodeServer
+	volumes          publisher
+	nodeID           string
+	topology         *csi.Topology
+	permittedOptions []string
+}
+
+// NewNode returns the service of a node. permittedOptions are the mount options beyond the safe ones that volumes may
+// name.
+func NewNode(driverName, nodeID string, volumes publisher, permittedOptions []string) *Node {
+	return &Node{volumes: volumes, nodeID: nodeID, topology: nodeTopology(driverName, nodeID), permittedOptions: permittedOptions}
+}
+
+// NodePublishVolume mounts a view of the volume at the target path.
+func (n *Node) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolumeRequest) (*csi.NodePublishVolumeResponse, error) {
+	request, err := publishRequest(req, n.permittedOptions)
+	if err != nil {
+		return nil, err
+	}
+	if err := n.volumes.Publish(ctx, request); err != nil {
+		return nil, err
+	}
+	return &csi.NodePublishVolumeResponse{}, nil
+}
+
+// NodeUnpublishVolume unmounts the view at the target path and removes the path.
+func (n *Node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVolumeRequest) (*csi.NodeUnpublishVolumeResponse, error) {
+	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+		return nil, err
+	}
+	if err := volume.CheckTarget(req.GetTargetPath()); err != nil {
+		return nil, err
+	}
+	if err := n.volumes.Unpublish(ctx, req.GetVolumeId(), req.GetTargetPath()); err != nil {
+		return nil, err
+	}
+	return &csi.NodeUnpublishVolumeResponse{}, nil
+}
+
+// NodeGetVolumeStats measures the file system of the volume's upper, in bytes and inodes.
+func (n *Node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
+	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+		return nil, err
+	}
+	if req.GetVolumePath() == "" {
+		return nil, fmt.Errorf("%w: the volume path is missing", errdefs.ErrInvalidArgument)
+	}
+	stats, err := n.volumes.Stats(ctx, req.GetVolumeId(), req.GetVolumePath())
+	if err != nil {
+		return nil, err
+	}
+	return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{
+		{Unit: csi.VolumeUsage_BYTES, Total: stats.Bytes.Total, Used: stats.Bytes.Used, Available: stats.Bytes.Available},
+		{Unit: csi.VolumeUsage_INODES, Total: stats.Inodes.Total, Used: stats.Inodes.Used, Available: stats.Inodes.Available},
+	}}, nil
+}
+
+// NodeGetCapabilities tells what the service can do. There is no staging: a view is made for the pod in one step.
+func (n *Node) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRequest) (*csi.NodeGetCapabilitiesResponse, error) {
+	response := &csi.NodeGetCapabilitiesResponse{}
+	for _, rpc := range []csi.NodeServiceCapability_RPC_Type{
+		csi.NodeServiceCapability_RPC_GET_VOLUME_STATS,
+		csi.NodeServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
+	} {
+		response.Capabilities = append(response.Capabilities, &csi.NodeServiceCapability{
+			Type: &csi.NodeServiceCapability_Rpc{Rpc: &csi.NodeServiceCapability_RPC{Type: rpc}},
+		})
+	}
+	return response, nil
+}
+
+// NodeGetInfo tells the node's ID and where it lies: every node is a topology segment of its own.
+func (n *Node) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi.NodeGetInfoResponse, error) {
+	return &csi.NodeGetInfoResponse{NodeId: n.nodeID, AccessibleTopology: n.topology}, nil
+}
+
+// labelValue is what Kubernetes takes as the value of a label, which a topology segment becomes.
+var labelValue = regexp.MustCompile(`^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$`)
+
+// nodeTopology is the segment of one node. A name that is too long for a label stands there as its digest.
+func nodeTopology(driverName, nodeID string) *csi.Topology {
+	value := nodeID
+	if !labelValue.MatchString(value) {
+		sum := sha256.Sum256([]byte(nodeID))
+		value = hex.EncodeToString(sum[:20])
+	}
+	return &csi.Topology{Segments: map[string]string{driverName + "/node": value}}
+}

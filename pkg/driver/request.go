@@ -1,0 +1,176 @@
+package driver
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/volume"
+)
+
+// Keys that kubelet and the sidecars add to a volume's context and parameters (Kubernetes CSI documentation, "Pod Info
+// on Mount" and "Provisioning").
+const (
+	keyEphemeral    = "csi.storage.k8s.io/ephemeral"
+	keyPodUID       = "csi.storage.k8s.io/pod.uid"
+	keyPodName      = "csi.storage.k8s.io/pod.name"
+	keyPodNamespace = "csi.storage.k8s.io/pod.namespace"
+)
+
+// addedPrefixes begin the keys that are not the user's.
+var addedPrefixes = []string{"csi.storage.k8s.io/", "storage.kubernetes.io/"}
+
+// accessModes are the CSI access modes that an overlay volume can have.
+var accessModes = map[csi.VolumeCapability_AccessMode_Mode]volume.Access{
+	csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER:        volume.SingleNode,
+	csi.VolumeCapability_AccessMode_SINGLE_NODE_MULTI_WRITER:  volume.SingleNode,
+	csi.VolumeCapability_AccessMode_SINGLE_NODE_SINGLE_WRITER: volume.SinglePod,
+	csi.VolumeCapability_AccessMode_SINGLE_NODE_READER_ONLY:   volume.SingleNodeReader,
+	csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY:    volume.ManyReaders,
+	csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER:   volume.ManyWriters,
+}
+
+// publishRequest turns kubelet's request into the driver's own. It looks at nothing but the request.
+func publishRequest(req *csi.NodePublishVolumeRequest, permittedOptions []string) (volume.PublishRequest, error) {
+	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+		return volume.PublishRequest{}, err
+	}
+	if err := volume.CheckTarget(req.GetTargetPath()); err != nil {
+		return volume.PublishRequest{}, err
+	}
+	access, err := accessOf(req.GetVolumeCapability())
+	if err != nil {
+		return volume.PublishRequest{}, err
+	}
+	attributes, err := overlay.ParseMountOptions(req.GetVolumeCapability().GetMount().GetMountFlags(), permittedOptions)
+	if err != nil {
+		return volume.PublishRequest{}, err
+	}
+	volumeContext := req.GetVolumeContext()
+	inline, err := parseEphemeral(volumeContext[keyEphemeral])
+	if err != nil {
+		return volume.PublishRequest{}, err
+	}
+	spec, err := volume.ParseSpec(userKeys(volumeContext), volume.Usage{Inline: inline, Access: access})
+	if err != nil {
+		return volume.PublishRequest{}, err
+	}
+	attributes.ReadOnly = attributes.ReadOnly || req.GetReadonly() || spec.Upper == volume.UpperNone
+	return volume.PublishRequest{
+		VolumeID:   req.GetVolumeId(),
+		Target:     req.GetTargetPath(),
+		Spec:       spec,
+		Inline:     inline,
+		Access:     access,
+		Attributes: attributes,
+		Pod: layer.Pod{
+			UID:       volumeContext[keyPodUID],
+			Namespace: volumeContext[keyPodNamespace],
+			Name:      volumeContext[keyPodName],
+		},
+	}, nil
+}
+
+// createRequest turns the provisioner's request into the driver's own.
+func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
+	capacity := req.GetCapacityRange()
+	required, limit := capacity.GetRequiredBytes(), capacity.GetLimitBytes()
+	switch {
+	case req.GetName() == "":
+		return volume.CreateRequest{}, fmt.Errorf("%w: the volume name is missing", errdefs.ErrInvalidArgument)
+	case len(req.GetName()) > 128:
+		return volume.CreateRequest{}, fmt.Errorf("%w: volume name of %d bytes: at most 128", errdefs.ErrInvalidArgument, len(req.GetName()))
+	case req.GetVolumeContentSource() != nil:
+		return volume.CreateRequest{}, fmt.Errorf("%w: a volume is not made from a snapshot or another volume: name what it is to contain as layers", errdefs.ErrInvalidArgument)
+	case len(req.GetMutableParameters()) > 0:
+		return volume.CreateRequest{}, fmt.Errorf("%w: the driver has no mutable parameters: leave the VolumeAttributesClass out", errdefs.ErrInvalidArgument)
+	case required < 0 || limit < 0 || (limit > 0 && required > limit):
+		return volume.CreateRequest{}, fmt.Errorf("%w: capacity of at least %d and at most %d bytes", errdefs.ErrInvalidArgument, required, limit)
+	}
+	access, spec, err := parseCapabilities(userKeys(req.GetParameters()), req.GetVolumeCapabilities())
+	if err != nil {
+		return volume.CreateRequest{}, err
+	}
+	return volume.CreateRequest{Name: req.GetName(), Spec: spec, Access: access, Required: required, Limit: limit}, nil
+}
+
+// breadth orders access modes by how many may use a volume that has several.
+var breadth = []volume.Access{volume.SinglePod, volume.SingleNodeReader, volume.SingleNode, volume.ManyReaders, volume.ManyWriters}
+
+// parseCapabilities reads the keys as each of the capabilities means them, and wants them to mean the same.
+func parseCapabilities(parameters map[string]string, capabilities []*csi.VolumeCapability) (volume.Access, volume.Spec, error) {
+	if len(capabilities) == 0 {
+		return "", volume.Spec{}, fmt.Errorf("%w: the volume capabilities are missing", errdefs.ErrInvalidArgument)
+	}
+	var widest volume.Access
+	var first volume.Spec
+	for i, capability := range capabilities {
+		access, err := accessOf(capability)
+		if err != nil {
+			return "", volume.Spec{}, err
+		}
+		if _, err := overlay.ParseMountOptions(capability.GetMount().GetMountFlags(), overlay.LooseningOptions()); err != nil {
+			return "", volume.Spec{}, err
+		}
+		spec, err := volume.ParseSpec(parameters, volume.Usage{Access: access})
+		if err != nil {
+			return "", volume.Spec{}, err
+		}
+		if i == 0 {
+			first = spec
+		} else if !first.Equal(spec) {
+			return "", volume.Spec{}, fmt.Errorf("%w: the access modes of the claim ask for different uppers: name one access mode, or say upper", errdefs.ErrInvalidArgument)
+		}
+		if slices.Index(breadth, access) > slices.Index(breadth, widest) {
+			widest = access
+		}
+	}
+	return widest, first, nil
+}
+
+func accessOf(capability *csi.VolumeCapability) (volume.Access, error) {
+	switch {
+	case capability == nil:
+		return "", fmt.Errorf("%w: the volume capability is missing", errdefs.ErrInvalidArgument)
+	case capability.GetBlock() != nil:
+		return "", fmt.Errorf("%w: an overlay is a file system: volumeMode must be Filesystem", errdefs.ErrInvalidArgument)
+	case capability.GetMount() == nil:
+		return "", fmt.Errorf("%w: the access type of the volume capability is missing", errdefs.ErrInvalidArgument)
+	case capability.GetMount().GetFsType() != "" && capability.GetMount().GetFsType() != "overlay":
+		return "", fmt.Errorf("%w: fsType %q: a view is an overlay: leave fsType out", errdefs.ErrInvalidArgument, capability.GetMount().GetFsType())
+	}
+	mode := capability.GetAccessMode().GetMode()
+	access, ok := accessModes[mode]
+	if !ok {
+		return "", fmt.Errorf("%w: access mode %s: use ReadWriteOnce, ReadWriteOncePod, ReadOnlyMany or ReadWriteMany", errdefs.ErrInvalidArgument, mode)
+	}
+	return access, nil
+}
+
+func parseEphemeral(value string) (bool, error) {
+	if value == "" {
+		return false, nil
+	}
+	inline, err := strconv.ParseBool(value)
+	if err != nil {
+		return false, fmt.Errorf("%w: %s is %q: it is true or false", errdefs.ErrInvalidArgument, keyEphemeral, value)
+	}
+	return inline, nil
+}
+
+// userKeys are the keys of a volume less those that kubelet and the sidecars added.
+func userKeys(parameters map[string]string) map[string]string {
+	keys := make(map[string]string, len(parameters))
+	for key, value := range parameters {
+		if !slices.ContainsFunc(addedPrefixes, func(prefix string) bool { return strings.HasPrefix(key, prefix) }) {
+			keys[key] = value
+		}
+	}
+	return keys
+}

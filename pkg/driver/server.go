@@ -1,0 +1,94 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"k8s.io/klog/v2"
+)
+
+// stopTimeout is how long RPCs that are under way when the server is stopped may take to end.
+const stopTimeout = 20 * time.Second
+
+// Server serves gRPC on a unix socket.
+type Server struct {
+	*grpc.Server
+	path string
+}
+
+// NewServer returns a server on the socket that endpoint names (unix:///path or /path), which logs to logger. Services
+// are registered on it before Serve.
+func NewServer(endpoint string, logger klog.Logger) (*Server, error) {
+	path, err := SocketPath(endpoint)
+	if err != nil {
+		return nil, err
+	}
+	server := grpc.NewServer(grpc.ChainUnaryInterceptor(withLog(logger), withStatus))
+	return &Server{Server: server, path: path}, nil
+}
+
+// SocketPath is the path of the socket that an endpoint names.
+func SocketPath(endpoint string) (string, error) {
+	path := strings.TrimPrefix(endpoint, "unix://")
+	if !filepath.IsAbs(path) {
+		return "", fmt.Errorf("endpoint %q: it is unix:// and an absolute path", endpoint)
+	}
+	return path, nil
+}
+
+// Serve answers until ctx is done, lets what is under way end, and removes the socket.
+func (s *Server) Serve(ctx context.Context) error {
+	listener, err := listen(s.path)
+	if err != nil {
+		return err
+	}
+	stopped := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		timer := time.AfterFunc(stopTimeout, s.Stop)
+		defer timer.Stop()
+		s.GracefulStop()
+	})
+	err = s.Server.Serve(listener)
+	if !stop() {
+		<-stopped
+		return nil
+	}
+	return fmt.Errorf("serve on %s: %w", s.path, err)
+}
+
+// listen makes the socket. One that a crash left is in the way, and anything else there is not the driver's to remove.
+func listen(path string) (net.Listener, error) {
+	info, err := os.Lstat(path)
+	switch {
+	case err == nil && info.Mode().Type() != fs.ModeSocket:
+		return nil, fmt.Errorf("listen on %s: there is something that is no socket", path)
+	case err == nil:
+		if err := os.Remove(path); err != nil {
+			return nil, fmt.Errorf("remove the socket of an earlier process: %w", err)
+		}
+	case !errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
+		return nil, fmt.Errorf("make the directory of the socket: %w", err)
+	}
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	// Whoever can write to the socket can have directories mounted.
+	if err := os.Chmod(path, 0o600); err != nil {
+		listener.Close()
+		return nil, fmt.Errorf("protect the socket: %w", err)
+	}
+	return listener, nil
+}

@@ -1,0 +1,122 @@
+package layer
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// Root is a directory that the operator offers layers from.
+type Root struct {
+	// Path of the directory.
+	Path string
+	// Mounts lets a layer lie on another mount beneath the directory. Without it a path that leaves the directory's
+	// own mount is refused, so that what somebody mounts there does not become a layer.
+	Mounts bool
+}
+
+// Roots are the layer roots by name.
+type Roots struct {
+	roots  map[string]Root
+	forbid Forbidden
+}
+
+// NewRoots returns the layer roots. No directory is opened yet: an NFS root that is away must not keep the driver
+// from starting. The error names the first root that is misnamed or lies in the data root.
+func NewRoots(roots map[string]Root, forbid Forbidden) (*Roots, error) {
+	for name, root := range roots {
+		if !namePattern.MatchString(name) {
+			return nil, fmt.Errorf("layer root %q: a name is lower-case letters, digits, '-' and '.'", name)
+		}
+		if !filepath.IsAbs(root.Path) {
+			return nil, fmt.Errorf("layer root %s=%s: the path must be absolute", name, root.Path)
+		}
+		if beneath(filepath.Clean(root.Path), forbid.path) {
+			return nil, fmt.Errorf("layer root %s=%s lies in the data root %s: uppers and layers of others would be offered", name, root.Path, forbid.path)
+		}
+	}
+	return &Roots{roots: roots, forbid: forbid}, nil
+}
+
+func (r *Roots) find(ref Reference) (Root, error) {
+	root, ok := r.roots[ref.Name()]
+	if ok {
+		return root, nil
+	}
+	known := "none is configured"
+	if len(r.roots) > 0 {
+		known = "there are " + strings.Join(slices.Sorted(maps.Keys(r.roots)), ", ")
+	}
+	return Root{}, fmt.Errorf("%w: layer %s: no layer root is named %q: %s (--layer-root)", errdefs.ErrInvalidArgument, ref, ref.Name(), known)
+}
+
+// Open opens the directory that a dir:// reference names (O_PATH). The kernel resolves the path beneath the root
+// (openat2(2), RESOLVE_BENEATH), whatever is renamed meanwhile. A missing directory is of the kind NotFound, what leaves
+// the root InvalidArgument.
+func (r *Roots) Open(ref Reference) (*os.File, error) {
+	root, err := r.find(ref)
+	if err != nil {
+		return nil, err
+	}
+	rootDir, err := os.OpenFile(root.Path, unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, fmt.Errorf("%w: layer %s: open layer root %s: %w", errdefs.ErrUnavailable, ref, ref.Name(), err)
+	}
+	defer rootDir.Close()
+	var resolve uint64
+	if !root.Mounts {
+		resolve = unix.RESOLVE_NO_XDEV
+	}
+	dir, err := openBeneath(rootDir, ref, resolve)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.forbid.check(rootDir, dir); err != nil {
+		dir.Close()
+		return nil, fmt.Errorf("layer %s: %w", ref, err)
+	}
+	return dir, nil
+}
+
+// openBeneath opens the directory at the reference's path beneath root.
+func openBeneath(root *os.File, ref Reference, resolve uint64) (*os.File, error) {
+	path := ref.Path()
+	if path == "" {
+		path = "."
+	}
+	how := unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_MAGICLINKS | resolve,
+	}
+	fd, err := unix.Openat2(int(root.Fd()), path, &how)
+	for range 100 {
+		// The kernel answers EAGAIN where a rename beside it kept it from being sure.
+		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR) {
+			break
+		}
+		fd, err = unix.Openat2(int(root.Fd()), path, &how)
+	}
+	if err == nil {
+		return os.NewFile(uintptr(fd), filepath.Join(root.Name(), ref.Path())), nil
+	}
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return nil, fmt.Errorf("%w: layer %s: there is no directory %q in %s on this node", errdefs.ErrNotFound, ref, ref.Path(), root.Name())
+	case errors.Is(err, unix.ENOTDIR):
+		return nil, fmt.Errorf("%w: layer %s: %q in %s is a file: a layer is a directory", errdefs.ErrInvalidArgument, ref, ref.Path(), root.Name())
+	case errors.Is(err, unix.EXDEV) && resolve&unix.RESOLVE_NO_XDEV != 0:
+		return nil, fmt.Errorf("%w: layer %s leaves %s by a link, `..` or another mount (the operator can allow mounts beneath the root with --layer-root-mounts=%s)", errdefs.ErrInvalidArgument, ref, root.Name(), ref.Name())
+	case errors.Is(err, unix.EXDEV), errors.Is(err, unix.ELOOP):
+		return nil, fmt.Errorf("%w: layer %s leaves %s by a link or `..`", errdefs.ErrInvalidArgument, ref, root.Name())
+	case errors.Is(err, unix.ENAMETOOLONG):
+		return nil, fmt.Errorf("%w: layer %s: a component of the path is too long", errdefs.ErrInvalidArgument, ref)
+	}
+	return nil, fmt.Errorf("layer %s: openat2 %q in %s: %w", ref, ref.Path(), root.Name(), err)
+}

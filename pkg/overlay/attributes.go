@@ -1,0 +1,128 @@
+package overlay
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// Attributes are the per-mount attributes of a view (mount_setattr(2), MOUNT_ATTR_*).
+type Attributes struct {
+	ReadOnly    bool `json:"readOnly,omitempty"`
+	NoSUID      bool `json:"noSUID,omitempty"`
+	NoDev       bool `json:"noDev,omitempty"`
+	NoExec      bool `json:"noExec,omitempty"`
+	NoSymFollow bool `json:"noSymFollow,omitempty"`
+	NoDirATime  bool `json:"noDirATime,omitempty"`
+	// ATime is "noatime", "strictatime", or "" for the kernel's default, relatime.
+	ATime string `json:"atime,omitempty"`
+}
+
+// mountOptions are the options that a volume may name, and what each does. Those that loosen a default are refused
+// unless the operator permits them.
+var mountOptions = map[string]struct {
+	loosens bool
+	set     func(*Attributes)
+}{
+	"ro":          {set: func(a *Attributes) { a.ReadOnly = true }},
+	"rw":          {set: func(*Attributes) {}},
+	"nosuid":      {set: func(a *Attributes) { a.NoSUID = true }},
+	"nodev":       {set: func(a *Attributes) { a.NoDev = true }},
+	"noexec":      {set: func(a *Attributes) { a.NoExec = true }},
+	"nosymfollow": {set: func(a *Attributes) { a.NoSymFollow = true }},
+	"nodiratime":  {set: func(a *Attributes) { a.NoDirATime = true }},
+	"noatime":     {set: func(a *Attributes) { a.ATime = "noatime" }},
+	"relatime":    {set: func(a *Attributes) { a.ATime = "" }},
+	"strictatime": {set: func(a *Attributes) { a.ATime = "strictatime" }},
+	"suid":        {loosens: true, set: func(a *Attributes) { a.NoSUID = false }},
+	"dev":         {loosens: true, set: func(a *Attributes) { a.NoDev = false }},
+}
+
+// ParseMountOptions turns a volume's mount options (mount(8), "filesystem-independent mount options") into attributes.
+// Layers are untrusted, so nosuid and nodev are on from the beginning; "suid" and "dev" take them off only where
+// permitted names them. An option that is not in the list is an invalid argument.
+func ParseMountOptions(options, permitted []string) (Attributes, error) {
+	attributes := Attributes{NoSUID: true, NoDev: true}
+	for _, name := range options {
+		option, known := mountOptions[name]
+		switch {
+		case !known:
+			return Attributes{}, fmt.Errorf("%w: mount option %q: allowed are %s", errdefs.ErrInvalidArgument, name, strings.Join(allowedOptions(permitted), ", "))
+		case option.loosens && !slices.Contains(permitted, name):
+			return Attributes{}, fmt.Errorf("%w: mount option %q: layers are untrusted, only the operator can allow it (--permit-mount-option=%s)", errdefs.ErrInvalidArgument, name, name)
+		}
+		option.set(&attributes)
+	}
+	return attributes, nil
+}
+
+// LooseningOptions are the mount options that a volume may name only where the operator permits it, sorted.
+func LooseningOptions() []string {
+	var names []string
+	for name, option := range mountOptions {
+		if option.loosens {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+func allowedOptions(permitted []string) []string {
+	var names []string
+	for name, option := range mountOptions {
+		if !option.loosens || slices.Contains(permitted, name) {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// bits returns the attributes as MOUNT_ATTR_* flags.
+func (a Attributes) bits() int {
+	bits := unix.MOUNT_ATTR_RELATIME
+	for _, flag := range []struct {
+		on  bool
+		bit int
+	}{
+		{a.ReadOnly, unix.MOUNT_ATTR_RDONLY},
+		{a.NoSUID, unix.MOUNT_ATTR_NOSUID},
+		{a.NoDev, unix.MOUNT_ATTR_NODEV},
+		{a.NoExec, unix.MOUNT_ATTR_NOEXEC},
+		{a.NoSymFollow, unix.MOUNT_ATTR_NOSYMFOLLOW},
+		{a.NoDirATime, unix.MOUNT_ATTR_NODIRATIME},
+		{a.ATime == "noatime", unix.MOUNT_ATTR_NOATIME},
+		{a.ATime == "strictatime", unix.MOUNT_ATTR_STRICTATIME},
+	} {
+		if flag.on {
+			bits |= flag.bit
+		}
+	}
+	return bits
+}
+
+// options returns the attributes as mount(8) spells them.
+func (a Attributes) options() []string {
+	var names []string
+	for _, flag := range []struct {
+		on   bool
+		name string
+	}{
+		{a.ReadOnly, "ro"},
+		{a.NoSUID, "nosuid"},
+		{a.NoDev, "nodev"},
+		{a.NoExec, "noexec"},
+		{a.NoSymFollow, "nosymfollow"},
+		{a.NoDirATime, "nodiratime"},
+		{a.ATime != "", a.ATime},
+	} {
+		if flag.on {
+			names = append(names, flag.name)
+		}
+	}
+	return names
+}

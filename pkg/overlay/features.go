@@ -1,0 +1,120 @@
+package overlay
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrKernelTooOld says that this kernel lacks something that the driver cannot do without.
+var ErrKernelTooOld = errors.New("the kernel lacks a feature that overlay-csi needs")
+
+// Features is what this kernel can do beyond what the driver asks of every kernel (openat2 and the mount-root
+// attribute of statx: Linux 5.8; volatile overlays: 5.10).
+type Features struct {
+	// MountAPI: overlayfs takes its lowers one by one (fsconfig with "lowerdir+", Linux 6.7). Without it views are
+	// mounted by mount(8).
+	MountAPI bool
+	// LayerFD: overlayfs takes a directory as a descriptor (FSCONFIG_SET_FD, Linux 6.13). Without it descriptors are
+	// named through /proc/self/fd.
+	LayerFD bool
+	// StatMount: statmount(2) tells a mount's file system without asking that (Linux 6.8). Without it statfs does,
+	// which a network file system that is away can keep waiting.
+	StatMount bool
+}
+
+// featureNames are the names of features as flags and logs give them.
+var featureNames = map[string]func(*Features) *bool{
+	"mount-api": func(f *Features) *bool { return &f.MountAPI },
+	"layer-fd":  func(f *Features) *bool { return &f.LayerFD },
+	"statmount": func(f *Features) *bool { return &f.StatMount },
+}
+
+// FeatureNames are the names that Without takes, sorted.
+func FeatureNames() []string { return slices.Sorted(maps.Keys(featureNames)) }
+
+// Without returns the features less those named: what the driver does on a kernel that lacks them can so be tried on
+// one that has them. An unknown name is an error.
+func (f Features) Without(names ...string) (Features, error) {
+	for _, name := range names {
+		field, ok := featureNames[name]
+		if !ok {
+			return Features{}, fmt.Errorf("unknown kernel feature %q: there are %s", name, strings.Join(FeatureNames(), ", "))
+		}
+		*field(&f) = false
+	}
+	f.LayerFD = f.LayerFD && f.MountAPI
+	return f, nil
+}
+
+// String names the features that are there.
+func (f Features) String() string {
+	var names []string
+	for _, name := range FeatureNames() {
+		if *featureNames[name](&f) {
+			names = append(names, name)
+		}
+	}
+	return strings.Join(names, ",")
+}
+
+// Probe finds out what the kernel can do by doing it: it configures an overlay on dir, any directory, and throws it
+// away before anything is mounted. The error is ErrKernelTooOld where the driver cannot work at all.
+func Probe(dir string) (Features, error) {
+	if err := probeRequired(dir); err != nil {
+		return Features{}, err
+	}
+	fsFD, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	switch {
+	case errors.Is(err, unix.ENODEV):
+		return Features{}, fmt.Errorf("%w: overlayfs: load it with `modprobe overlay`", ErrKernelTooOld)
+	case errors.Is(err, unix.ENOSYS):
+		// Blocked by a seccomp filter that does not know the call: every kernel that passed has it.
+		return Features{}, nil
+	case err != nil:
+		return Features{}, fmt.Errorf("fsopen overlay (is this root, with CAP_SYS_ADMIN?): %w", err)
+	}
+	fsContext := os.NewFile(uintptr(fsFD), "fsopen:overlay")
+	defer fsContext.Close()
+
+	layer, err := os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return Features{}, fmt.Errorf("probe the kernel: %w", err)
+	}
+	defer layer.Close()
+	var features Features
+	features.MountAPI = unix.FsconfigSetString(int(fsContext.Fd()), "lowerdir+", procPath(layer)) == nil
+	features.LayerFD = features.MountAPI && unix.FsconfigSetFd(int(fsContext.Fd()), "lowerdir+", int(layer.Fd())) == nil
+	_, err = superMagic(dir)
+	features.StatMount = err == nil
+	return features, nil
+}
+
+func probeRequired(dir string) error {
+	fd, err := unix.Openat2(unix.AT_FDCWD, dir, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC})
+	if err != nil {
+		if errors.Is(err, unix.ENOSYS) {
+			return fmt.Errorf("%w: openat2 (Linux 5.6)", ErrKernelTooOld)
+		}
+		return fmt.Errorf("probe the kernel: openat2 %s: %w", dir, err)
+	}
+	defer unix.Close(fd)
+	var stat unix.Statx_t
+	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_TYPE, &stat); err != nil {
+		return fmt.Errorf("probe the kernel: statx %s: %w", dir, err)
+	}
+	if stat.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT == 0 {
+		return fmt.Errorf("%w: the mount-root attribute of statx (Linux 5.8)", ErrKernelTooOld)
+	}
+	return nil
+}
+
+// procPath names an open directory by a path that cannot be made to lead elsewhere.
+func procPath(f *os.File) string {
+	return fmt.Sprintf("/proc/self/fd/%d", f.Fd())
+}

@@ -1,0 +1,103 @@
+// Package upper makes the places that views write to: an upper directory and the work directory that overlayfs wants
+// beside it.
+package upper
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// Names of the directories within an upper's base directory, in the words of overlayfs.
+const (
+	upperName = "upper"
+	workName  = "work"
+)
+
+// Dirs is an upper that is ready to be mounted.
+type Dirs struct {
+	// Upper and Work are open directories (O_PATH) of one file system, reached through one mount.
+	Upper, Work *os.File
+	// Existed says that the upper was there before, and may have content, or an overlay on it.
+	Existed bool
+}
+
+// Close closes the directories. They stay.
+func (d Dirs) Close() {
+	d.Upper.Close()
+	d.Work.Close()
+}
+
+// openDirs makes and opens the two directories in base, an open directory. A new upper gets the owner and the mode of
+// like, because the root of a view is the root of its upper: a view then shows the root as its topmost layer has it.
+func openDirs(base, like *os.File) (Dirs, error) {
+	existed, err := makeUpper(base, like)
+	if err != nil {
+		return Dirs{}, err
+	}
+	if err := unix.Mkdirat(int(base.Fd()), workName, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return Dirs{}, &os.PathError{Op: "mkdir", Path: base.Name() + "/" + workName, Err: err}
+	}
+	upperDir, err := openIn(base, upperName)
+	if err != nil {
+		return Dirs{}, err
+	}
+	workDir, err := openIn(base, workName)
+	if err != nil {
+		upperDir.Close()
+		return Dirs{}, err
+	}
+	return Dirs{Upper: upperDir, Work: workDir, Existed: existed}, nil
+}
+
+// makeUpper makes the upper in base, with its owner and mode before it has its name: a crash between leaves no upper
+// with a wrong root.
+func makeUpper(base, like *os.File) (existed bool, err error) {
+	var stat unix.Stat_t
+	if err := unix.Fstat(int(like.Fd()), &stat); err != nil {
+		return false, fmt.Errorf("stat the topmost layer: %w", err)
+	}
+	mode := stat.Mode & 0o7777
+	if mode == 0o755 && stat.Uid == 0 && stat.Gid == 0 {
+		err := unix.Mkdirat(int(base.Fd()), upperName, mode)
+		if err != nil && !errors.Is(err, fs.ErrExist) {
+			return false, &os.PathError{Op: "mkdir", Path: base.Name() + "/" + upperName, Err: err}
+		}
+		return err != nil, nil
+	}
+	if err := unix.Fstatat(int(base.Fd()), upperName, &unix.Stat_t{}, unix.AT_SYMLINK_NOFOLLOW); err == nil {
+		return true, nil
+	}
+	const temporary = upperName + ".new"
+	if err := unix.Mkdirat(int(base.Fd()), temporary, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return false, &os.PathError{Op: "mkdir", Path: base.Name() + "/" + temporary, Err: err}
+	}
+	if err := unix.Fchownat(int(base.Fd()), temporary, int(stat.Uid), int(stat.Gid), unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return false, &os.PathError{Op: "chown", Path: base.Name() + "/" + temporary, Err: err}
+	}
+	dir, err := openIn(base, temporary)
+	if err != nil {
+		return false, err
+	}
+	defer dir.Close()
+	if err := unix.Fchmodat(int(dir.Fd()), ".", mode, 0); err != nil {
+		return false, &os.PathError{Op: "chmod", Path: base.Name() + "/" + temporary, Err: err}
+	}
+	err = unix.Renameat2(int(base.Fd()), temporary, int(base.Fd()), upperName, unix.RENAME_NOREPLACE)
+	if err != nil {
+		return false, &os.PathError{Op: "rename", Path: base.Name() + "/" + temporary, Err: err}
+	}
+	return false, nil
+}
+
+// openIn opens a directory entry that is a directory, and no link to one (O_PATH).
+func openIn(base *os.File, name string) (*os.File, error) {
+	fd, err := unix.Openat(int(base.Fd()), name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: base.Name() + "/" + name, Err: err}
+	}
+	return os.NewFile(uintptr(fd), base.Name()+"/"+name), nil
+}

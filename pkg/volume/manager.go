@@ -1,0 +1,168 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
+)
+
+// mounter mounts views and takes them down. Every method costs the same however many mounts there are.
+type mounter interface {
+	Overlay(spec overlay.Spec, target *os.File) error
+	Bind(source, target *os.File, attributes overlay.Attributes) error
+	Pin(dir *os.File) error
+	Detach(root *os.File) error
+	Unmount(target string) error
+	IsMountPoint(path string) (bool, error)
+	IsOverlay(path string) (bool, error)
+	UpperInUse(upper *os.File) (bool, error)
+}
+
+// layers resolves layer references into open directories.
+type layers interface {
+	Resolve(ctx context.Context, refs []layer.Reference, pod layer.Pod) (layer.Stack, error)
+	Check(refs []layer.Reference) error
+}
+
+// podVolumes opens the root of another volume of a pod.
+type podVolumes interface {
+	Root(ctx context.Context, ref layer.Reference, pod layer.Pod) (*os.File, error)
+}
+
+// pods knows which pods are on the node.
+type pods interface {
+	// PodUID is the UID of the pod that a target path belongs to, "" where the path does not tell.
+	PodUID(target string) string
+	// PodGone reports whether the pod is certainly gone.
+	PodGone(uid string) bool
+}
+
+// Config is what a manager needs to know of its node.
+type Config struct {
+	// Node is the name of the node, BootID that of its current boot.
+	Node, BootID string
+	// ReconcileInterval is the time between two looks at what pods left behind.
+	ReconcileInterval time.Duration
+}
+
+// Manager manages the volumes of one node.
+type Manager struct {
+	config     Config
+	root       *DataRoot
+	mounter    mounter
+	layers     layers
+	podVolumes podVolumes
+	pods       pods
+	states     states
+	trash      *trash
+	locks      *locks
+	ready      atomic.Bool
+}
+
+// NewManager returns the manager of the volumes in a data root.
+func NewManager(config Config, root *DataRoot, mounter mounter, layers layers, podVolumes podVolumes, pods pods) *Manager {
+	return &Manager{
+		config:     config,
+		root:       root,
+		mounter:    mounter,
+		layers:     layers,
+		podVolumes: podVolumes,
+		pods:       pods,
+		states:     states{filepath.Join(root.Path(), volumesName)},
+		trash:      newTrash(filepath.Join(root.Path(), trashName)),
+		locks:      newLocks(),
+	}
+}
+
+// Run makes good what a crash cut off, reports ready, and then keeps the node clean until ctx is done.
+func (m *Manager) Run(ctx context.Context) {
+	m.reconcile(ctx)
+	m.ready.Store(true)
+	klog.FromContext(ctx).Info("Ready")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		m.trash.run(ctx)
+	}()
+	defer func() { <-done }()
+	ticker := time.NewTicker(m.config.ReconcileInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+			m.reconcile(ctx)
+		}
+	}
+}
+
+// Ready reports whether the state that an earlier process left has been made good.
+func (m *Manager) Ready() bool { return m.ready.Load() }
+
+// baseDir is where the upper of a publication is kept, where that is in the data root.
+func (m *Manager) baseDir(r *record, target string) string {
+	dir := m.states.volumeDir(r.ID)
+	if r.Spec.Upper == UpperPod && !r.Inline {
+		return filepath.Join(dir, podUppersName, m.podKey(target))
+	}
+	return dir
+}
+
+// podUpper is the upper of a publication whose upper lies in another volume of the pod.
+func (m *Manager) podUpper(r *record, p *publication) upper.PodVolume {
+	owner := upper.Owner{Node: m.config.Node, BootID: p.BootID, VolumeID: r.ID, Target: p.Target}
+	return upper.NewPodVolume(*p.Pin, owner, r.Spec.layerStrings(), m.usesUpper, m.mounter)
+}
+
+// usesUpper reports whether an owner that a lock in another volume names still has its publication on this node.
+func (m *Manager) usesUpper(owner upper.Owner) bool {
+	if CheckID(owner.VolumeID) != nil {
+		return false
+	}
+	r, err := m.states.load(owner.VolumeID)
+	if err != nil {
+		// What cannot be read may be alive.
+		return true
+	}
+	return r != nil && r.publication(owner.Target) != nil
+}
+
+// isLive reports whether the view of a publication is mounted.
+func (m *Manager) isLive(p *publication) (bool, error) {
+	live, err := m.mounter.IsOverlay(p.Target)
+	if err != nil {
+		return false, fmt.Errorf("look at the target %s: %w", p.Target, err)
+	}
+	return live, nil
+}
+
+// exists reports whether there is something at path, and says so too where that cannot be told.
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
+// bootIDFile is where the kernel shows the identity of the current boot (random(4)).
+const bootIDFile = "/proc/sys/kernel/random/boot_id"
+
+// BootID identifies the current boot of the node.
+func BootID() (string, error) {
+	data, err := os.ReadFile(bootIDFile)
+	if err != nil {
+		return "", fmt.Errorf("read the boot ID: %w", err)
+	}
+	return strings.TrimSpace(string(data)), nil
+}

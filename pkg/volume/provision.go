@@ -1,0 +1,182 @@
+package volume
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/layer"
+)
+
+// CreateRequest asks for a volume that pods will name by a claim.
+type CreateRequest struct {
+	// Name is the same for every try to create the one volume.
+	Name string
+	Spec Spec
+	// Access is the widest of the modes that the volume is to have.
+	Access Access
+	// Required and Limit bound the capacity in bytes. Zero is no bound.
+	Required, Limit int64
+}
+
+// Volume is a provisioned volume as others see it.
+type Volume struct {
+	ID       string
+	Capacity int64
+	Spec     Spec
+	// OnThisNode says that the volume's upper is kept here, and the volume can be used nowhere else.
+	OnThisNode bool
+}
+
+// Create makes a volume, and answers with the same one when it is asked again. It is of the kind AlreadyExists where the
+// name stands for another volume.
+func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error) {
+	id := volumeID(req.Name)
+	unlock, err := m.locks.acquire(ctx, id)
+	if err != nil {
+		return Volume{}, err
+	}
+	defer unlock()
+	r, err := m.states.load(id)
+	if err != nil {
+		return Volume{}, err
+	}
+	if r != nil {
+		return r.volume(), r.matches(req)
+	}
+	if err := m.layers.Check(req.Spec.Layers); err != nil {
+		return Volume{}, err
+	}
+	if req.Spec.Upper == UpperVolume {
+		if err := m.checkHere(ctx, req); err != nil {
+			return Volume{}, err
+		}
+	}
+	r = &record{ID: id, Spec: req.Spec, Provisioned: &provisioned{Name: req.Name, Capacity: req.Required, Access: req.Access}}
+	if err := m.states.save(r); err != nil {
+		return Volume{}, errors.Join(err, m.trash.put(m.states.volumeDir(id)))
+	}
+	return r.volume(), nil
+}
+
+// checkHere refuses a volume that is going to live on this node and could not be published here. Layers in other
+// volumes of a pod are left for the pod.
+func (m *Manager) checkHere(ctx context.Context, req CreateRequest) error {
+	here := slices.DeleteFunc(slices.Clone(req.Spec.Layers), func(ref layer.Reference) bool { return ref.Scheme() == layer.Volume })
+	stack, err := m.layers.Resolve(ctx, here, layer.Pod{})
+	if err != nil {
+		return err
+	}
+	stack.Close()
+	free, err := m.Capacity()
+	if err != nil {
+		return err
+	}
+	if req.Required > free {
+		return fmt.Errorf("%w: %d bytes are asked for, and node %s has %d free", errdefs.ErrResourceExhausted, req.Required, m.config.Node, free)
+	}
+	return nil
+}
+
+// Delete removes a volume and its upper. A volume that is not there is deleted already; one that is mounted is in use
+// (FailedPrecondition).
+func (m *Manager) Delete(ctx context.Context, id string) error {
+	unlock, err := m.locks.acquire(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	r, err := m.states.load(id)
+	if err != nil || r == nil {
+		return err
+	}
+	for i := range r.Publications {
+		p := &r.Publications[i]
+		live, err := m.isLive(p)
+		if err != nil {
+			return err
+		}
+		if live {
+			return fmt.Errorf("%w: volume %s is published at %s: it can be deleted when it is unpublished", errdefs.ErrFailedPrecondition, id, p.Target)
+		}
+		if p.Pin != nil {
+			if err := m.podUpper(r, p).Release(ctx); err != nil {
+				return err
+			}
+		}
+	}
+	return m.trash.put(m.states.volumeDir(id))
+}
+
+// Get returns a volume that is known on this node and outlives its pods. It is of the kind NotFound where there is none.
+func (m *Manager) Get(id string) (Volume, error) {
+	r, err := m.states.load(id)
+	if err != nil {
+		return Volume{}, err
+	}
+	if r == nil || !r.outlivesPods() {
+		return Volume{}, fmt.Errorf("%w: volume %s: there is none of that ID on this node", errdefs.ErrNotFound, id)
+	}
+	return r.volume(), nil
+}
+
+// List returns the volumes of this node that outlive their pods, by ID, from the first after `after`, at most limit of
+// them (0: all). more says that there are others behind them.
+func (m *Manager) List(after string, limit int) (volumes []Volume, more bool, err error) {
+	ids, err := m.states.ids()
+	if err != nil {
+		return nil, false, err
+	}
+	slices.Sort(ids)
+	for _, id := range ids {
+		if id <= after {
+			continue
+		}
+		r, err := m.states.load(id)
+		if err != nil || r == nil || !r.outlivesPods() {
+			// One volume that cannot be read must not hide the others: reconcile reports it.
+			continue
+		}
+		if limit > 0 && len(volumes) == limit {
+			return volumes, true, nil
+		}
+		volumes = append(volumes, r.volume())
+	}
+	return volumes, false, nil
+}
+
+func (r *record) volume() Volume {
+	v := Volume{ID: r.ID, Spec: r.Spec, OnThisNode: r.keepsUpper()}
+	if r.Provisioned != nil {
+		v.Capacity = r.Provisioned.Capacity
+	}
+	return v
+}
+
+// matches reports whether a request that came before made this record.
+func (r *record) matches(req CreateRequest) error {
+	made := r.Provisioned
+	switch {
+	case made == nil || made.Name != req.Name:
+		return fmt.Errorf("%w: the ID %s of volume %q is taken by another volume", errdefs.ErrAlreadyExists, r.ID, req.Name)
+	case !r.Spec.Equal(req.Spec) || made.Access != req.Access:
+		return fmt.Errorf("%w: volume %q exists with other layers, another upper policy or another access mode", errdefs.ErrAlreadyExists, req.Name)
+	case made.Capacity < req.Required || (req.Limit > 0 && made.Capacity > req.Limit):
+		return fmt.Errorf("%w: volume %q exists with %d bytes", errdefs.ErrAlreadyExists, req.Name, made.Capacity)
+	}
+	return nil
+}
+
+// volumeID is the handle of the volume of that name: the name, where that can be a handle, as the provisioner's can.
+func volumeID(name string) string {
+	if CheckID(name) == nil {
+		return name
+	}
+	sum := sha256.Sum256([]byte(name))
+	return "sha256-" + hex.EncodeToString(sum[:])
+}

@@ -1,0 +1,316 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
+)
+
+// PublishRequest asks for a view of a volume at a target path.
+type PublishRequest struct {
+	VolumeID   string
+	Target     string
+	Spec       Spec
+	Inline     bool
+	Access     Access
+	Attributes overlay.Attributes
+	Pod        layer.Pod
+}
+
+// step is what has been done of a publish, and how it is taken back.
+type step struct {
+	name string
+	undo func() error
+}
+
+// Publish mounts the volume at the target. It answers at once where that is done already. Where it fails, or where
+// ctx ends before the mount, everything is taken back; what a crash leaves is found in the state by the next Publish,
+// Unpublish or reconcile.
+//
+// The order is fixed here and nowhere else: layers, target, state, upper, mount. The state comes before whatever it
+// describes, the mount comes last.
+func (m *Manager) Publish(ctx context.Context, req PublishRequest) (err error) {
+	unlock, err := m.locks.acquire(ctx, req.VolumeID)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	before, err := m.loadForPublish(req)
+	if err != nil {
+		return err
+	}
+	if done, err := m.admit(before, req); err != nil || done {
+		return err
+	}
+	stack, err := m.layers.Resolve(ctx, req.Spec.Layers, req.Pod)
+	if err != nil {
+		return err
+	}
+	defer stack.Close()
+
+	var steps []step
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, undo(ctx, steps))
+		}
+	}()
+	target, made, err := openTarget(req.Target)
+	if made {
+		steps = append(steps, step{"make the target", func() error { return removeTarget(req.Target) }})
+	}
+	if err != nil {
+		return err
+	}
+	defer target.Close()
+	if mounted, err := m.mounter.IsMountPoint(req.Target); err != nil || mounted {
+		return errors.Join(err, fmt.Errorf("%w: target path %s: something that is not this driver's is mounted there: unmount it", errdefs.ErrFailedPrecondition, req.Target))
+	}
+
+	r, p, err := m.plan(ctx, before, req, stack)
+	if err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("publish volume %s: %w", req.VolumeID, err)
+	}
+	if err := m.discardStale(before, r, p); err != nil {
+		return err
+	}
+	steps = append(steps, step{"write the state", func() error { return m.restore(before, req.VolumeID) }})
+	if err := m.states.save(r); err != nil {
+		return err
+	}
+	return m.mountView(ctx, r, p, stack, target, &steps)
+}
+
+// loadForPublish reads the state. An ephemeral volume whose state a power cut tore begins anew; an upper that is to be
+// kept and has no state is left alone, because nothing says what layers it was made on.
+func (m *Manager) loadForPublish(req PublishRequest) (*record, error) {
+	r, err := m.states.load(req.VolumeID)
+	if r != nil || (err != nil && !errors.Is(err, errTorn)) {
+		return r, err
+	}
+	dir := m.states.volumeDir(req.VolumeID)
+	if req.Spec.Upper == UpperVolume && exists(upper.NewDir(dir).Path()) {
+		return nil, fmt.Errorf("%w: volume %s: %s holds an upper without its state, so that its layers are not known: restore %s or move the directory away", errdefs.ErrDataLoss, req.VolumeID, dir, stateName)
+	}
+	if !exists(dir) {
+		return nil, nil
+	}
+	return nil, m.trash.put(dir)
+}
+
+// discardStale drops an ephemeral upper of an earlier boot: nothing of it was synced. It comes before the state that
+// says that the upper is of this boot.
+func (m *Manager) discardStale(before, r *record, p *publication) error {
+	if before == nil || !r.Spec.ephemeral() {
+		return nil
+	}
+	if old := before.publication(p.Target); old != nil && old.BootID == p.BootID {
+		return nil
+	}
+	dir := upper.NewDir(m.baseDir(r, p.Target))
+	if !exists(dir.Path()) {
+		return nil
+	}
+	return errors.Join(m.trash.put(dir.Path()), m.trash.put(dir.Work()))
+}
+
+// admit compares the request with what the volume is on this node. done says that the volume is mounted at the target
+// as asked.
+func (m *Manager) admit(r *record, req PublishRequest) (done bool, err error) {
+	if r == nil {
+		return false, nil
+	}
+	if !r.Spec.Equal(req.Spec) || r.Inline != req.Inline {
+		return false, fmt.Errorf("%w: volume %s is of layers %v with upper %q on this node, and is asked for with layers %v and upper %q: an upper stays on the layers that it was made on: use another volume",
+			errdefs.ErrAlreadyExists, r.ID, r.Spec.layerStrings(), r.Spec.Upper, req.Spec.layerStrings(), req.Spec.Upper)
+	}
+	if p := r.publication(req.Target); p != nil {
+		live, err := m.isLive(p)
+		if err != nil {
+			return false, err
+		}
+		if live {
+			if p.Attributes != req.Attributes || p.Access != req.Access {
+				return false, fmt.Errorf("%w: volume %s is published at %s with other mount options or another access mode", errdefs.ErrAlreadyExists, r.ID, req.Target)
+			}
+			return true, nil
+		}
+	}
+	if req.Access != SinglePod && !req.Inline {
+		return false, nil
+	}
+	for i := range r.Publications {
+		other := &r.Publications[i]
+		if other.Target == req.Target {
+			continue
+		}
+		live, err := m.isLive(other)
+		if err != nil {
+			return false, err
+		}
+		if live {
+			return false, fmt.Errorf("%w: volume %s is for one pod, and is published at %s for pod %s: it can be published again when that is unpublished", errdefs.ErrFailedPrecondition, r.ID, other.Target, other.Pod)
+		}
+	}
+	return false, nil
+}
+
+// plan is the state in which the volume is going to be.
+func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, stack layer.Stack) (*record, *publication, error) {
+	r := before
+	if r == nil {
+		r = &record{ID: req.VolumeID, Spec: req.Spec, Inline: req.Inline}
+	}
+	pod := req.Pod
+	if uid := m.pods.PodUID(req.Target); uid != "" {
+		pod.UID = uid
+	}
+	p := publication{Target: req.Target, Pod: pod, Access: req.Access, Attributes: req.Attributes, BootID: m.config.BootID, LowerDirs: stack.Paths()}
+	if req.Spec.Upper == UpperPodVolume {
+		root, err := m.podVolumes.Root(ctx, *req.Spec.UpperRef, req.Pod)
+		if err != nil {
+			return nil, nil, err
+		}
+		root.Close()
+		p.Pin = &upper.Pin{Volume: root.Name(), Path: req.Spec.upperPath()}
+	}
+	r = r.with(p)
+	return r, r.publication(req.Target), nil
+}
+
+// mountView prepares the upper and mounts the view at target.
+func (m *Manager) mountView(ctx context.Context, r *record, p *publication, stack layer.Stack, target *os.File, steps *[]step) error {
+	if shared, err := m.openShared(r, p); err != nil {
+		return err
+	} else if shared != nil {
+		defer shared.Close()
+		return m.mounter.Bind(shared, target, p.Attributes)
+	}
+	spec := overlay.Spec{Lowers: stack, Attributes: p.Attributes}
+	if r.Spec.Upper != UpperNone {
+		dirs, err := m.prepareUpper(ctx, r, p, stack[0], steps)
+		if err != nil {
+			return fmt.Errorf("publish volume %s: %w", r.ID, err)
+		}
+		defer dirs.Close()
+		spec.Upper, spec.Work, spec.Volatile = dirs.Upper, dirs.Work, r.Spec.ephemeral()
+	}
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("publish volume %s: %w", r.ID, err)
+	}
+	if err := m.mounter.Overlay(spec, target); err != nil {
+		return fmt.Errorf("publish volume %s: %w", r.ID, err)
+	}
+	return nil
+}
+
+// openShared opens the root of the volume's view at another target, if there is one: pods that share an upper share
+// the overlay on it. It is nil where there is none.
+func (m *Manager) openShared(r *record, p *publication) (*os.File, error) {
+	if r.Spec.Upper != UpperVolume {
+		return nil, nil
+	}
+	for i := range r.Publications {
+		other := &r.Publications[i]
+		if other.Target == p.Target {
+			continue
+		}
+		live, err := m.isLive(other)
+		if err != nil {
+			return nil, err
+		}
+		if live {
+			view, err := os.OpenFile(other.Target, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+			if err != nil {
+				return nil, fmt.Errorf("open the view that is to be shared: %w", err)
+			}
+			return view, nil
+		}
+	}
+	return nil, nil
+}
+
+// prepareUpper makes the upper of a view ready, and sure that no other overlay is on it.
+func (m *Manager) prepareUpper(ctx context.Context, r *record, p *publication, like *os.File, steps *[]step) (upper.Dirs, error) {
+	prepare := m.prepareDir
+	if p.Pin != nil {
+		prepare = m.preparePodVolume
+	}
+	dirs, err := prepare(ctx, r, p, like, steps)
+	if err != nil || !dirs.Existed {
+		return dirs, err
+	}
+	inUse, err := m.mounter.UpperInUse(dirs.Upper)
+	if err == nil && inUse {
+		err = fmt.Errorf("%w: %w: %s: a container that had the volume may still be going: it is tried again", errdefs.ErrUnavailable, overlay.ErrUpperInUse, dirs.Upper.Name())
+	}
+	if err != nil || !r.Spec.ephemeral() {
+		if err != nil {
+			dirs.Close()
+		}
+		return dirs, err
+	}
+	// An ephemeral upper of this boot, whose view was unmounted by other hands or never mounted. The kernel marks the
+	// work directory of a volatile view so that it is not mounted again after a crash of the node, which this is not.
+	dirs.Close()
+	if err := m.trash.put(upper.NewDir(m.baseDir(r, p.Target)).Work()); err != nil {
+		return upper.Dirs{}, err
+	}
+	return prepare(ctx, r, p, like, steps)
+}
+
+func (m *Manager) preparePodVolume(ctx context.Context, r *record, p *publication, like *os.File, steps *[]step) (upper.Dirs, error) {
+	podUpper := m.podUpper(r, p)
+	dirs, err := podUpper.Prepare(ctx, like)
+	if err == nil {
+		*steps = append(*steps, step{"prepare the upper", func() error { return podUpper.Release(context.WithoutCancel(ctx)) }})
+	}
+	return dirs, err
+}
+
+func (m *Manager) prepareDir(_ context.Context, r *record, p *publication, like *os.File, steps *[]step) (upper.Dirs, error) {
+	base := m.baseDir(r, p.Target)
+	if r.Spec.ephemeral() && !r.Inline {
+		if err := os.MkdirAll(filepath.Dir(base), 0o700); err != nil {
+			return upper.Dirs{}, fmt.Errorf("make the directory of the pods' uppers: %w", err)
+		}
+		if !exists(base) {
+			*steps = append(*steps, step{"make the pod's upper", func() error { return m.trash.put(base) }})
+		}
+	}
+	return upper.NewDir(base).Prepare(like)
+}
+
+// restore puts the state back as it was before a publish that failed.
+func (m *Manager) restore(before *record, id string) error {
+	if before == nil {
+		return m.trash.put(m.states.volumeDir(id))
+	}
+	return m.states.save(before)
+}
+
+// undo takes steps back, the last one first. An error is reported with the error of the publish: it makes kubelet
+// unpublish, which goes by the state.
+func undo(ctx context.Context, steps []step) error {
+	var failed error
+	for _, s := range slices.Backward(steps) {
+		if err := s.undo(); err != nil {
+			klog.FromContext(ctx).Error(err, "Could not take a step of a failed publish back", "step", s.name)
+			failed = errors.Join(failed, fmt.Errorf("take back %q: %w", s.name, err))
+		}
+	}
+	return failed
+}

@@ -1,0 +1,67 @@
+package drivertest
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// Mounts are the mounts at and beneath dir, in the order in which they were made.
+func Mounts(dir string) ([]*mountinfo.Info, error) {
+	return mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+}
+
+// UnmountBeneath unmounts everything at and beneath dir, the last first.
+func UnmountBeneath(dir string) error {
+	mounts, err := Mounts(dir)
+	if err != nil {
+		return err
+	}
+	var failed error
+	for _, mount := range slices.Backward(mounts) {
+		if err := unix.Unmount(mount.Mountpoint, unix.MNT_DETACH); err != nil {
+			failed = errors.Join(failed, &os.PathError{Op: "umount", Path: mount.Mountpoint, Err: err})
+		}
+	}
+	return failed
+}
+
+// Leftovers lists everything that a driver with no volume should not have: mounts in kubelet's directory, and files in
+// the data root beside its own empty directories. Trash does not count, it is on its way out.
+func (n *Node) Leftovers() ([]string, error) {
+	var found []string
+	mounts, err := Mounts(n.KubeletDir)
+	if err != nil {
+		return nil, err
+	}
+	for _, mount := range mounts {
+		found = append(found, "mount "+mount.Mountpoint)
+	}
+	for _, dir := range []string{filepath.Join(n.DataRoot, "volumes"), filepath.Join(n.DataRoot, "mounter", "l")} {
+		err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+			if err == nil && path != dir {
+				found = append(found, strings.TrimPrefix(path, n.Dir+"/"))
+			}
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return found, nil
+}
+
+// Options are the overlay options of the view that is mounted at path, as the kernel shows them.
+func Options(path string) ([]string, error) {
+	mounts, err := mountinfo.GetMounts(mountinfo.SingleEntryFilter(path))
+	if err != nil || len(mounts) == 0 {
+		return nil, errors.Join(err, fs.ErrNotExist)
+	}
+	return strings.Split(mounts[0].VFSOptions, ","), nil
+}

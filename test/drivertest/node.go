@@ -1,0 +1,216 @@
+// Package drivertest runs the real driver on directories that look like a node, and plays kubelet: what the demo, the
+// tests and the benchmarks share.
+package drivertest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
+)
+
+// DriverName is the name that the driver has by default.
+const DriverName = "overlay-csi.github.io"
+
+// LayerRoot is the name of the layer root that every node offers.
+const LayerRoot = "layers"
+
+// Build compiles the driver into dir and returns the binary's path. OVERLAY_CSI_BUILD_FLAGS adds flags, such as -race.
+func Build(dir string) (string, error) {
+	binary := filepath.Join(dir, "overlay-csi")
+	args := []string{"build", "-o", binary}
+	if flags := os.Getenv("OVERLAY_CSI_BUILD_FLAGS"); flags != "" {
+		args = append(args, flags)
+	}
+	args = append(args, "github.com/overlay-csi/overlay-csi/cmd/overlay-csi")
+	output, err := exec.Command("go", args...).CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("build the driver: %w\n%s", err, output)
+	}
+	return binary, nil
+}
+
+// WorkDir makes a directory whose file system can hold uppers. Where the temporary directory's cannot, as in a
+// container, it is a tmpfs. remove unmounts everything beneath it and removes it.
+func WorkDir() (dir string, remove func() error, err error) {
+	if unix.Geteuid() != 0 {
+		return "", nil, errors.New("overlay mounts need root: run this as root, or with sudo")
+	}
+	dir, err = os.MkdirTemp("", "overlay-csi-")
+	if err != nil {
+		return "", nil, err
+	}
+	remove = func() error {
+		return errors.Join(UnmountBeneath(dir), os.RemoveAll(dir))
+	}
+	handle, err := os.Open(dir)
+	if err != nil {
+		return "", nil, err
+	}
+	defer handle.Close()
+	if upper.Probe(handle) == nil {
+		return dir, remove, nil
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+		return "", nil, fmt.Errorf("mount a tmpfs for the test: %w", err)
+	}
+	return dir, remove, nil
+}
+
+// Node is the directories of one node and the driver that runs on it.
+type Node struct {
+	Dir, KubeletDir, DataRoot, LayerDir, Socket string
+
+	binary string
+	args   []string
+	cmd    *exec.Cmd
+	exited chan error
+	conn   *grpc.ClientConn
+	log    lockedBuffer
+}
+
+// NewNode makes a node in dir, on which binary will run with these flags beside those for the directories.
+func NewNode(dir, binary string, args ...string) (*Node, error) {
+	n := &Node{
+		Dir:        dir,
+		KubeletDir: filepath.Join(dir, "kubelet"),
+		DataRoot:   filepath.Join(dir, "data"),
+		LayerDir:   filepath.Join(dir, "layers"),
+		Socket:     filepath.Join(dir, "csi.sock"),
+		binary:     binary,
+		args:       args,
+	}
+	for _, path := range []string{filepath.Join(n.KubeletDir, "pods"), n.LayerDir} {
+		if err := os.MkdirAll(path, 0o755); err != nil {
+			return nil, err
+		}
+	}
+	return n, nil
+}
+
+// Start starts the driver and returns when it is ready.
+func (n *Node) Start(ctx context.Context) error {
+	args := append([]string{
+		"--endpoint=unix://" + n.Socket,
+		"--data-root=" + n.DataRoot,
+		"--kubelet-dir=" + n.KubeletDir,
+		"--layer-root=" + LayerRoot + "=" + n.LayerDir,
+		"--node-id=test-node",
+		"--http-endpoint=",
+		"--register=false",
+	}, n.args...)
+	n.cmd = exec.Command(n.binary, args...)
+	n.cmd.Stderr = &n.log
+	// The driver does not outlive a test that is killed.
+	n.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := n.cmd.Start(); err != nil {
+		return fmt.Errorf("start the driver: %w", err)
+	}
+	exited := make(chan error, 1)
+	n.exited = exited
+	go func(cmd *exec.Cmd) { exited <- cmd.Wait() }(n.cmd)
+	conn, err := grpc.NewClient("unix://"+n.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return err
+	}
+	n.conn = conn
+	return n.waitReady(ctx)
+}
+
+func (n *Node) waitReady(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	for {
+		response, err := csi.NewIdentityClient(n.conn).Probe(ctx, &csi.ProbeRequest{}, grpc.WaitForReady(true))
+		if err == nil && response.GetReady().GetValue() {
+			return nil
+		}
+		select {
+		case err := <-n.exited:
+			n.exited <- err
+			return fmt.Errorf("the driver ended: %w\n%s", err, n.Log())
+		case <-ctx.Done():
+			return fmt.Errorf("the driver is not ready: %w\n%s", ctx.Err(), n.Log())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// Stop ends the driver as Kubernetes does, with SIGTERM. Views stay.
+func (n *Node) Stop() error { return n.end(syscall.SIGTERM) }
+
+// Kill ends the driver at once, wherever it is.
+func (n *Node) Kill() error { return n.end(syscall.SIGKILL) }
+
+func (n *Node) end(signal syscall.Signal) error {
+	if n.cmd == nil {
+		return nil
+	}
+	if n.conn != nil {
+		n.conn.Close()
+	}
+	if err := n.cmd.Process.Signal(signal); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	select {
+	case err := <-n.exited:
+		n.cmd = nil
+		if signal == syscall.SIGTERM {
+			return err
+		}
+		return nil
+	case <-time.After(30 * time.Second):
+		return fmt.Errorf("the driver does not end after %s\n%s", signal, n.Log())
+	}
+}
+
+// PID is that of the driver's process.
+func (n *Node) PID() int { return n.cmd.Process.Pid }
+
+// Log is what the driver has logged since it was first started.
+func (n *Node) Log() string { return n.log.String() }
+
+// Conn is the connection to the driver.
+func (n *Node) Conn() *grpc.ClientConn { return n.conn }
+
+// NodeService is the driver's CSI node service.
+func (n *Node) NodeService() csi.NodeClient { return csi.NewNodeClient(n.conn) }
+
+// Controller is the driver's CSI controller service.
+func (n *Node) Controller() csi.ControllerClient { return csi.NewControllerClient(n.conn) }
+
+// Identity is the driver's CSI identity service.
+func (n *Node) Identity() csi.IdentityClient { return csi.NewIdentityClient(n.conn) }
+
+type lockedBuffer struct {
+	mu     sync.Mutex
+	buffer bytes.Buffer
+}
+
+var _ io.Writer = (*lockedBuffer)(nil)
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buffer.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buffer.String()
+}
