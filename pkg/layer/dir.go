@@ -57,19 +57,32 @@ func (r *Roots) find(ref Reference) (Root, error) {
 	return Root{}, fmt.Errorf("%w: layer %s: no layer root is named %q: %s (--layer-root)", errdefs.ErrInvalidArgument, ref, ref.Name(), known)
 }
 
-// Open opens the directory that a dir:// reference names (O_PATH). The kernel resolves the path beneath the root
+// openedRoots are the roots that one resolution has opened, so that each is opened once for all layers in it.
+type openedRoots map[string]*os.File
+
+func (o openedRoots) close() {
+	for _, root := range o {
+		root.Close()
+	}
+}
+
+// open opens the directory that a dir:// reference names (O_PATH). The kernel resolves the path beneath the root
 // (openat2(2), RESOLVE_BENEATH), whatever is renamed meanwhile. A missing directory is of the kind NotFound, what leaves
 // the root InvalidArgument.
-func (r *Roots) Open(ref Reference) (*os.File, error) {
+func (r *Roots) open(ref Reference, opened openedRoots) (*os.File, error) {
 	root, err := r.find(ref)
 	if err != nil {
 		return nil, err
 	}
-	rootDir, err := os.OpenFile(root.Path, unix.O_PATH|unix.O_DIRECTORY, 0)
-	if err != nil {
-		return nil, fmt.Errorf("%w: layer %s: open layer root %s: %w", errdefs.ErrUnavailable, ref, ref.Name(), err)
+	rootDir, ok := opened[ref.Name()]
+	if !ok {
+		fd, err := unix.Open(root.Path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return nil, fmt.Errorf("%w: layer %s: open layer root %s=%s: %w", errdefs.ErrUnavailable, ref, ref.Name(), root.Path, err)
+		}
+		rootDir = os.NewFile(uintptr(fd), root.Path)
+		opened[ref.Name()] = rootDir
 	}
-	defer rootDir.Close()
 	var resolve uint64
 	if !root.Mounts {
 		resolve = unix.RESOLVE_NO_XDEV

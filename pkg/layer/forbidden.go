@@ -43,35 +43,36 @@ func Forbid(path string) (Forbidden, error) {
 	}
 }
 
-// check refuses a directory that was opened beneath root.
+// check refuses a directory that was opened beneath root. It walks up by `..`, which the kernel resolves from where the
+// directory really is, whatever links led to it.
 func (f Forbidden) check(root, dir *os.File) error {
-	id, err := idOf(int(dir.Fd()), "")
+	rootID, err := idOf(int(root.Fd()), "")
+	if err != nil {
+		return fmt.Errorf("stat %s: %w", root.Name(), err)
+	}
+	at, err := idOf(int(dir.Fd()), "")
 	if err != nil {
 		return fmt.Errorf("stat %s: %w", dir.Name(), err)
 	}
-	if f.above[id] {
+	if f.above[at] {
 		return fmt.Errorf("%w: it contains the driver's data root %s, where uppers are", errdefs.ErrInvalidArgument, f.path)
 	}
-	// The directory's real path, links resolved, as the kernel has it.
-	path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", dir.Fd()))
-	if err != nil {
-		return fmt.Errorf("find the path of %s: %w", dir.Name(), err)
-	}
-	rootPath, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", root.Fd()))
-	if err != nil {
-		return fmt.Errorf("find the path of %s: %w", root.Name(), err)
-	}
-	for {
-		if path == f.path || id == f.self {
+	up := ""
+	for below := (fileID{}); at != below; {
+		if at == f.self {
 			return fmt.Errorf("%w: it lies in the driver's data root %s", errdefs.ErrInvalidArgument, f.path)
 		}
-		if path == rootPath || path == "/" || path == "." {
+		if at == rootID {
 			return nil
 		}
-		path = filepath.Dir(path)
-		// A parent that was renamed meanwhile does not matter: the directory itself is held open.
-		id, _ = idOf(unix.AT_FDCWD, path)
+		below = at
+		up += "../"
+		if at, err = idOf(int(dir.Fd()), up); err != nil {
+			return fmt.Errorf("stat %s above %s: %w", up, dir.Name(), err)
+		}
 	}
+	// The root of all: the directory was renamed out of its layer root meanwhile, and held open.
+	return nil
 }
 
 // idOf identifies a directory, or with an empty path the open one.

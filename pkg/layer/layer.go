@@ -47,8 +47,10 @@ func NewResolver(roots *Roots, podVolumes *PodVolumes) *Resolver {
 // Resolve opens the directories of the references in their order. The caller closes the stack.
 func (r *Resolver) Resolve(ctx context.Context, refs []Reference, pod Pod) (Stack, error) {
 	stack := make(Stack, 0, len(refs))
+	opened := openedRoots{}
+	defer opened.close()
 	for _, ref := range refs {
-		dir, err := r.resolve(ctx, ref, pod)
+		dir, err := r.resolve(ctx, ref, pod, opened)
 		if err != nil {
 			stack.Close()
 			return nil, err
@@ -58,10 +60,10 @@ func (r *Resolver) Resolve(ctx context.Context, refs []Reference, pod Pod) (Stac
 	return stack, nil
 }
 
-func (r *Resolver) resolve(ctx context.Context, ref Reference, pod Pod) (*os.File, error) {
+func (r *Resolver) resolve(ctx context.Context, ref Reference, pod Pod, opened openedRoots) (*os.File, error) {
 	switch ref.Scheme() {
 	case Dir:
-		return r.roots.Open(ref)
+		return r.roots.open(ref, opened)
 	case Volume:
 		return r.podVolumes.Open(ctx, ref, pod)
 	}

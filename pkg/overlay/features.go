@@ -90,8 +90,14 @@ func Probe(dir string) (Features, error) {
 	var features Features
 	features.MountAPI = unix.FsconfigSetString(int(fsContext.Fd()), "lowerdir+", procPath(layer)) == nil
 	features.LayerFD = features.MountAPI && unix.FsconfigSetFd(int(fsContext.Fd()), "lowerdir+", int(layer.Fd())) == nil
-	_, err = superMagic(dir)
-	features.StatMount = err == nil
+	stat, err := statMount(unix.AT_FDCWD, dir, 0)
+	if err != nil {
+		return Features{}, fmt.Errorf("probe the kernel: %w", err)
+	}
+	if stat.Mask&unix.STATX_MNT_ID_UNIQUE != 0 {
+		_, err = superMagic(stat.Mnt_id)
+		features.StatMount = err == nil
+	}
 	return features, nil
 }
 

@@ -208,36 +208,63 @@ func (m *Mounter) IsLikelyNotMountPoint(path string) (bool, error) {
 // CanSafelySkipMountPointCheck is false: Unmount of what is no mount point is an error (mount.Interface).
 func (m *Mounter) CanSafelySkipMountPointCheck() bool { return false }
 
-// IsOverlay reports whether an overlay is mounted at path: false for any other mount, for a directory within an
-// overlay, and for a path that does not exist.
-func (m *Mounter) IsOverlay(path string) (bool, error) {
-	mounted, err := m.IsMountPoint(path)
+// Mounted is what is mounted at a path.
+type Mounted int
+
+// What can be mounted at a path.
+const (
+	Nothing Mounted = iota // nothing, or there is no such path
+	Overlay                // an overlay
+	Other                  // another file system
+)
+
+// At tells what is mounted at path itself. A directory within a mount is no mount point.
+func (m *Mounter) At(path string) (Mounted, error) {
+	stat, err := statMount(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW)
 	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
+		return Nothing, nil
 	}
-	if err != nil || !mounted {
-		return false, err
+	if err != nil || !isRoot(stat) {
+		return Nothing, err
 	}
+	magic, err := m.superMagic(path, stat)
+	if err != nil {
+		return Nothing, err
+	}
+	if magic == unix.OVERLAYFS_SUPER_MAGIC {
+		return Overlay, nil
+	}
+	return Other, nil
+}
+
+func (m *Mounter) superMagic(path string, stat unix.Statx_t) (int64, error) {
 	if m.features.StatMount {
-		magic, err := superMagic(path)
-		return magic == unix.OVERLAYFS_SUPER_MAGIC, err
+		return superMagic(stat.Mnt_id)
 	}
-	var stat unix.Statfs_t
-	if err := unix.Statfs(path, &stat); err != nil {
-		return false, &os.PathError{Op: "statfs", Path: path, Err: err}
+	var fsStat unix.Statfs_t
+	if err := unix.Statfs(path, &fsStat); err != nil {
+		return 0, &os.PathError{Op: "statfs", Path: path, Err: err}
 	}
-	return stat.Type == unix.OVERLAYFS_SUPER_MAGIC, nil
+	return int64(fsStat.Type), nil
 }
 
 // isMountRoot asks statx, which knows of the one path that it is given, instead of the mount table.
 func isMountRoot(dirFD int, path string, flags int) (bool, error) {
+	stat, err := statMount(dirFD, path, flags)
+	return isRoot(stat), err
+}
+
+// statMount stats a path with its mount's unique ID, where the kernel has such. The file system is not waited for.
+func statMount(dirFD int, path string, flags int) (unix.Statx_t, error) {
 	var stat unix.Statx_t
 	flags |= unix.AT_NO_AUTOMOUNT | unix.AT_STATX_DONT_SYNC
-	if err := unix.Statx(dirFD, path, flags, unix.STATX_TYPE, &stat); err != nil {
-		return false, &os.PathError{Op: "statx", Path: path, Err: err}
+	if err := unix.Statx(dirFD, path, flags, unix.STATX_TYPE|unix.STATX_MNT_ID_UNIQUE, &stat); err != nil {
+		return unix.Statx_t{}, &os.PathError{Op: "statx", Path: path, Err: err}
 	}
-	return stat.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0, nil
+	return stat, nil
 }
+
+func isRoot(stat unix.Statx_t) bool { return stat.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0 }
 
 func openDir(path string) (*os.File, error) {
 	return os.OpenFile(path, unix.O_PATH|unix.O_DIRECTORY, 0)

@@ -28,22 +28,14 @@ type mountStatus struct {
 	_       [480]byte
 }
 
-// superMagic returns the magic number of the file system that path lies on, as the kernel's mount has it: the file
-// system itself is not asked, so that one that hangs cannot hold the answer back (statmount(2)).
-func superMagic(path string) (uint64, error) {
-	var stat unix.Statx_t
-	flags := unix.AT_SYMLINK_NOFOLLOW | unix.AT_NO_AUTOMOUNT | unix.AT_STATX_DONT_SYNC
-	if err := unix.Statx(unix.AT_FDCWD, path, flags, unix.STATX_MNT_ID_UNIQUE, &stat); err != nil {
-		return 0, &os.PathError{Op: "statx", Path: path, Err: err}
-	}
-	if stat.Mask&unix.STATX_MNT_ID_UNIQUE == 0 {
-		return 0, &os.PathError{Op: "statx", Path: path, Err: unix.ENOSYS}
-	}
-	request := mountIDRequest{size: uint32(unsafe.Sizeof(mountIDRequest{})), id: stat.Mnt_id, param: statmountBasic}
+// superMagic returns the magic number of a mount's file system as the mount has it: the file system itself is not
+// asked, so that one that hangs cannot hold the answer back (statmount(2)). id is the mount's unique ID.
+func superMagic(id uint64) (int64, error) {
+	request := mountIDRequest{size: uint32(unsafe.Sizeof(mountIDRequest{})), id: id, param: statmountBasic}
 	var status mountStatus
 	_, _, errno := unix.Syscall6(unix.SYS_STATMOUNT, uintptr(unsafe.Pointer(&request)), uintptr(unsafe.Pointer(&status)), unsafe.Sizeof(status), 0, 0, 0)
 	if errno != 0 {
-		return 0, &os.PathError{Op: "statmount", Path: path, Err: errno}
+		return 0, os.NewSyscallError("statmount", errno)
 	}
-	return status.sbMagic, nil
+	return int64(status.sbMagic), nil
 }

@@ -19,13 +19,18 @@ func NewDir(base string) Dir { return Dir{base: base} }
 
 // Prepare makes the directories where they are missing; see openDirs for like.
 func (d Dir) Prepare(like *os.File) (Dirs, error) {
-	if err := os.Mkdir(d.base, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return Dirs{}, fmt.Errorf("make the upper's directory: %w", err)
+	const flags = unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	fd, err := unix.Open(d.base, flags, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := os.Mkdir(d.base, 0o700); err != nil {
+			return Dirs{}, fmt.Errorf("make the upper's directory: %w", err)
+		}
+		fd, err = unix.Open(d.base, flags, 0)
 	}
-	base, err := os.OpenFile(d.base, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
-		return Dirs{}, fmt.Errorf("open the upper's directory: %w", err)
+		return Dirs{}, fmt.Errorf("open the upper's directory %s: %w", d.base, err)
 	}
+	base := os.NewFile(uintptr(fd), d.base)
 	defer base.Close()
 	dirs, err := openDirs(base, like)
 	if err != nil {

@@ -25,8 +25,7 @@ type mounter interface {
 	Pin(dir *os.File) error
 	Detach(root *os.File) error
 	Unmount(target string) error
-	IsMountPoint(path string) (bool, error)
-	IsOverlay(path string) (bool, error)
+	At(path string) (overlay.Mounted, error)
 	UpperInUse(upper *os.File) (bool, error)
 }
 
@@ -142,11 +141,11 @@ func (m *Manager) usesUpper(owner upper.Owner) bool {
 
 // isLive reports whether the view of a publication is mounted.
 func (m *Manager) isLive(p *publication) (bool, error) {
-	live, err := m.mounter.IsOverlay(p.Target)
+	mounted, err := m.mounter.At(p.Target)
 	if err != nil {
 		return false, fmt.Errorf("look at the target %s: %w", p.Target, err)
 	}
-	return live, nil
+	return mounted == overlay.Overlay, nil
 }
 
 // exists reports whether there is something at path, and says so too where that cannot be told.

@@ -73,8 +73,10 @@ func (m *Manager) Publish(ctx context.Context, req PublishRequest) (err error) {
 		return err
 	}
 	defer target.Close()
-	if mounted, err := m.mounter.IsMountPoint(req.Target); err != nil || mounted {
-		return errors.Join(err, fmt.Errorf("%w: target path %s: something that is not this driver's is mounted there: unmount it", errdefs.ErrFailedPrecondition, req.Target))
+	if mounted, err := m.mounter.At(req.Target); err != nil {
+		return fmt.Errorf("look at target %s: %w", req.Target, err)
+	} else if mounted != overlay.Nothing {
+		return fmt.Errorf("%w: target path %s: something that is not this volume is mounted there: unmount it", errdefs.ErrFailedPrecondition, req.Target)
 	}
 
 	r, p, err := m.plan(ctx, before, req, stack)

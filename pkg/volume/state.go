@@ -160,10 +160,11 @@ func (s states) write(r *record) error {
 		return err
 	}
 	temporary := filepath.Join(dir, newStateName)
-	file, err := os.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o600)
+	fd, err := unix.Open(temporary, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 	if err != nil {
-		return err
+		return &os.PathError{Op: "create", Path: temporary, Err: err}
 	}
+	file := os.NewFile(uintptr(fd), temporary)
 	_, err = file.Write(data)
 	if err == nil && r.durable() {
 		err = file.Sync()
@@ -171,8 +172,8 @@ func (s states) write(r *record) error {
 	if err := errors.Join(err, file.Close()); err != nil {
 		return err
 	}
-	if err := os.Rename(temporary, filepath.Join(dir, stateName)); err != nil {
-		return err
+	if err := unix.Rename(temporary, filepath.Join(dir, stateName)); err != nil {
+		return &os.PathError{Op: "rename", Path: temporary, Err: err}
 	}
 	if made && r.durable() {
 		return errors.Join(syncDir(dir), syncDir(s.dir))

@@ -30,18 +30,18 @@ func CheckTarget(target string) error {
 // openTarget opens the target directory (O_PATH), and makes it where it is missing. Its parent is kubelet's to make: a
 // pod whose directory is gone is gone itself. The target itself must be a directory, no link to one.
 func openTarget(path string) (target *os.File, made bool, err error) {
-	parent, err := os.OpenFile(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY, 0)
+	parent, err := unix.Open(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, false, fmt.Errorf("%w: open the directory of the target: %w: kubelet makes it before it publishes", errdefs.ErrFailedPrecondition, err)
+		return nil, false, fmt.Errorf("%w: open the directory of the target %s: %w: kubelet makes it before it publishes", errdefs.ErrFailedPrecondition, path, err)
 	}
-	defer parent.Close()
+	defer unix.Close(parent)
 	name := filepath.Base(path)
-	err = unix.Mkdirat(int(parent.Fd()), name, 0o750)
+	err = unix.Mkdirat(parent, name, 0o750)
 	if err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, false, &os.PathError{Op: "mkdir", Path: path, Err: err}
 	}
 	made = err == nil
-	fd, err := unix.Openat(int(parent.Fd()), name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	fd, err := unix.Openat(parent, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
 		return nil, false, fmt.Errorf("%w: target path %s is a file or a link: it must be a directory or not exist", errdefs.ErrInvalidArgument, path)
 	}

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -17,6 +18,11 @@ import (
 
 const (
 	trashName = "trash"
+	// trashDelay is how long the trash waits after something came, so that a burst of unpublishes is over before its
+	// deletions begin.
+	trashDelay = time.Second
+	// trashNice is the niceness of the thread that deletes: pods and RPCs come first.
+	trashNice = 19
 	// trashBatch is how many entries are removed between two pauses, each as long as the batch took: deleting a large
 	// upper takes half of one core and half of the disk's time at most.
 	trashBatch = 256
@@ -37,7 +43,7 @@ func newTrash(dir string) *trash { return &trash{dir: dir, wake: make(chan struc
 
 // put moves a file or directory to the trash. What does not exist is already gone.
 func (t *trash) put(path string) error {
-	err := os.Rename(path, filepath.Join(t.dir, t.name()))
+	err := unix.Rename(path, filepath.Join(t.dir, t.name()))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("move %s to the trash: %w", path, err)
 	}
@@ -55,6 +61,11 @@ func (t *trash) name() string {
 
 // run deletes what is in the trash and what comes, until ctx is done.
 func (t *trash) run(ctx context.Context) {
+	// Not unlocked: the thread, whose niceness stays, ends with this goroutine.
+	runtime.LockOSThread()
+	if err := unix.Setpriority(unix.PRIO_PROCESS, 0, trashNice); err != nil {
+		klog.FromContext(ctx).Info("The trash is deleted at normal priority", "reason", err.Error())
+	}
 	for {
 		if err := t.empty(ctx); err != nil && ctx.Err() == nil {
 			klog.FromContext(ctx).Error(err, "Some of the trash cannot be deleted; it is tried again with the next")
@@ -63,6 +74,11 @@ func (t *trash) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-t.wake:
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(trashDelay):
 		}
 	}
 }

@@ -4,11 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 )
 
 // maxStacked is how many views are unmounted at one target. More than one is there only if somebody mounted by hand.
@@ -49,18 +50,13 @@ func (m *Manager) Unpublish(ctx context.Context, id, target string) error {
 // not the driver's to unmount.
 func (m *Manager) unmount(target string) error {
 	for range maxStacked {
-		mounted, err := m.mounter.IsMountPoint(target)
-		if errors.Is(err, fs.ErrNotExist) || (err == nil && !mounted) {
+		mounted, err := m.mounter.At(target)
+		switch {
+		case err != nil:
+			return fmt.Errorf("look at target %s: %w", target, err)
+		case mounted == overlay.Nothing:
 			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("look at target %s: %w", target, err)
-		}
-		ours, err := m.mounter.IsOverlay(target)
-		if err != nil {
-			return fmt.Errorf("look at target %s: %w", target, err)
-		}
-		if !ours {
+		case mounted == overlay.Other:
 			return fmt.Errorf("%w: what is mounted at target %s is no overlay: the driver did not mount it: unmount it by hand", errdefs.ErrFailedPrecondition, target)
 		}
 		err = m.mounter.Unmount(target)

@@ -3,15 +3,12 @@
 package drivertest
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"sync"
 	"syscall"
 	"time"
 
@@ -80,7 +77,6 @@ type Node struct {
 	cmd    *exec.Cmd
 	exited chan error
 	conn   *grpc.ClientConn
-	log    lockedBuffer
 }
 
 // NewNode makes a node in dir, on which binary will run with these flags beside those for the directories.
@@ -114,7 +110,12 @@ func (n *Node) Start(ctx context.Context) error {
 		"--register=false",
 	}, n.args...)
 	n.cmd = exec.Command(n.binary, args...)
-	n.cmd.Stderr = &n.log
+	log, err := os.OpenFile(n.logPath(), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	n.cmd.Stderr = log
 	// The driver does not outlive a test that is killed.
 	n.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := n.cmd.Start(); err != nil {
@@ -182,7 +183,15 @@ func (n *Node) end(signal syscall.Signal) error {
 func (n *Node) PID() int { return n.cmd.Process.Pid }
 
 // Log is what the driver has logged since it was first started.
-func (n *Node) Log() string { return n.log.String() }
+func (n *Node) Log() string {
+	log, err := os.ReadFile(n.logPath())
+	if err != nil {
+		return err.Error()
+	}
+	return string(log)
+}
+
+func (n *Node) logPath() string { return filepath.Join(n.Dir, "driver.log") }
 
 // Conn is the connection to the driver.
 func (n *Node) Conn() *grpc.ClientConn { return n.conn }
@@ -195,22 +204,3 @@ func (n *Node) Controller() csi.ControllerClient { return csi.NewControllerClien
 
 // Identity is the driver's CSI identity service.
 func (n *Node) Identity() csi.IdentityClient { return csi.NewIdentityClient(n.conn) }
-
-type lockedBuffer struct {
-	mu     sync.Mutex
-	buffer bytes.Buffer
-}
-
-var _ io.Writer = (*lockedBuffer)(nil)
-
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buffer.Write(p)
-}
-
-func (b *lockedBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buffer.String()
-}
