@@ -171,3 +171,32 @@ func Layers(names ...string) string {
 	}
 	return strings.Join(refs, "\n")
 }
+
+// CSIVolume makes the directory of another CSI driver's volume in the pod, as kubelet does before it calls that driver,
+// and returns where that driver mounts it. lifecycle is Ephemeral or Persistent.
+func (p *Pod) CSIVolume(specName, lifecycle string) (string, error) {
+	target := p.Target(specName)
+	if err := os.MkdirAll(target, 0o750); err != nil {
+		return "", err
+	}
+	data := fmt.Sprintf(`{"driverName":"other.example.com","specVolID":%q,"volumeLifecycleMode":%q}`, specName, lifecycle)
+	return target, os.WriteFile(filepath.Join(filepath.Dir(target), "vol_data.json"), []byte(data), 0o600)
+}
+
+// ConfigMap makes a ConfigMap volume in the pod as kubelet does, behind its link ..data.
+func (p *Pod) ConfigMap(name string, files map[string]string) error {
+	path := filepath.Join(p.Dir(), "volumes", "kubernetes.io~configmap", name)
+	const generation = "..2026_11_23_00_00_00.1"
+	if err := os.MkdirAll(filepath.Join(path, generation), 0o755); err != nil {
+		return err
+	}
+	for file, content := range files {
+		if err := os.WriteFile(filepath.Join(path, generation, file), []byte(content), 0o644); err != nil {
+			return err
+		}
+		if err := os.Symlink(filepath.Join("..data", file), filepath.Join(path, file)); err != nil {
+			return err
+		}
+	}
+	return os.Symlink(generation, filepath.Join(path, "..data"))
+}

@@ -1,0 +1,224 @@
+// Package integration tests the real driver, over its real socket, with real mounts, as kubelet would use it.
+package integration
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/overlay-csi/overlay-csi/test/drivertest"
+)
+
+var driverBinary string
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	dir, remove, err := drivertest.WorkDir()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "integration tests:", err)
+		return 1
+	}
+	defer func() {
+		if err := remove(); err != nil {
+			fmt.Fprintln(os.Stderr, "clean up:", err)
+		}
+	}()
+	if driverBinary, err = drivertest.Build(dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return m.Run()
+}
+
+// kernels are what the driver is made to believe of the kernel: every way to mount is tested as really as the others.
+var kernels = map[string][]string{
+	"layers by descriptor": nil,
+	"layers by path":       {"--without-kernel-features=layer-fd"},
+	"mount(8)":             {"--without-kernel-features=mount-api,statmount"},
+}
+
+// onEachKernel runs a test once for each way to mount.
+func onEachKernel(t *testing.T, test func(t *testing.T, node *drivertest.Node)) {
+	for name, args := range kernels {
+		t.Run(name, func(t *testing.T) { test(t, startNode(t, args...)) })
+	}
+}
+
+// newNode makes a node in a directory of its own, whose driver is not started yet. At the end of the test the driver is
+// stopped, and what is mounted is unmounted. A driver that logged a panic or a data race fails the test.
+func newNode(t *testing.T, args ...string) *drivertest.Node {
+	t.Helper()
+	dir, remove, err := drivertest.WorkDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	node, err := drivertest.NewNode(dir, driverBinary, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := node.Stop(); err != nil {
+			t.Errorf("stop the driver: %v", err)
+		}
+		if log := node.Log(); strings.Contains(log, "DATA RACE") || strings.Contains(log, "panicked") {
+			t.Errorf("the driver's log:\n%s", log)
+		} else if t.Failed() {
+			t.Logf("the driver's log:\n%s", log)
+		}
+		if err := remove(); err != nil {
+			t.Errorf("clean up: %v", err)
+		}
+	})
+	return node
+}
+
+func startNode(t *testing.T, args ...string) *drivertest.Node {
+	t.Helper()
+	node := newNode(t, args...)
+	start(t, node)
+	return node
+}
+
+func start(t *testing.T, node *drivertest.Node) {
+	t.Helper()
+	if err := node.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// layersOf makes a layer of files for each map, the topmost first, and returns the value of the key layers.
+func layersOf(t *testing.T, node *drivertest.Node, layers ...map[string]string) string {
+	t.Helper()
+	names := make([]string, len(layers))
+	for i, files := range layers {
+		names[i] = fmt.Sprintf("layer-%d", i)
+		if _, err := node.Layer(names[i], files); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return drivertest.Layers(names...)
+}
+
+func newPod(t *testing.T, node *drivertest.Node, name string) *drivertest.Pod {
+	t.Helper()
+	pod, err := node.NewPod(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pod
+}
+
+func publish(t *testing.T, pod *drivertest.Pod, v drivertest.Volume) string {
+	t.Helper()
+	target, err := pod.Publish(timeout(t), v)
+	if err != nil {
+		t.Fatalf("publish: %v", err)
+	}
+	return target
+}
+
+func unpublish(t *testing.T, pod *drivertest.Pod, v drivertest.Volume) {
+	t.Helper()
+	if err := pod.Unpublish(timeout(t), v); err != nil {
+		t.Fatalf("unpublish: %v", err)
+	}
+}
+
+func removePod(t *testing.T, pod *drivertest.Pod) {
+	t.Helper()
+	if err := pod.Remove(); err != nil {
+		t.Fatalf("remove the pod's directory: %v", err)
+	}
+}
+
+// timeout is kubelet's patience, two minutes.
+func timeout(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func wantNothingLeft(t *testing.T, node *drivertest.Node) {
+	t.Helper()
+	left, err := node.Leftovers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(left) > 0 {
+		t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
+	}
+}
+
+// wantCode checks an RPC's code, and that its message has each of the words.
+func wantCode(t *testing.T, err error, code codes.Code, words ...string) {
+	t.Helper()
+	if status.Code(err) != code {
+		t.Fatalf("code %s instead of %s: %v", status.Code(err), code, err)
+	}
+	for _, word := range words {
+		if !strings.Contains(status.Convert(err).Message(), word) {
+			t.Errorf("the message %q does not say %q", status.Convert(err).Message(), word)
+		}
+	}
+}
+
+func write(t *testing.T, path, content string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func wantFile(t *testing.T, path, want string) {
+	t.Helper()
+	got, err := os.ReadFile(path)
+	if err != nil {
+		t.Error(err)
+	} else if string(got) != want {
+		t.Errorf("%s has %q instead of %q", path, got, want)
+	}
+}
+
+func wantAbsent(t *testing.T, path string) {
+	t.Helper()
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%s is there (%v)", path, err)
+	}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// eventually waits for something that the driver does in the background.
+func eventually(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for !done() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not after 30 s: %s", what)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+func upperDir(node *drivertest.Node, pod *drivertest.Pod, v drivertest.Volume) string {
+	return filepath.Join(node.DataRoot, "volumes", pod.Request(v).GetVolumeId(), "upper")
+}

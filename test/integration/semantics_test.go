@@ -1,0 +1,155 @@
+package integration
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/test/drivertest"
+)
+
+// TestOverlaySemantics is what programs do to files, on a view whose upper already holds half of them.
+func TestOverlaySemantics(t *testing.T) {
+	for name, test := range map[string]func(t *testing.T, view, layer, upper string){
+		"copy-up keeps owner, mode, times and xattrs": copyUp,
+		"whiteout":                           whiteout,
+		"opaque directory":                   opaqueDirectory,
+		"rename of a directory from a layer": renameDirectory,
+		"hard links":                         hardLinks,
+		"xattrs":                             xattrs,
+		"O_TMPFILE":                          tmpfile,
+		"mmap":                               mmap,
+		"inode numbers stay over a copy-up":  inodeNumbers,
+	} {
+		t.Run(name, func(t *testing.T) {
+			onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
+				v := inline("layers", layersOf(t, node, map[string]string{"f": "layer", "dir/a": "a", "dir/sub/b": "b"}))
+				pod := newPod(t, node, "pod")
+				layer := filepath.Join(node.LayerDir, "layer-0")
+				must(t, unix.Setxattr(filepath.Join(layer, "f"), "user.origin", []byte("layer"), 0))
+				must(t, os.Chown(filepath.Join(layer, "f"), 1234, 5678))
+				must(t, os.Chmod(filepath.Join(layer, "f"), 0o640))
+				target := publish(t, pod, v)
+				test(t, target, layer, upperDir(node, pod, v))
+				unpublish(t, pod, v)
+				wantFile(t, filepath.Join(layer, "f"), "layer")
+				wantFile(t, filepath.Join(layer, "dir/sub/b"), "b")
+				wantNothingLeft(t, node)
+			})
+		})
+	}
+}
+
+func copyUp(t *testing.T, view, layer, upper string) {
+	wantAbsent(t, filepath.Join(upper, "f"))
+	var before, after unix.Stat_t
+	must(t, unix.Stat(filepath.Join(layer, "f"), &before))
+	file, err := os.OpenFile(filepath.Join(view, "f"), os.O_WRONLY|os.O_APPEND, 0)
+	must(t, err)
+	must(t, unix.Stat(filepath.Join(upper, "f"), &after))
+	if before.Mode != after.Mode || before.Uid != after.Uid || before.Gid != after.Gid || before.Mtim != after.Mtim {
+		t.Errorf("copied up as %+v from %+v", after, before)
+	}
+	_, err = file.WriteString("+pod")
+	must(t, err)
+	must(t, file.Close())
+	wantFile(t, filepath.Join(view, "f"), "layer+pod")
+	wantFile(t, filepath.Join(upper, "f"), "layer+pod")
+	wantXattr(t, filepath.Join(upper, "f"), "user.origin", "layer")
+}
+
+func whiteout(t *testing.T, view, _, upper string) {
+	must(t, os.Remove(filepath.Join(view, "f")))
+	wantAbsent(t, filepath.Join(view, "f"))
+	var stat unix.Stat_t
+	must(t, unix.Lstat(filepath.Join(upper, "f"), &stat))
+	if stat.Mode&unix.S_IFMT != unix.S_IFCHR || stat.Rdev != 0 {
+		t.Errorf("no whiteout: mode %o, device %d", stat.Mode, stat.Rdev)
+	}
+	write(t, filepath.Join(view, "f"), "new")
+	wantFile(t, filepath.Join(view, "f"), "new")
+}
+
+func opaqueDirectory(t *testing.T, view, _, upper string) {
+	must(t, os.RemoveAll(filepath.Join(view, "dir")))
+	must(t, os.Mkdir(filepath.Join(view, "dir"), 0o755))
+	entries, err := os.ReadDir(filepath.Join(view, "dir"))
+	must(t, err)
+	if len(entries) != 0 {
+		t.Errorf("the layer's files shine through: %v", entries)
+	}
+	wantXattr(t, filepath.Join(upper, "dir"), "trusted.overlay.opaque", "y")
+}
+
+func renameDirectory(t *testing.T, view, _, _ string) {
+	// No EXDEV: rename(2) itself works, and not only programs that copy where it does not.
+	must(t, os.Rename(filepath.Join(view, "dir"), filepath.Join(view, "moved")))
+	wantFile(t, filepath.Join(view, "moved/sub/b"), "b")
+	wantAbsent(t, filepath.Join(view, "dir"))
+	must(t, os.Rename(filepath.Join(view, "moved/sub"), filepath.Join(view, "sub")))
+	wantFile(t, filepath.Join(view, "sub/b"), "b")
+}
+
+func hardLinks(t *testing.T, view, _, _ string) {
+	must(t, os.Link(filepath.Join(view, "f"), filepath.Join(view, "link")))
+	write(t, filepath.Join(view, "link"), "through the link")
+	wantFile(t, filepath.Join(view, "f"), "through the link")
+	// The file belongs to another user, and that does not change.
+	var stat unix.Stat_t
+	must(t, unix.Stat(filepath.Join(view, "f"), &stat))
+	if stat.Nlink != 2 || stat.Uid != 1234 {
+		t.Errorf("%d links, owner %d", stat.Nlink, stat.Uid)
+	}
+}
+
+func xattrs(t *testing.T, view, layer, _ string) {
+	path := filepath.Join(view, "f")
+	wantXattr(t, path, "user.origin", "layer")
+	must(t, unix.Setxattr(path, "user.origin", []byte("pod"), 0))
+	must(t, unix.Setxattr(path, "trusted.mine", []byte("1"), 0))
+	wantXattr(t, path, "user.origin", "pod")
+	wantXattr(t, path, "trusted.mine", "1")
+	wantXattr(t, filepath.Join(layer, "f"), "user.origin", "layer")
+	must(t, unix.Removexattr(path, "user.origin"))
+	if _, err := unix.Getxattr(path, "user.origin", nil); !isErrno(err, unix.ENODATA) {
+		t.Errorf("a removed attribute: %v", err)
+	}
+}
+
+func tmpfile(t *testing.T, view, _, _ string) {
+	fd, err := unix.Open(filepath.Join(view, "dir"), unix.O_TMPFILE|unix.O_RDWR, 0o600)
+	if isErrno(err, unix.EOPNOTSUPP) && !kernelAtLeast(t, 6, 3) {
+		t.Skip("overlayfs has O_TMPFILE from Linux 6.3 on")
+	}
+	must(t, err)
+	defer unix.Close(fd)
+	_, err = unix.Write(fd, []byte("no name"))
+	must(t, err)
+	must(t, unix.Linkat(unix.AT_FDCWD, procFD(fd), unix.AT_FDCWD, filepath.Join(view, "dir/named"), unix.AT_SYMLINK_FOLLOW))
+	wantFile(t, filepath.Join(view, "dir/named"), "no name")
+}
+
+func mmap(t *testing.T, view, layer, _ string) {
+	file, err := os.OpenFile(filepath.Join(view, "f"), os.O_RDWR, 0)
+	must(t, err)
+	defer file.Close()
+	memory, err := unix.Mmap(int(file.Fd()), 0, 5, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	must(t, err)
+	copy(memory, "MMAP!")
+	must(t, unix.Msync(memory, unix.MS_SYNC))
+	must(t, unix.Munmap(memory))
+	wantFile(t, filepath.Join(view, "f"), "MMAP!")
+	wantFile(t, filepath.Join(layer, "f"), "layer")
+}
+
+func inodeNumbers(t *testing.T, view, _, _ string) {
+	var before, after unix.Stat_t
+	must(t, unix.Stat(filepath.Join(view, "dir/a"), &before))
+	write(t, filepath.Join(view, "dir/a"), "copied up")
+	must(t, unix.Stat(filepath.Join(view, "dir/a"), &after))
+	if before.Ino != after.Ino || before.Dev != after.Dev {
+		t.Errorf("inode %d on device %d became %d on %d", before.Ino, before.Dev, after.Ino, after.Dev)
+	}
+}
