@@ -15,6 +15,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
@@ -95,8 +96,18 @@ func NewNode(dir, binary string, args ...string) (*Node, error) {
 			return nil, err
 		}
 	}
-	return n, nil
+	var err error
+	n.conn, err = grpc.NewClient("unix://"+n.Socket,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 5 * time.Millisecond, Multiplier: 1.5, MaxDelay: 50 * time.Millisecond}}))
+	return n, err
 }
+
+// AddArgs adds flags for the next start.
+func (n *Node) AddArgs(args ...string) { n.args = append(n.args, args...) }
+
+// Forget is for a driver that was not meant to start: it has ended by itself.
+func (n *Node) Forget() { n.cmd = nil }
 
 // Start starts the driver and returns when it is ready.
 func (n *Node) Start(ctx context.Context) error {
@@ -124,11 +135,6 @@ func (n *Node) Start(ctx context.Context) error {
 	exited := make(chan error, 1)
 	n.exited = exited
 	go func(cmd *exec.Cmd) { exited <- cmd.Wait() }(n.cmd)
-	conn, err := grpc.NewClient("unix://"+n.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		return err
-	}
-	n.conn = conn
 	return n.waitReady(ctx)
 }
 
@@ -161,9 +167,6 @@ func (n *Node) end(signal syscall.Signal) error {
 	if n.cmd == nil {
 		return nil
 	}
-	if n.conn != nil {
-		n.conn.Close()
-	}
 	if err := n.cmd.Process.Signal(signal); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
 	}
@@ -193,7 +196,7 @@ func (n *Node) Log() string {
 
 func (n *Node) logPath() string { return filepath.Join(n.Dir, "driver.log") }
 
-// Conn is the connection to the driver.
+// Conn is the connection to the driver. It connects again when the driver was started again.
 func (n *Node) Conn() *grpc.ClientConn { return n.conn }
 
 // NodeService is the driver's CSI node service.

@@ -41,3 +41,13 @@ func mountTmpfs(t *testing.T, path string) {
 	must(t, unix.Mount("tmpfs", path, "tmpfs", 0, ""))
 	t.Cleanup(func() { _ = unix.Unmount(path, unix.MNT_DETACH) })
 }
+
+// syncFS writes everything of a file system to its disk: a volatile view leaves fsync out.
+func syncFS(path string) error {
+	fd, err := unix.Open(path, unix.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.Syncfs(fd)
+}
