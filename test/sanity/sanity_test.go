@@ -1,0 +1,64 @@
+// Package sanity runs csi-test's sanity suite against the running driver, with everything that the driver advertises.
+package sanity
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/kubernetes-csi/csi-test/v5/pkg/sanity"
+
+	"github.com/overlay-csi/overlay-csi/test/drivertest"
+)
+
+func TestSanity(t *testing.T) {
+	dir, remove, err := drivertest.WorkDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := remove(); err != nil {
+			t.Error(err)
+		}
+	})
+	binary, err := drivertest.Build(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	node, err := drivertest.NewNode(dir, binary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := node.Layer("layer", map[string]string{"f": "f"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := node.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := node.Stop(); err != nil {
+			t.Error(err)
+		}
+		left, err := node.Leftovers()
+		if err != nil || len(left) > 0 {
+			t.Errorf("left behind: %v, %v", left, err)
+		}
+		if t.Failed() {
+			t.Log(node.Log())
+		}
+	})
+	parameters := filepath.Join(dir, "parameters.yaml")
+	if err := os.WriteFile(parameters, fmt.Appendf(nil, "layers: %q\n", drivertest.Layers("layer")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	config := sanity.NewTestConfig()
+	config.Address = "unix://" + node.Socket
+	config.TestVolumeParametersFile = parameters
+	config.TargetPath = filepath.Join(dir, "target")
+	config.StagingPath = filepath.Join(dir, "staging")
+	// The data root's file system need not have the suite's 10 GiB.
+	config.TestVolumeSize = 1 << 20
+	sanity.Test(t, config)
+}
