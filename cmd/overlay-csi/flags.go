@@ -135,8 +135,8 @@ func newLogger(opts options) klog.Logger {
 		panic(err)
 	}
 	if opts.logFormat == "json" {
-		// klog decides on the level: the handler takes what it gets.
-		klog.SetSlogLogger(slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: slog.Level(-127)})))
+		// Verbosity 4 of klog is level -4 of slog (package logr).
+		klog.SetSlogLogger(slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: slog.Level(-opts.verbosity)})))
 	}
 	return klog.Background()
 }

@@ -48,7 +48,7 @@ func withLog(logger klog.Logger) grpc.UnaryServerInterceptor {
 		begin := time.Now()
 		logger := logger.WithValues(about(req)...)
 		if v := logger.V(verbosityRequest); v.Enabled() {
-			v.Info("Request", logMethod, info.FullMethod, logRequest, protosanitizer.StripSecrets(req))
+			v.Info("Request", logMethod, info.FullMethod, logRequest, protosanitizer.StripSecrets(req).String())
 		}
 		response, err := handler(klog.NewContext(ctx, logger), req)
 		values := []any{logMethod, info.FullMethod, logDuration, time.Since(begin).String(), logCode, status.Code(err).String()}

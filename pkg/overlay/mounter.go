@@ -170,12 +170,13 @@ func (m *Mounter) probeUpperWithMount(upper *os.File) error {
 }
 
 // Detach takes the mount whose root is this open directory out of the tree, also while it is open. What was written
-// through it stays. It returns once the mount is out of the namespace.
+// through it stays. A directory that is no mount's root, or whose mount is out of the tree already, is left alone.
 func (m *Mounter) Detach(root *os.File) error {
 	if mounted, err := isMountRoot(int(root.Fd()), "", unix.AT_EMPTY_PATH); err != nil || !mounted {
 		return err
 	}
-	if err := unix.Unmount(procPath(root), unix.MNT_DETACH); err != nil {
+	err := unix.Unmount(procPath(root), unix.MNT_DETACH)
+	if err != nil && !errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("detach the mount at %s: %w", root.Name(), err)
 	}
 	return nil

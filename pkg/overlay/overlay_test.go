@@ -1,0 +1,243 @@
+package overlay
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+	mount "k8s.io/mount-utils"
+)
+
+func TestParseMountOptions(t *testing.T) {
+	safe := Attributes{NoSUID: true, NoDev: true}
+	for name, c := range map[string]struct {
+		options, permitted []string
+		want               Attributes
+		word               string
+	}{
+		"none":             {want: safe},
+		"read-only":        {options: []string{"ro"}, want: Attributes{NoSUID: true, NoDev: true, ReadOnly: true}},
+		"several":          {options: []string{"noexec", "noatime", "nosymfollow"}, want: Attributes{NoSUID: true, NoDev: true, NoExec: true, ATime: "noatime", NoSymFollow: true}},
+		"the last counts":  {options: []string{"noatime", "relatime"}, want: safe},
+		"permitted":        {options: []string{"suid"}, permitted: []string{"suid"}, want: Attributes{NoDev: true}},
+		"not permitted":    {options: []string{"suid"}, permitted: []string{"dev"}, word: "only the operator"},
+		"unknown":          {options: []string{"lowerdir=/etc"}, word: "allowed are noatime"},
+		"empty":            {options: []string{""}, word: "allowed are"},
+		"with a separator": {options: []string{"ro,suid"}, word: "allowed are"},
+	} {
+		got, err := ParseMountOptions(c.options, c.permitted)
+		if c.word == "" && (err != nil || got != c.want) {
+			t.Errorf("%s: %+v, %v; want %+v", name, got, err, c.want)
+		}
+		if c.word != "" && (!errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), c.word)) {
+			t.Errorf("%s: %v; want an invalid argument with %q", name, err, c.word)
+		}
+	}
+}
+
+func TestFeaturesWithout(t *testing.T) {
+	all := Features{MountAPI: true, LayerFD: true, StatMount: true}
+	got, err := all.Without("mount-api")
+	if err != nil || got != (Features{StatMount: true}) {
+		t.Errorf("%+v, %v: layers by descriptor need the mount API", got, err)
+	}
+	if _, err := all.Without("warp"); err == nil || !strings.Contains(err.Error(), "layer-fd, mount-api, statmount") {
+		t.Errorf("%v", err)
+	}
+}
+
+// mounters are one for each way to mount that this kernel has.
+func mounters(t *testing.T) map[string]*Mounter {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	features, err := Probe(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := map[string]*Mounter{}
+	for name, without := range map[string][]string{"by descriptor": nil, "by path": {"layer-fd", "statmount"}, "mount(8)": {"mount-api"}} {
+		chosen, err := features.Without(without...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mounter, err := NewMounter(t.TempDir(), chosen, mount.NewWithoutSystemd(""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { mounter.Close() })
+		found[name] = mounter
+	}
+	return found
+}
+
+// tmpfs mounts a file system that can hold uppers.
+func tmpfs(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	return dir
+}
+
+func open(t *testing.T, path string) *os.File {
+	t.Helper()
+	if err := os.MkdirAll(path, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	dir, err := openDir(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { dir.Close() })
+	return dir
+}
+
+func TestMounterIsAMountInterface(t *testing.T) {
+	for name, m := range mounters(t) {
+		t.Run(name, func(t *testing.T) {
+			dir := tmpfs(t)
+			target := filepath.Join(dir, "target")
+			spec := Spec{Lowers: []*os.File{open(t, dir+"/lower")}, Upper: open(t, dir+"/upper"), Work: open(t, dir+"/work")}
+			wantMountPoint := func(want bool) {
+				t.Helper()
+				is, err := m.IsMountPoint(target)
+				not, errNot := m.IsLikelyNotMountPoint(target)
+				if err != nil || errNot != nil || is != want || not == want {
+					t.Errorf("mount point: %v, %v; likely not: %v, %v; want %v", is, err, not, errNot, want)
+				}
+			}
+			if _, err := m.IsMountPoint(target); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("a path that does not exist: %v", err)
+			}
+			handle := open(t, target)
+			wantMountPoint(false)
+			if err := m.Overlay(spec, handle); err != nil {
+				t.Fatal(err)
+			}
+			wantMountPoint(true)
+			if at, err := m.At(target); err != nil || at != Overlay {
+				t.Errorf("at the target: %v, %v", at, err)
+			}
+			if at, err := m.At(dir); err != nil || at != Other {
+				t.Errorf("at the tmpfs: %v, %v", at, err)
+			}
+			if at, err := m.At(filepath.Join(target, "missing")); err != nil || at != Nothing {
+				t.Errorf("at nothing: %v, %v", at, err)
+			}
+			if inUse, err := m.UpperInUse(spec.Upper); err != nil || !inUse {
+				t.Errorf("an upper in use: %v, %v", inUse, err)
+			}
+			list, err := m.List()
+			if err != nil || !slices.ContainsFunc(list, func(p mount.MountPoint) bool { return p.Path == target && p.Type == "overlay" }) {
+				t.Errorf("not in the list of mounts: %v", err)
+			}
+			// mount-utils' own helpers work with it.
+			if err := mount.CleanupMountPoint(target, m, true); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := os.Stat(target); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("CleanupMountPoint left the target: %v", err)
+			}
+			if inUse, err := m.UpperInUse(spec.Upper); err != nil || inUse {
+				t.Errorf("an upper not in use: %v, %v", inUse, err)
+			}
+			entries, err := os.ReadDir(dir + "/upper")
+			if err != nil || len(entries) != 0 {
+				t.Errorf("asking whether it is in use wrote to the upper: %v, %v", entries, err)
+			}
+		})
+	}
+}
+
+func TestUnmountFollowsNoLink(t *testing.T) {
+	for name, m := range mounters(t) {
+		t.Run(name, func(t *testing.T) {
+			dir := tmpfs(t)
+			link := filepath.Join(t.TempDir(), "link")
+			if err := os.Symlink(dir, link); err != nil {
+				t.Fatal(err)
+			}
+			if err := m.Unmount(link); !errors.Is(err, unix.EINVAL) {
+				t.Errorf("unmount a link to a mount point: %v", err)
+			}
+			if is, err := m.IsMountPoint(link); err != nil || is {
+				t.Errorf("a link to a mount point: %v, %v", is, err)
+			}
+			if is, err := m.IsMountPoint(dir); err != nil || !is {
+				t.Errorf("the mount is gone: %v", err)
+			}
+		})
+	}
+}
+
+func TestSpecIsChecked(t *testing.T) {
+	m := mounters(t)["by descriptor"]
+	dir := tmpfs(t)
+	a, b := open(t, dir+"/a"), open(t, dir+"/b")
+	many := slices.Repeat([]*os.File{a}, MaxLowers+1)
+	for name, spec := range map[string]Spec{
+		"no lower":               {},
+		"too many":               {Lowers: many},
+		"upper without work":     {Lowers: []*os.File{a}, Upper: b},
+		"volatile without upper": {Lowers: []*os.File{a}, Volatile: true},
+		"a lower twice":          {Lowers: []*os.File{a, a}},
+	} {
+		if err := m.Overlay(spec, open(t, dir+"/target")); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestKernelMessages: what the kernel says of a refused overlay is in the error.
+func TestKernelMessages(t *testing.T) {
+	m := mounters(t)["by descriptor"]
+	if !m.features.MountAPI {
+		t.Skip("this kernel has no mount API for overlayfs")
+	}
+	one, two := tmpfs(t), tmpfs(t)
+	spec := Spec{Lowers: []*os.File{open(t, one+"/lower")}, Upper: open(t, one+"/upper"), Work: open(t, two+"/work")}
+	err := m.Overlay(spec, open(t, one+"/target"))
+	if err == nil || !errors.Is(err, unix.EINVAL) {
+		t.Fatalf("upper and work on two file systems: %v", err)
+	}
+	if text := fmt.Sprint(err); !strings.Contains(text, "overlay: create") {
+		t.Errorf("%s", text)
+	}
+}
+
+func TestPinAndDetach(t *testing.T) {
+	for name, m := range mounters(t) {
+		t.Run(name, func(t *testing.T) {
+			dir := tmpfs(t)
+			pinned := open(t, dir+"/a/b")
+			if err := m.Pin(pinned); err != nil {
+				t.Fatal(err)
+			}
+			if err := unix.Unmount(dir, 0); !errors.Is(err, unix.EBUSY) {
+				t.Errorf("unmount a pinned file system: %v", err)
+			}
+			pinned.Close()
+			root := open(t, dir+"/a/b")
+			if err := m.Detach(root); err != nil {
+				t.Fatal(err)
+			}
+			if err := m.Detach(root); err != nil {
+				t.Errorf("detach again: %v", err)
+			}
+			root.Close()
+			if err := unix.Unmount(dir, 0); err != nil {
+				t.Errorf("unmount after the pin is gone: %v", err)
+			}
+		})
+	}
+}
