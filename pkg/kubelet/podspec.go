@@ -3,6 +3,7 @@ package kubelet
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/containerd/errdefs"
 	corev1 "k8s.io/api/core/v1"
@@ -37,11 +38,28 @@ func (s *PodSpecs) Volume(ctx context.Context, ref Pod, name string) (Volume, er
 		return Volume{}, fmt.Errorf("%w: pod %s is another one by now (%s instead of %s)", errdefs.ErrUnavailable, ref, pod.UID, ref.UID)
 	}
 	for _, volume := range pod.Spec.Volumes {
-		if volume.Name == name {
-			return s.describe(ctx, pod, volume)
+		if volume.Name != name {
+			continue
 		}
+		if !isMounted(pod, name) {
+			return Volume{}, fmt.Errorf("%w: no container of pod %s mounts volume %q, and kubelet does not set up what nobody mounts: name it in the volumeMounts of a container", errdefs.ErrInvalidArgument, ref, name)
+		}
+		return s.describe(ctx, pod, volume)
 	}
 	return Volume{}, fmt.Errorf("%w: pod %s has no volume %q", errdefs.ErrInvalidArgument, ref, name)
+}
+
+// isMounted reports whether a container mounts the volume: kubelet sets up no other ones.
+func isMounted(pod *corev1.Pod, name string) bool {
+	isIt := func(mount corev1.VolumeMount) bool { return mount.Name == name }
+	for _, container := range slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers) {
+		if slices.ContainsFunc(container.VolumeMounts, isIt) {
+			return true
+		}
+	}
+	return slices.ContainsFunc(pod.Spec.EphemeralContainers, func(container corev1.EphemeralContainer) bool {
+		return slices.ContainsFunc(container.VolumeMounts, isIt)
+	})
 }
 
 func (s *PodSpecs) describe(ctx context.Context, pod *corev1.Pod, volume corev1.Volume) (Volume, error) {

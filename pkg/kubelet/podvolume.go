@@ -76,7 +76,7 @@ func (v *PodVolumes) Open(ctx context.Context, pod Pod, name string) (*os.File, 
 			return root, err
 		}
 		if time.Now().After(deadline) {
-			return nil, fmt.Errorf("%w: volume %q of pod %s: %w after %s; it is tried again", errdefs.ErrUnavailable, name, pod, err, v.wait)
+			return nil, fmt.Errorf("%w: volume %q of pod %s: %w after %s; it is tried again (kubelet mounts only what a container of the pod names in its volumeMounts)", errdefs.ErrUnavailable, name, pod, err, v.wait)
 		}
 		select {
 		case <-ctx.Done():

@@ -157,6 +157,10 @@ func TestVolumesOfClaimsAreFoundThroughTheAPIServer(t *testing.T) {
 		{Name: "host", VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: "/etc"}}},
 		{Name: "nfs", VolumeSource: corev1.VolumeSource{NFS: &corev1.NFSVolumeSource{Server: "s", Path: "/"}}},
 	}
+	for _, volume := range object.Spec.Volumes {
+		object.Spec.Containers = append(object.Spec.Containers, corev1.Container{VolumeMounts: []corev1.VolumeMount{{Name: volume.Name}}})
+	}
+	object.Spec.Volumes = append(object.Spec.Volumes, corev1.Volume{Name: "unused"})
 	claimOf := func(name, pv string) *corev1.PersistentVolumeClaim {
 		c := &corev1.PersistentVolumeClaim{TypeMeta: metav1.TypeMeta{Kind: "PersistentVolumeClaim", APIVersion: "v1"}, ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "default"}}
 		c.Spec.VolumeName = pv
@@ -192,6 +196,8 @@ func TestVolumesOfClaimsAreFoundThroughTheAPIServer(t *testing.T) {
 		"volume://waiting": {codes.Unavailable, "not bound"},
 		"volume://host":    {codes.InvalidArgument, "layer root"},
 		"volume://pv-1":    {codes.InvalidArgument, "no volume"},
+		// Kubelet would never set it up: there is nothing to wait for.
+		"volume://unused": {codes.InvalidArgument, "volumeMounts"},
 	} {
 		_, err := pod.Publish(timeout(t), inline("layers", ref))
 		wantCode(t, err, want.code, want.word)
