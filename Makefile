@@ -19,11 +19,11 @@ demo: build ## Show what the driver does, step by step (root)
 
 .PHONY: test
 test: ## Run all tests with real mounts, csi-sanity and crash tests included (root)
-	go test ./...
+	go test -timeout 30m ./...
 
 .PHONY: test-race
 test-race: ## The same tests with the race detector, in the driver's process too (root, a C compiler)
-	CGO_ENABLED=1 OVERLAY_CSI_BUILD_FLAGS=-race go test -race ./...
+	CGO_ENABLED=1 OVERLAY_CSI_BUILD_FLAGS=-race go test -race -timeout 40m ./...
 
 .PHONY: fuzz
 fuzz: ## Run each fuzz target for FUZZTIME (30s)
@@ -35,6 +35,10 @@ fuzz: ## Run each fuzz target for FUZZTIME (30s)
 .PHONY: bench
 bench: ## Print the table of docs/performance.md: the driver beside the raw system calls (root, 5 minutes)
 	go run ./test/bench
+
+.PHONY: docs
+docs: ## Write docs/flags.md from the driver's --help
+	@{ printf '# Flags of overlay-csi\n\nMade from `overlay-csi --help` by `make docs`.\n\n```\n'; go run ./cmd/overlay-csi --help 2>&1; printf '```\n'; } > docs/flags.md
 
 .PHONY: lint
 lint: ## Check form, vet and staticcheck

@@ -42,18 +42,14 @@ type options struct {
 // parseFlags reads the command line. With --help it writes the help to output and returns pflag.ErrHelp.
 func parseFlags(args []string, output io.Writer) (options, error) {
 	opts, roots, rootMounts := options{}, []string{}, []string{}
-	hostname, err := os.Hostname()
-	if err != nil {
-		return options{}, fmt.Errorf("read the host name: %w", err)
-	}
 	flags := pflag.NewFlagSet("overlay-csi", pflag.ContinueOnError)
 	flags.SetOutput(output)
 	flags.SortFlags = false
 	flags.Usage = func() {
-		fmt.Fprintf(output, "overlay-csi %s: a CSI driver for overlay volumes, the plugin of one node\n\nUsage:\n  overlay-csi [flags]\n\nFlags:\n%s", version, flags.FlagUsagesWrapped(120))
+		fmt.Fprintf(output, "overlay-csi: a CSI driver for overlay volumes, the plugin of one node\n\nUsage:\n  overlay-csi [flags]\n\nFlags:\n%s", flags.FlagUsagesWrapped(120))
 	}
 	flags.StringVar(&opts.driverName, "driver-name", "overlay-csi.github.io", "`name` of the CSI driver, and prefix of its topology key")
-	flags.StringVar(&opts.nodeID, "node-id", hostname, "`name` of this node in the cluster")
+	flags.StringVar(&opts.nodeID, "node-id", "", "`name` of this node in the cluster (default: the host name)")
 	flags.StringVar(&opts.endpoint, "endpoint", "", "CSI `socket`, unix:///path (default <kubelet-dir>/plugins/<driver-name>/csi.sock)")
 	flags.StringVar(&opts.dataRoot, "data-root", "/var/lib/overlay-csi", "`directory` for everything that the driver keeps: ext4, xfs, btrfs or tmpfs")
 	flags.StringVar(&opts.kubeletDir, "kubelet-dir", "/var/lib/kubelet", "kubelet's root `directory`; mounted into the driver at the same path, with mount propagation Bidirectional")
@@ -76,6 +72,7 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 	if flags.NArg() > 0 {
 		return options{}, fmt.Errorf("unexpected argument %q: there are only flags, see --help", flags.Arg(0))
 	}
+	var err error
 	if opts.layerRoots, err = parseLayerRoots(roots, rootMounts); err != nil {
 		return options{}, err
 	}
@@ -84,6 +81,13 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 
 // complete fills in what follows from other flags, and refuses what cannot be.
 func (o *options) complete() error {
+	if o.nodeID == "" {
+		hostname, err := os.Hostname()
+		if err != nil {
+			return fmt.Errorf("read the host name (or name the node with --node-id): %w", err)
+		}
+		o.nodeID = hostname
+	}
 	if o.endpoint == "" {
 		o.endpoint = "unix://" + filepath.Join(o.kubeletDir, "plugins", o.driverName, "csi.sock")
 	}
@@ -93,8 +97,6 @@ func (o *options) complete() error {
 		}
 	}
 	switch {
-	case o.nodeID == "":
-		return fmt.Errorf("--node-id is empty: name the node")
 	case o.driverName == "":
 		return fmt.Errorf("--driver-name is empty: name the driver")
 	case !filepath.IsAbs(o.dataRoot) || !filepath.IsAbs(o.kubeletDir):
