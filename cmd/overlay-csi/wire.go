@@ -33,12 +33,25 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 	defer root.Close()
-	mounter, err := newMounter(root.Path(), opts)
+	features, err := probeKernel(root.Path(), opts)
+	if err != nil {
+		return err
+	}
+	mounter, err := newMounter(root.Path(), features)
 	if err != nil {
 		return err
 	}
 	defer mounter.Close()
-	manager, err := newManager(root, mounter, opts)
+	opener, err := overlay.NewOpener(features)
+	if err != nil {
+		logger.Info("Layers are used on the mounts that they are on", "reason", err.Error())
+		opener = &overlay.Opener{}
+	}
+	defer opener.Close()
+	if err := root.UseMount(opener); err != nil {
+		return err
+	}
+	manager, err := newManager(root, mounter, opener, opts)
 	if err != nil {
 		return err
 	}
@@ -84,17 +97,28 @@ func takeDataRoot(ctx context.Context, path string) (*volume.DataRoot, error) {
 	}
 }
 
-// newMounter finds out what the kernel can do, once, and makes the mounter for it.
-func newMounter(dataRoot string, opts options) (*overlay.Mounter, error) {
-	features, err := overlay.Probe(dataRoot)
+// mounterName is the directory of the data root that the mounter works in.
+const mounterName = "mounter"
+
+// probeKernel finds out what the kernel can do, once.
+func probeKernel(dataRoot string, opts options) (overlay.Features, error) {
+	dir := filepath.Join(dataRoot, mounterName)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return overlay.Features{}, fmt.Errorf("make the mounter's directory: %w", err)
+	}
+	features, err := overlay.Probe(dir)
 	if err != nil {
-		return nil, err
+		return overlay.Features{}, err
 	}
 	if features, err = features.Without(opts.withoutFeatures...); err != nil {
-		return nil, fmt.Errorf("--without-kernel-features: %w", err)
+		return overlay.Features{}, fmt.Errorf("--without-kernel-features: %w", err)
 	}
 	klog.Background().Info("Probed the kernel", "features", features.String())
-	dir := filepath.Join(dataRoot, "mounter")
+	return features, nil
+}
+
+func newMounter(dataRoot string, features overlay.Features) (*overlay.Mounter, error) {
+	dir := filepath.Join(dataRoot, mounterName)
 	mounter, err := overlay.NewMounter(dir, features, mount.NewWithoutSystemd(""))
 	if err != nil {
 		return nil, err
@@ -107,12 +131,12 @@ func newMounter(dataRoot string, opts options) (*overlay.Mounter, error) {
 	return mounter, err
 }
 
-func newManager(root *volume.DataRoot, mounter *overlay.Mounter, opts options) (*volume.Manager, error) {
+func newManager(root *volume.DataRoot, mounter *overlay.Mounter, opener *overlay.Opener, opts options) (*volume.Manager, error) {
 	forbidden, err := layer.Forbid(root.Path())
 	if err != nil {
 		return nil, err
 	}
-	roots, err := layer.NewRoots(opts.layerRoots, forbidden)
+	roots, err := layer.NewRoots(opts.layerRoots, forbidden, opener)
 	if err != nil {
 		return nil, err
 	}

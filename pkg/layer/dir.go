@@ -26,11 +26,17 @@ type Root struct {
 type Roots struct {
 	roots  map[string]Root
 	forbid Forbidden
+	opener opener
+}
+
+// opener opens a directory on a mount that is fit for layers.
+type opener interface {
+	Open(path string) (*os.File, error)
 }
 
 // NewRoots returns the layer roots. No directory is opened yet: an NFS root that is away must not keep the driver
 // from starting. The error names the first root that is misnamed or lies in the data root.
-func NewRoots(roots map[string]Root, forbid Forbidden) (*Roots, error) {
+func NewRoots(roots map[string]Root, forbid Forbidden, opener opener) (*Roots, error) {
 	for name, root := range roots {
 		if !namePattern.MatchString(name) {
 			return nil, fmt.Errorf("layer root %q: a name is lower-case letters, digits, '-' and '.'", name)
@@ -42,7 +48,7 @@ func NewRoots(roots map[string]Root, forbid Forbidden) (*Roots, error) {
 			return nil, fmt.Errorf("layer root %s=%s lies in the data root %s: uppers and layers of others would be offered", name, root.Path, forbid.path)
 		}
 	}
-	return &Roots{roots: roots, forbid: forbid}, nil
+	return &Roots{roots: roots, forbid: forbid, opener: opener}, nil
 }
 
 func (r *Roots) find(ref Reference) (Root, error) {
@@ -76,11 +82,9 @@ func (r *Roots) open(ref Reference, opened openedRoots) (*os.File, error) {
 	}
 	rootDir, ok := opened[ref.Name()]
 	if !ok {
-		fd, err := unix.Open(root.Path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return nil, fmt.Errorf("%w: layer %s: open layer root %s=%s: %w", errdefs.ErrUnavailable, ref, ref.Name(), root.Path, err)
+		if rootDir, err = r.openRoot(root); err != nil {
+			return nil, fmt.Errorf("%w: layer %s: open layer root %s: %w", errdefs.ErrUnavailable, ref, ref.Name(), err)
 		}
-		rootDir = os.NewFile(uintptr(fd), root.Path)
 		opened[ref.Name()] = rootDir
 	}
 	var resolve uint64
@@ -96,6 +100,14 @@ func (r *Roots) open(ref Reference, opened openedRoots) (*os.File, error) {
 		return nil, fmt.Errorf("layer %s: %w", ref, err)
 	}
 	return dir, nil
+}
+
+func (r *Roots) openRoot(root Root) (*os.File, error) {
+	if root.Mounts {
+		// The mounts beneath it are wanted, and an opener may leave them out.
+		return os.OpenFile(root.Path, unix.O_PATH|unix.O_DIRECTORY, 0)
+	}
+	return r.opener.Open(root.Path)
 }
 
 // openBeneath opens the directory at the reference's path beneath root.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -26,13 +27,16 @@ type Features struct {
 	// StatMount: statmount(2) tells a mount's file system without asking that (Linux 6.8). Without it statfs does,
 	// which a network file system that is away can keep waiting.
 	StatMount bool
+	// DetachedLayer: overlayfs takes a directory on a mount that is in no namespace (Linux 6.15). See Opener.
+	DetachedLayer bool
 }
 
 // featureNames are the names of features as flags and logs give them.
 var featureNames = map[string]func(*Features) *bool{
-	"mount-api": func(f *Features) *bool { return &f.MountAPI },
-	"layer-fd":  func(f *Features) *bool { return &f.LayerFD },
-	"statmount": func(f *Features) *bool { return &f.StatMount },
+	"mount-api":      func(f *Features) *bool { return &f.MountAPI },
+	"layer-fd":       func(f *Features) *bool { return &f.LayerFD },
+	"statmount":      func(f *Features) *bool { return &f.StatMount },
+	"detached-layer": func(f *Features) *bool { return &f.DetachedLayer },
 }
 
 // FeatureNames are the names that Without takes, sorted.
@@ -49,6 +53,8 @@ func (f Features) Without(names ...string) (Features, error) {
 		*field(&f) = false
 	}
 	f.LayerFD = f.LayerFD && f.MountAPI
+	// A detached mount has no path, so that it can be handed over by descriptor alone.
+	f.DetachedLayer = f.DetachedLayer && f.LayerFD
 	return f, nil
 }
 
@@ -63,8 +69,11 @@ func (f Features) String() string {
 	return strings.Join(names, ",")
 }
 
-// Probe finds out what the kernel can do by doing it: it configures an overlay on dir, any directory, and throws it
-// away before anything is mounted. The error is ErrKernelTooOld where the driver cannot work at all.
+// probeNames are two directories that Probe makes to try an overlay of them.
+var probeNames = []string{"probe-1", "probe-2"}
+
+// Probe finds out what the kernel can do by doing it: it configures overlays of directories that it makes in dir, and
+// throws them away before anything is mounted. The error is ErrKernelTooOld where the driver cannot work at all.
 func Probe(dir string) (Features, error) {
 	if err := probeRequired(dir); err != nil {
 		return Features{}, err
@@ -94,6 +103,12 @@ func Probe(dir string) (Features, error) {
 	if err != nil {
 		return Features{}, fmt.Errorf("probe the kernel: %w", err)
 	}
+	for _, name := range probeNames {
+		if err := os.MkdirAll(filepath.Join(dir, name), 0o755); err != nil {
+			return Features{}, fmt.Errorf("probe the kernel: %w", err)
+		}
+	}
+	features.DetachedLayer = features.LayerFD && canUseDetachedLayer(dir)
 	if stat.Mask&unix.STATX_MNT_ID_UNIQUE != 0 {
 		_, err = superMagic(stat.Mnt_id)
 		features.StatMount = err == nil

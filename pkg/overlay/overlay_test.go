@@ -48,7 +48,7 @@ func TestFeaturesWithout(t *testing.T) {
 	if err != nil || got != (Features{StatMount: true}) {
 		t.Errorf("%+v, %v: layers by descriptor need the mount API", got, err)
 	}
-	if _, err := all.Without("warp"); err == nil || !strings.Contains(err.Error(), "layer-fd, mount-api, statmount") {
+	if _, err := all.Without("warp"); err == nil || !strings.Contains(err.Error(), "detached-layer, layer-fd, mount-api, statmount") {
 		t.Errorf("%v", err)
 	}
 }

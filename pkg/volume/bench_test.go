@@ -24,7 +24,7 @@ func BenchmarkPublishUnpublish(b *testing.B) {
 		b.Skip(err)
 	}
 	defer root.Close()
-	features, err := overlay.Probe(root.Path())
+	features, err := overlay.Probe(dir)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -33,6 +33,14 @@ func BenchmarkPublishUnpublish(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer mounter.Close()
+	opener, err := overlay.NewOpener(features)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer opener.Close()
+	if err := root.UseMount(opener); err != nil {
+		b.Fatal(err)
+	}
 	forbidden, err := layer.Forbid(root.Path())
 	if err != nil {
 		b.Fatal(err)
@@ -43,7 +51,7 @@ func BenchmarkPublishUnpublish(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
-	roots, err := layer.NewRoots(map[string]layer.Root{"r": {Path: layers}}, forbidden)
+	roots, err := layer.NewRoots(map[string]layer.Root{"r": {Path: layers}}, forbidden, opener)
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -18,6 +18,8 @@ var ErrInUse = errors.New("another overlay-csi process uses this data root")
 type DataRoot struct {
 	path string
 	lock *os.File
+	// dir is the directory on the mount that uppers are used on.
+	dir *os.File
 }
 
 // OpenDataRoot takes a data root, and makes it where it is missing. It is ErrInUse while another process has it; any
@@ -40,14 +42,34 @@ func OpenDataRoot(path string) (*DataRoot, error) {
 		lock.Close()
 		return nil, fmt.Errorf("data root: %w", err)
 	}
-	return &DataRoot{path: path, lock: lock}, nil
+	return &DataRoot{path: path, lock: lock, dir: lock}, nil
+}
+
+// opener opens a directory on a mount that is fit for uppers.
+type opener interface {
+	Open(path string) (*os.File, error)
+}
+
+// UseMount has uppers used on the mount on which opener opens the data root.
+func (r *DataRoot) UseMount(opener opener) error {
+	dir, err := opener.Open(r.path)
+	if err != nil {
+		return fmt.Errorf("open the data root: %w", err)
+	}
+	r.dir = dir
+	return nil
 }
 
 // Path is the data root's path, absolute and without links.
 func (r *DataRoot) Path() string { return r.path }
 
 // Close lets go of the data root. Views stay mounted.
-func (r *DataRoot) Close() error { return r.lock.Close() }
+func (r *DataRoot) Close() error {
+	if r.dir != r.lock {
+		r.dir.Close()
+	}
+	return r.lock.Close()
+}
 
 // lockDir takes a directory for this process. The kernel lets go of it when the process ends, however it ends.
 func lockDir(path string) (*os.File, error) {

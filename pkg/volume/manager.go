@@ -111,13 +111,18 @@ func (m *Manager) Run(ctx context.Context) {
 // Ready reports whether the state that an earlier process left has been made good.
 func (m *Manager) Ready() bool { return m.ready.Load() }
 
-// baseDir is where the upper of a publication is kept, where that is in the data root.
+// baseDir is where the upper of a publication is kept beneath the data root, where that is not in another volume.
 func (m *Manager) baseDir(r *record, target string) string {
-	dir := m.states.volumeDir(r.ID)
+	dir := filepath.Join(volumesName, r.ID)
 	if r.Spec.Upper == UpperPod && !r.Inline {
 		return filepath.Join(dir, podUppersName, m.podKey(target))
 	}
 	return dir
+}
+
+// dirUpper is the upper of a publication whose upper lies in the data root.
+func (m *Manager) dirUpper(r *record, target string) upper.Dir {
+	return upper.NewDir(m.root.dir, m.baseDir(r, target))
 }
 
 // podUpper is the upper of a publication whose upper lies in another volume of the pod.

@@ -104,7 +104,7 @@ func (m *Manager) loadForPublish(req PublishRequest) (*record, error) {
 		return r, err
 	}
 	dir := m.states.volumeDir(req.VolumeID)
-	if req.Spec.Upper == UpperVolume && exists(upper.NewDir(dir).Path()) {
+	if req.Spec.Upper == UpperVolume && exists(upper.NewDir(m.root.dir, filepath.Join(volumesName, req.VolumeID)).Path()) {
 		return nil, fmt.Errorf("%w: volume %s: %s holds an upper without its state, so that its layers are not known: restore %s or move the directory away", errdefs.ErrDataLoss, req.VolumeID, dir, stateName)
 	}
 	if !exists(dir) {
@@ -122,7 +122,7 @@ func (m *Manager) discardStale(before, r *record, p *publication) error {
 	if old := before.publication(p.Target); old != nil && old.BootID == p.BootID {
 		return nil
 	}
-	dir := upper.NewDir(m.baseDir(r, p.Target))
+	dir := m.dirUpper(r, p.Target)
 	if !exists(dir.Path()) {
 		return nil
 	}
@@ -268,7 +268,7 @@ func (m *Manager) prepareUpper(ctx context.Context, r *record, p *publication, l
 	// An ephemeral upper of this boot, whose view was unmounted by other hands or never mounted. The kernel marks the
 	// work directory of a volatile view so that it is not mounted again after a crash of the node, which this is not.
 	dirs.Close()
-	if err := m.trash.put(upper.NewDir(m.baseDir(r, p.Target)).Work()); err != nil {
+	if err := m.trash.put(m.dirUpper(r, p.Target).Work()); err != nil {
 		return upper.Dirs{}, err
 	}
 	return prepare(ctx, r, p, like, steps)
@@ -284,8 +284,8 @@ func (m *Manager) preparePodVolume(ctx context.Context, r *record, p *publicatio
 }
 
 func (m *Manager) prepareDir(_ context.Context, r *record, p *publication, like *os.File, steps *[]step) (upper.Dirs, error) {
-	base := m.baseDir(r, p.Target)
 	if r.Spec.ephemeral() && !r.Inline {
+		base := filepath.Join(m.root.Path(), m.baseDir(r, p.Target))
 		if err := os.MkdirAll(filepath.Dir(base), 0o700); err != nil {
 			return upper.Dirs{}, fmt.Errorf("make the directory of the pods' uppers: %w", err)
 		}
@@ -293,7 +293,7 @@ func (m *Manager) prepareDir(_ context.Context, r *record, p *publication, like 
 			*steps = append(*steps, step{"make the pod's upper", func() error { return m.trash.put(base) }})
 		}
 	}
-	return upper.NewDir(base).Prepare(like)
+	return m.dirUpper(r, p.Target).Prepare(like)
 }
 
 // restore puts the state back as it was before a publish that failed.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -87,7 +88,7 @@ func (m *Manager) forget(ctx context.Context, r *record, target string) error {
 	}
 	if r.Spec.ephemeral() {
 		// Before the state: without its publication nobody would look for the upper.
-		if err := m.trash.put(m.baseDir(r, target)); err != nil {
+		if err := m.trash.put(filepath.Join(m.root.Path(), m.baseDir(r, target))); err != nil {
 			return err
 		}
 	}

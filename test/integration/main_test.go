@@ -48,6 +48,7 @@ func run(m *testing.M) int {
 var kernels = map[string][]string{
 	"layers by descriptor": nil,
 	"layers by path":       {"--without-kernel-features=layer-fd"},
+	"no detached layers":   {"--without-kernel-features=detached-layer"},
 	"mount(8)":             {"--without-kernel-features=mount-api,statmount"},
 }
 
