@@ -20,7 +20,9 @@ func TestImports(t *testing.T) {
 		"pkg/store":   {},
 		"pkg/upper":   {},
 		"pkg/overlay": {},
-		"pkg/kubelet": {},
+		// The suite that every upper passes.
+		"pkg/upper/uppertest": {"pkg/upper"},
+		"pkg/kubelet":         {},
 	}
 	grpcUsers := []string{"pkg/driver", "pkg/kubelet"}
 	for _, line := range list(t, "{{.ImportPath}}|{{range .Imports}}{{.}} {{end}}", module+"pkg/...") {

@@ -21,6 +21,8 @@ const (
 	keyPodUID       = "csi.storage.k8s.io/pod.uid"
 	keyPodName      = "csi.storage.k8s.io/pod.name"
 	keyPodNamespace = "csi.storage.k8s.io/pod.namespace"
+	// keyProvisioner is put into the context of every volume that external-provisioner had made.
+	keyProvisioner = "storage.kubernetes.io/csiProvisionerIdentity"
 )
 
 // addedPrefixes begin the keys that are not the user's.
@@ -63,12 +65,13 @@ func publishRequest(req *csi.NodePublishVolumeRequest, permittedOptions []string
 	}
 	attributes.ReadOnly = attributes.ReadOnly || req.GetReadonly() || spec.Upper == volume.UpperNone
 	return volume.PublishRequest{
-		VolumeID:   req.GetVolumeId(),
-		Target:     req.GetTargetPath(),
-		Spec:       spec,
-		Inline:     inline,
-		Access:     access,
-		Attributes: attributes,
+		VolumeID:    req.GetVolumeId(),
+		Target:      req.GetTargetPath(),
+		Spec:        spec,
+		Inline:      inline,
+		Provisioned: volumeContext[keyProvisioner] != "",
+		Access:      access,
+		Attributes:  attributes,
 		Pod: layer.Pod{
 			UID:       volumeContext[keyPodUID],
 			Namespace: volumeContext[keyPodNamespace],

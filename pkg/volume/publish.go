@@ -19,13 +19,15 @@ import (
 
 // PublishRequest asks for a view of a volume at a target path.
 type PublishRequest struct {
-	VolumeID   string
-	Target     string
-	Spec       Spec
-	Inline     bool
-	Access     Access
-	Attributes overlay.Attributes
-	Pod        layer.Pod
+	VolumeID string
+	Target   string
+	Spec     Spec
+	Inline   bool
+	// Provisioned: CreateVolume made the volume. If its upper is to be kept it must be here.
+	Provisioned bool
+	Access      Access
+	Attributes  overlay.Attributes
+	Pod         layer.Pod
 }
 
 // step is what has been done of a publish, and how it is taken back.
@@ -106,6 +108,9 @@ func (m *Manager) loadForPublish(req PublishRequest) (*record, error) {
 	dir := m.states.volumeDir(req.VolumeID)
 	if req.Spec.Upper == UpperVolume && exists(upper.NewDir(m.root.dir, filepath.Join(volumesName, req.VolumeID)).Path()) {
 		return nil, fmt.Errorf("%w: volume %s: %s holds an upper without its state, so that its layers are not known: restore %s or move the directory away", errdefs.ErrDataLoss, req.VolumeID, dir, stateName)
+	}
+	if req.Spec.Upper == UpperVolume && req.Provisioned {
+		return nil, fmt.Errorf("%w: volume %s: node %s does not have it: its upper was made here or elsewhere and is lost: an empty one is not put in its place", errdefs.ErrNotFound, req.VolumeID, m.config.Node)
 	}
 	if !exists(dir) {
 		return nil, nil

@@ -74,7 +74,8 @@ func (m *Manager) reconcilePublication(ctx context.Context, id string, p publica
 	if err != nil || r == nil {
 		return err
 	}
-	if m.pods.PodGone(p.Pod.UID) {
+	// By the target: a pod whose target is not in kubelet's directory cannot be looked up there.
+	if m.pods.PodGone(m.pods.PodUID(p.Target)) {
 		klog.FromContext(ctx).Info("Cleaning up after a pod that is gone", "volume", id, "pod", p.Pod, "target", p.Target)
 		return m.forget(ctx, r, p.Target)
 	}

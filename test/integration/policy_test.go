@@ -152,6 +152,20 @@ func TestPersistentVolume(t *testing.T) {
 	})
 }
 
+// TestLostVolumeIsNotReplacedByAnEmptyOne: a node that was set up anew has the name of the old one, and none of its data.
+func TestLostVolumeIsNotReplacedByAnEmptyOne(t *testing.T) {
+	node := startNode(t)
+	v := create(t, node, "pvc-lost", readWriteOnce, "layers", layersOf(t, node, map[string]string{"f": "layer"}))
+	v.Attributes["storage.kubernetes.io/csiProvisionerIdentity"] = "1-2-overlay-csi.github.io"
+	pod := newPod(t, node, "pod")
+	publish(t, pod, v)
+	unpublish(t, pod, v)
+	deleteVolume(t, node, v)
+	_, err := pod.Publish(timeout(t), v)
+	wantCode(t, err, codes.NotFound, "test-node", "lost")
+	wantNothingLeft(t, node)
+}
+
 func TestPodsShareOneOverlayOfAClaim(t *testing.T) {
 	onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
 		v := create(t, node, "shared", readWriteOnce, "layers", layersOf(t, node, map[string]string{"f": "layer"}))

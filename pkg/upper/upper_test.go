@@ -1,0 +1,112 @@
+package upper_test
+
+import (
+	"context"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
+	"github.com/overlay-csi/overlay-csi/pkg/upper/uppertest"
+)
+
+// mountAt mounts a file system of that type on a new directory.
+func mountAt(t *testing.T, fsType string) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	dir := t.TempDir()
+	if err := unix.Mount(fsType, dir, fsType, 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	return dir
+}
+
+func open(t *testing.T, path string) *os.File {
+	t.Helper()
+	dir, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { dir.Close() })
+	return dir
+}
+
+func TestDir(t *testing.T) {
+	uppertest.Run(t, func(t *testing.T) (uppertest.Prepare, func() error) {
+		dir := upper.NewDir(open(t, mountAt(t, "tmpfs")), "base")
+		return func(_ context.Context, like *os.File) (upper.Dirs, error) { return dir.Prepare(like) }, func() error { return nil }
+	})
+}
+
+// bindPinner pins as the mounter does, with mount(2).
+type bindPinner struct{}
+
+func (bindPinner) Pin(dir *os.File) error {
+	return unix.Mount(dir.Name(), dir.Name(), "", unix.MS_BIND, "")
+}
+
+func (bindPinner) Detach(root *os.File) error { return unix.Unmount(root.Name(), unix.MNT_DETACH) }
+
+func TestPodVolume(t *testing.T) {
+	uppertest.Run(t, func(t *testing.T) (uppertest.Prepare, func() error) {
+		volume := upper.NewPodVolume(upper.Pin{Volume: mountAt(t, "tmpfs"), Path: "a/b"}, upper.Owner{Node: "n", BootID: "b", VolumeID: "v", Target: "/t"}, []string{"dir://m/a"}, func(upper.Owner) bool { return true }, bindPinner{})
+		return volume.Prepare, func() error { return volume.Release(t.Context()) }
+	})
+}
+
+// TestLockOfAnother is whose lock gives way. A tmpfs is of one node by its nature, a ramfs is not known to be.
+func TestLockOfAnother(t *testing.T) {
+	me := upper.Owner{Node: "n", BootID: "now", VolumeID: "mine", Target: "/mine"}
+	for name, c := range map[string]struct {
+		other upper.Owner
+		alive bool
+		taken bool
+	}{
+		"alive":           {other: upper.Owner{Node: "n", BootID: "now", VolumeID: "other", Target: "/other"}, alive: true},
+		"gone":            {other: upper.Owner{Node: "n", BootID: "now", VolumeID: "other", Target: "/other"}, taken: true},
+		"before reboot":   {other: upper.Owner{Node: "n", BootID: "then", VolumeID: "other", Target: "/other"}, alive: true, taken: true},
+		"of another node": {other: upper.Owner{Node: "m", BootID: "x", VolumeID: "other", Target: "/other"}, alive: true, taken: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			pin := upper.Pin{Volume: mountAt(t, "tmpfs"), Path: "up"}
+			alive := func(upper.Owner) bool { return c.alive }
+			like := open(t, t.TempDir())
+			dirs, err := upper.NewPodVolume(pin, c.other, []string{"l"}, alive, bindPinner{}).Prepare(t.Context(), like)
+			if err != nil {
+				t.Fatal(err)
+			}
+			dirs.Close()
+			dirs, err = upper.NewPodVolume(pin, me, []string{"l"}, alive, bindPinner{}).Prepare(t.Context(), like)
+			if c.taken && err != nil {
+				t.Errorf("not taken over: %v", err)
+			}
+			if !c.taken && !errdefs.IsFailedPrecondition(err) {
+				t.Errorf("taken over, or refused for another reason: %v", err)
+			}
+			if err == nil {
+				dirs.Close()
+			}
+		})
+	}
+}
+
+func TestProbe(t *testing.T) {
+	good := mountAt(t, "tmpfs")
+	if err := upper.Probe(open(t, good)); err != nil {
+		t.Errorf("tmpfs: %v", err)
+	}
+	entries, err := os.ReadDir(good)
+	if err != nil || len(entries) != 0 {
+		t.Errorf("the probe left %v, %v", entries, err)
+	}
+	err = upper.Probe(open(t, mountAt(t, "ramfs")))
+	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "ramfs") || !strings.Contains(err.Error(), "trusted.overlay") {
+		t.Errorf("ramfs: %v", err)
+	}
+}
