@@ -106,7 +106,7 @@ func (m *Manager) loadForPublish(req PublishRequest) (*record, error) {
 		return r, err
 	}
 	dir := m.states.volumeDir(req.VolumeID)
-	if req.Spec.Upper == UpperVolume && exists(upper.NewDir(m.root.dir, filepath.Join(volumesName, req.VolumeID)).Path()) {
+	if !req.Inline && exists(upper.NewDir(m.root.dir, filepath.Join(volumesName, req.VolumeID)).Path()) {
 		return nil, fmt.Errorf("%w: volume %s: %s holds an upper without its state, so that its layers are not known: restore %s or move the directory away", errdefs.ErrDataLoss, req.VolumeID, dir, stateName)
 	}
 	if req.Spec.Upper == UpperVolume && req.Provisioned {
