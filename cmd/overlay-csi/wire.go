@@ -48,8 +48,8 @@ func run(ctx context.Context, opts options) error {
 		opener = &overlay.Opener{}
 	}
 	defer opener.Close()
-	if err := root.UseMount(opener); err != nil {
-		return err
+	if quiet := opener.Quiet(root.Dir()); quiet != nil {
+		root.UseMount(quiet)
 	}
 	manager, err := newManager(root, mounter, opener, opts)
 	if err != nil {

@@ -29,9 +29,9 @@ type Roots struct {
 	opener opener
 }
 
-// opener opens a directory on a mount that is fit for layers.
+// opener opens the same directory on a mount that is fit for layers, nil where there is none.
 type opener interface {
-	Open(path string) (*os.File, error)
+	Quiet(dir *os.File) *os.File
 }
 
 // NewRoots returns the layer roots. No directory is opened yet: an NFS root that is away must not keep the driver
@@ -63,12 +63,18 @@ func (r *Roots) find(ref Reference) (Root, error) {
 	return Root{}, fmt.Errorf("%w: layer %s: no layer root is named %q: %s (--layer-root)", errdefs.ErrInvalidArgument, ref, ref.Name(), known)
 }
 
+// openedRoot is a layer root, and where there is such the same directory on a mount that is fit for layers.
+type openedRoot struct{ dir, quiet *os.File }
+
 // openedRoots are the roots that one resolution has opened, so that each is opened once for all layers in it.
-type openedRoots map[string]*os.File
+type openedRoots map[string]openedRoot
 
 func (o openedRoots) close() {
 	for _, root := range o {
-		root.Close()
+		root.dir.Close()
+		if root.quiet != nil {
+			root.quiet.Close()
+		}
 	}
 }
 
@@ -80,34 +86,55 @@ func (r *Roots) open(ref Reference, opened openedRoots) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	rootDir, ok := opened[ref.Name()]
+	at, ok := opened[ref.Name()]
 	if !ok {
-		if rootDir, err = r.openRoot(root); err != nil {
+		if at, err = r.openRoot(root); err != nil {
 			return nil, fmt.Errorf("%w: layer %s: open layer root %s: %w", errdefs.ErrUnavailable, ref, ref.Name(), err)
 		}
-		opened[ref.Name()] = rootDir
+		opened[ref.Name()] = at
 	}
 	var resolve uint64
 	if !root.Mounts {
 		resolve = unix.RESOLVE_NO_XDEV
 	}
-	dir, err := openBeneath(rootDir, ref, resolve)
+	dir, err := openBeneath(at.dir, ref, resolve)
 	if err != nil {
 		return nil, err
 	}
-	if err := r.forbid.check(rootDir, dir); err != nil {
+	if err := r.forbid.check(at.dir, dir); err != nil {
 		dir.Close()
 		return nil, fmt.Errorf("layer %s: %w", ref, err)
 	}
-	return dir, nil
+	return at.quieter(dir, ref), nil
 }
 
-func (r *Roots) openRoot(root Root) (*os.File, error) {
-	if root.Mounts {
-		// The mounts beneath it are wanted, and an opener may leave them out.
-		return os.OpenFile(root.Path, unix.O_PATH|unix.O_DIRECTORY, 0)
+func (r *Roots) openRoot(root Root) (openedRoot, error) {
+	fd, err := unix.Open(root.Path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return openedRoot{}, &os.PathError{Op: "open", Path: root.Path, Err: err}
 	}
-	return r.opener.Open(root.Path)
+	dir := os.NewFile(uintptr(fd), root.Path)
+	return openedRoot{dir: dir, quiet: r.opener.Quiet(dir)}, nil
+}
+
+// quieter returns the layer on the mount that is fit for layers, and closes dir, if the same path leads to the same
+// directory there: not where a mount lies between, and not after a rename. Else it returns dir.
+func (r openedRoot) quieter(dir *os.File, ref Reference) *os.File {
+	if r.quiet == nil {
+		return dir
+	}
+	quiet, err := openBeneath(r.quiet, ref, unix.RESOLVE_NO_XDEV)
+	if err != nil {
+		return dir
+	}
+	wanted, err := idOf(int(dir.Fd()), "")
+	got, errGot := idOf(int(quiet.Fd()), "")
+	if err != nil || errGot != nil || got != wanted {
+		quiet.Close()
+		return dir
+	}
+	dir.Close()
+	return quiet
 }
 
 // openBeneath opens the directory at the reference's path beneath root.

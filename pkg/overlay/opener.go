@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Opener opens the directories that layers and uppers are taken from.
+// Opener opens directories once more where overlayfs can take them as layers and uppers at no cost that grows.
 //
 // To take a directory as a layer, the kernel looks at every mount that lies on the directory's own mount
 // (clone_private_mount in fs/namespace.c). Where the data root or a layer root is on the same mount as kubelet's
@@ -45,47 +45,35 @@ func (o *Opener) Close() error {
 	return o.copy.Close()
 }
 
-// Open opens a directory (O_PATH). Links in the path are followed.
-func (o *Opener) Open(path string) (*os.File, error) {
-	fd, err := unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: path, Err: err}
-	}
-	dir := os.NewFile(uintptr(fd), path)
+// Quiet opens the same directory on the copy (O_PATH). It is nil where the directory is not on the root mount, or cannot
+// be found on the copy for certain: then the directory is used as it is.
+//
+// On the copy nothing is mounted: what lies beneath the directory there is what mounts may hide in the tree. A path must
+// be resolved in the tree first.
+func (o *Opener) Quiet(dir *os.File) *os.File {
 	if o.copy == nil {
-		return dir, nil
+		return nil
 	}
-	quiet, err := o.onCopy(dir)
-	if err != nil || quiet == nil {
-		// A directory that was renamed meanwhile, say. It is the right one all the same.
-		return dir, nil
-	}
-	dir.Close()
-	return quiet, nil
-}
-
-// onCopy opens the same directory on the copy, nil where it is not on the root mount.
-func (o *Opener) onCopy(dir *os.File) (*os.File, error) {
 	want, err := statMount(int(dir.Fd()), "", unix.AT_EMPTY_PATH)
 	if err != nil || want.Mnt_id != o.rootMount {
-		return nil, err
+		return nil
 	}
 	path, err := os.Readlink(procPath(dir))
 	if err != nil {
-		return nil, err
+		return nil
 	}
 	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS}
 	fd, err := unix.Openat2(int(o.copy.Fd()), path, &how)
 	if err != nil {
-		return nil, &os.PathError{Op: "openat2", Path: path, Err: err}
+		return nil
 	}
 	quiet := os.NewFile(uintptr(fd), dir.Name())
 	got, err := statMount(fd, "", unix.AT_EMPTY_PATH)
 	if err != nil || got.Ino != want.Ino || got.Dev_major != want.Dev_major || got.Dev_minor != want.Dev_minor {
 		quiet.Close()
-		return nil, err
+		return nil
 	}
-	return quiet, nil
+	return quiet
 }
 
 // detachedCopy returns the mount at path, alone, as a mount that is in no namespace and that no mount propagates to.

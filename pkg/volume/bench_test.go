@@ -38,8 +38,8 @@ func BenchmarkPublishUnpublish(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer opener.Close()
-	if err := root.UseMount(opener); err != nil {
-		b.Fatal(err)
+	if quiet := opener.Quiet(root.Dir()); quiet != nil {
+		root.UseMount(quiet)
 	}
 	forbidden, err := layer.Forbid(root.Path())
 	if err != nil {

@@ -45,23 +45,14 @@ func OpenDataRoot(path string) (*DataRoot, error) {
 	return &DataRoot{path: path, lock: lock, dir: lock}, nil
 }
 
-// opener opens a directory on a mount that is fit for uppers.
-type opener interface {
-	Open(path string) (*os.File, error)
-}
-
-// UseMount has uppers used on the mount on which opener opens the data root.
-func (r *DataRoot) UseMount(opener opener) error {
-	dir, err := opener.Open(r.path)
-	if err != nil {
-		return fmt.Errorf("open the data root: %w", err)
-	}
-	r.dir = dir
-	return nil
-}
+// UseMount has uppers used through quiet, the same directory on another mount. The data root closes it.
+func (r *DataRoot) UseMount(quiet *os.File) { r.dir = quiet }
 
 // Path is the data root's path, absolute and without links.
 func (r *DataRoot) Path() string { return r.path }
+
+// Dir is the data root, open. It belongs to the data root.
+func (r *DataRoot) Dir() *os.File { return r.dir }
 
 // Close lets go of the data root. Views stay mounted.
 func (r *DataRoot) Close() error {
