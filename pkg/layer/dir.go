@@ -167,6 +167,8 @@ func openBeneath(root *os.File, ref Reference, resolve uint64) (*os.File, error)
 		return nil, fmt.Errorf("%w: layer %s leaves %s by a link, `..` or another mount (the operator can allow mounts beneath the root with --layer-root-mounts=%s)", errdefs.ErrInvalidArgument, ref, root.Name(), ref.Name())
 	case errors.Is(err, unix.EXDEV), errors.Is(err, unix.ELOOP):
 		return nil, fmt.Errorf("%w: layer %s leaves %s by a link or `..`", errdefs.ErrInvalidArgument, ref, root.Name())
+	case errors.Is(err, unix.EAGAIN):
+		return nil, fmt.Errorf("%w: layer %s: directories on its path in %s are renamed all the time", errdefs.ErrUnavailable, ref, root.Name())
 	case errors.Is(err, unix.ENAMETOOLONG):
 		return nil, fmt.Errorf("%w: layer %s: a component of the path is too long", errdefs.ErrInvalidArgument, ref)
 	}

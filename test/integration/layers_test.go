@@ -8,7 +8,9 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
@@ -118,4 +120,54 @@ func TestLayerSurvivesWhatPodsDo(t *testing.T) {
 		wantFile(t, filepath.Join(node.LayerDir, "layer-0", name), content)
 	}
 	wantAbsent(t, filepath.Join(node.LayerDir, "layer-0", "dir/c"))
+}
+
+// TestRenameRaceLeavesNoLayerRoot swaps a directory of a layer's path with a link out of the layer root, again and
+// again, while pods are published: a publish gets the directory, or is refused, and never gets what the link leads to.
+func TestRenameRaceLeavesNoLayerRoot(t *testing.T) {
+	onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
+		if _, err := node.Layer("swapped/sub", map[string]string{"f": "layer"}); err != nil {
+			t.Fatal(err)
+		}
+		outside := filepath.Join(node.Dir, "outside")
+		fill(t, outside, map[string]string{"sub/f": "secret"})
+		link := filepath.Join(node.LayerDir, "link")
+		must(t, os.Symlink(outside, link))
+		stop, stopped := make(chan struct{}), make(chan error, 1)
+		go func() {
+			for {
+				select {
+				case <-stop:
+					stopped <- nil
+					return
+				default:
+				}
+				if err := unix.Renameat2(unix.AT_FDCWD, link, unix.AT_FDCWD, filepath.Join(node.LayerDir, "swapped"), unix.RENAME_EXCHANGE); err != nil {
+					stopped <- err
+					return
+				}
+			}
+		}()
+		v := inline("layers", drivertest.Layers("swapped/sub"))
+		pod := newPod(t, node, "pod")
+		var published, refused int
+		for range 150 {
+			target, err := pod.Publish(timeout(t), v)
+			if err != nil {
+				refused++
+				if code := status.Code(err); code != codes.InvalidArgument && code != codes.Unavailable {
+					t.Errorf("refused with %v", err)
+				}
+				continue
+			}
+			published++
+			wantFile(t, filepath.Join(target, "f"), "layer")
+			unpublish(t, pod, v)
+		}
+		close(stop)
+		must(t, <-stopped)
+		if published == 0 || refused == 0 {
+			t.Errorf("no race: %d published, %d refused", published, refused)
+		}
+	})
 }
