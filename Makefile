@@ -19,11 +19,11 @@ demo: build ## Show what the driver does, step by step (root)
 
 .PHONY: test
 test: ## Run all tests with real mounts, csi-sanity and crash tests included (root)
-	go test -timeout 30m ./...
+	go test -count=1 -timeout 30m ./...
 
 .PHONY: test-race
 test-race: ## The same tests with the race detector, in the driver's process too (root, a C compiler)
-	CGO_ENABLED=1 OVERLAY_CSI_BUILD_FLAGS=-race go test -race -timeout 40m ./...
+	CGO_ENABLED=1 OVERLAY_CSI_BUILD_FLAGS=-race go test -race -count=1 -timeout 40m ./...
 
 .PHONY: fuzz
 fuzz: ## Run each fuzz target for FUZZTIME (30s)

@@ -7,10 +7,12 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/cyphar/filepath-securejoin/pathrs-lite"
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -73,7 +75,7 @@ func (p PodVolume) Prepare(ctx context.Context, like *os.File) (dirs Dirs, err e
 		return Dirs{}, err
 	}
 	// What was opened before the pin is on the volume's mount. The upper is used through the pin's.
-	pinned, err := p.open(volume)
+	pinned, err := p.open(volume, p.pin.Path)
 	if err != nil {
 		return Dirs{}, err
 	}
@@ -99,8 +101,9 @@ func (p PodVolume) Release(ctx context.Context) error {
 	if err := p.unpin(volume); err != nil {
 		return err
 	}
-	base, err := p.open(volume)
-	if errors.Is(err, fs.ErrNotExist) {
+	base, err := p.open(volume, p.pin.Path)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENOTDIR) {
+		// The pod moved it or put something in its place. The lock in it is one of a view that is gone.
 		return nil
 	}
 	if err != nil {
@@ -142,42 +145,80 @@ func (p PodVolume) pinVolume(volume, base *os.File) error {
 	return fmt.Errorf("%w: upper volume path %q in %s is on a mount of its own: name a path that nothing is mounted on", errdefs.ErrInvalidArgument, p.pin.Path, p.pin.Volume)
 }
 
+// maxPins is how many pins are taken away at one place. More than one is there only after a crash.
+const maxPins = 8
+
 func (p PodVolume) unpin(volume *os.File) error {
-	// A pin that lies on a pin is taken away as well: a crash can have left one.
-	for range 8 {
-		base, err := p.open(volume)
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		isRoot, sameMount, err := compareMounts(volume, base)
-		if err == nil && isRoot && !sameMount && sameDevice(volume, base) {
-			err = p.pinner.Detach(base)
-		} else if err == nil {
+	for detached := range maxPins {
+		base, err := p.open(volume, p.pin.Path)
+		if err == nil {
+			var isPin bool
+			isPin, err = p.detachPin(volume, base)
 			base.Close()
-			return nil
+			if err == nil && isPin {
+				continue
+			}
 		}
-		base.Close()
-		if err != nil {
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ELOOP) && !errors.Is(err, unix.ENOTDIR) {
 			return p.wrap("take away the pin", err)
 		}
+		if detached > 0 {
+			return nil
+		}
+		return p.unpinElsewhere(volume)
 	}
 	return p.wrap("take away the pin", errors.New("another one appears each time"))
 }
 
+// detachPin takes the mount away whose root base is, if that is a pin in the volume.
+func (p PodVolume) detachPin(volume, base *os.File) (isPin bool, err error) {
+	isRoot, sameMount, err := compareMounts(volume, base)
+	if err != nil || !isRoot || sameMount || !sameDevice(volume, base) {
+		return false, err
+	}
+	return true, p.pinner.Detach(base)
+}
+
+// unpinElsewhere looks for the pin where the pod may have moved it: a directory above a mount point can be renamed, and
+// the mount goes with it. This reads the mount table, for a pod that plays tricks or a pin that was never made.
+func (p PodVolume) unpinElsewhere(volume *os.File) error {
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(p.pin.Volume))
+	if err != nil {
+		return p.wrap("look for the pin", err)
+	}
+	for _, mount := range mounts {
+		path, beneath := strings.CutPrefix(mount.Mountpoint, p.pin.Volume+"/")
+		if !beneath {
+			continue
+		}
+		base, err := p.open(volume, path)
+		if err != nil {
+			continue
+		}
+		if file, _, err := readOwnerFile(base); err == nil && file.Owner != nil && *file.Owner == p.owner {
+			_, err = p.detachPin(volume, base)
+			base.Close()
+			if err != nil {
+				return p.wrap("take away the pin", err)
+			}
+			continue
+		}
+		base.Close()
+	}
+	return nil
+}
+
 // open opens the upper's base directory, through the pin where there is one. No link is followed: the directory was
 // made without one, and the pod must not lead the driver to another mount.
-func (p PodVolume) open(volume *os.File) (*os.File, error) {
-	fd, err := unix.Openat2(int(volume.Fd()), p.pin.Path, &unix.OpenHow{
+func (p PodVolume) open(volume *os.File, path string) (*os.File, error) {
+	fd, err := unix.Openat2(int(volume.Fd()), path, &unix.OpenHow{
 		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC,
 		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
 	})
 	if err != nil {
 		return nil, p.wrap("open the upper's directory", err)
 	}
-	return os.NewFile(uintptr(fd), p.pin.Volume+"/"+p.pin.Path), nil
+	return os.NewFile(uintptr(fd), p.pin.Volume+"/"+path), nil
 }
 
 func (p PodVolume) wrap(action string, err error) error {
