@@ -1,5 +1,6 @@
 SHELL := /bin/bash
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+IMAGE ?= overlay-csi:$(VERSION)
 FUZZTIME ?= 30s
 
 export CGO_ENABLED ?= 0
@@ -11,6 +12,11 @@ help: ## Show the targets
 .PHONY: build
 build: ## Build the driver into bin/
 	go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/overlay-csi ./cmd/overlay-csi
+
+.PHONY: image
+image: ## Build the image of the driver as IMAGE (overlay-csi:VERSION) with DOCKER_BUILD_FLAGS
+	docker build $(DOCKER_BUILD_FLAGS) --build-arg VERSION=$(VERSION) \
+	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) -t $(IMAGE) .
 
 .PHONY: demo
 demo: build ## Show what the driver does, step by step (root)
