@@ -51,7 +51,11 @@ func run(ctx context.Context, opts options) error {
 	if quiet := opener.Quiet(root.Dir()); quiet != nil {
 		root.UseMount(quiet)
 	}
-	manager, err := newManager(root, mounter, opener, opts)
+	specs, err := newPodSpecs(opts)
+	if err != nil {
+		return err
+	}
+	manager, err := newManager(root, mounter, opener, specs, opts)
 	if err != nil {
 		return err
 	}
@@ -61,7 +65,7 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 	csi.RegisterIdentityServer(server, driver.NewIdentity(opts.driverName, version, manager.Ready))
-	csi.RegisterControllerServer(server, driver.NewController(opts.driverName, opts.nodeID, manager))
+	csi.RegisterControllerServer(server, newController(manager, specs, opts))
 	csi.RegisterNodeServer(server, driver.NewNode(opts.driverName, opts.nodeID, manager, opts.permittedOptions))
 
 	group, ctx := errgroup.WithContext(ctx)
@@ -131,7 +135,7 @@ func newMounter(dataRoot string, features overlay.Features) (*overlay.Mounter, e
 	return mounter, err
 }
 
-func newManager(root *volume.DataRoot, mounter *overlay.Mounter, opener *overlay.Opener, opts options) (*volume.Manager, error) {
+func newManager(root *volume.DataRoot, mounter *overlay.Mounter, opener *overlay.Opener, specs *kubelet.PodSpecs, opts options) (*volume.Manager, error) {
 	forbidden, err := layer.Forbid(root.Path())
 	if err != nil {
 		return nil, err
@@ -141,11 +145,7 @@ func newManager(root *volume.DataRoot, mounter *overlay.Mounter, opener *overlay
 		return nil, err
 	}
 	kubeletDir := kubelet.Dir(opts.kubeletDir)
-	found, err := newPodVolumes(kubeletDir, opts)
-	if err != nil {
-		return nil, err
-	}
-	podVolumes := layer.NewPodVolumes(found, forbidden)
+	podVolumes := layer.NewPodVolumes(newPodVolumes(kubeletDir, specs, opts), forbidden)
 	bootID, err := volume.BootID()
 	if err != nil {
 		return nil, err
@@ -154,20 +154,32 @@ func newManager(root *volume.DataRoot, mounter *overlay.Mounter, opener *overlay
 	return volume.NewManager(config, root, mounter, layer.NewResolver(roots, podVolumes), podVolumes, kubeletDir), nil
 }
 
-func newPodVolumes(dir kubelet.Dir, opts options) (*kubelet.PodVolumes, error) {
+// newPodSpecs returns nil where there is no API server.
+func newPodSpecs(opts options) (*kubelet.PodSpecs, error) {
 	config, err := clientConfig(opts.kubeconfig)
 	if err != nil {
 		return nil, err
 	}
 	if config == nil {
-		klog.Background().Info("No API server: volume:// finds a pod's own volumes, and none of claims")
-		return kubelet.NewPodVolumes(dir, nil, opts.podVolumeWait), nil
+		klog.Background().Info("No API server: volume:// finds none of a pod's claims, and no claim can name its layers")
+		return nil, nil
 	}
-	specs, err := kubelet.NewPodSpecs(config)
-	if err != nil {
-		return nil, err
+	return kubelet.NewPodSpecs(config)
+}
+
+// newPodVolumes and newController keep a missing API server what it is: a nil pointer in an interface is not nil.
+func newPodVolumes(dir kubelet.Dir, specs *kubelet.PodSpecs, opts options) *kubelet.PodVolumes {
+	if specs == nil {
+		return kubelet.NewPodVolumes(dir, nil, opts.podVolumeWait)
 	}
-	return kubelet.NewPodVolumes(dir, specs, opts.podVolumeWait), nil
+	return kubelet.NewPodVolumes(dir, specs, opts.podVolumeWait)
+}
+
+func newController(manager *volume.Manager, specs *kubelet.PodSpecs, opts options) *driver.Controller {
+	if specs == nil {
+		return driver.NewController(opts.driverName, opts.nodeID, manager, nil)
+	}
+	return driver.NewController(opts.driverName, opts.nodeID, manager, specs)
 }
 
 // clientConfig is nil where there is no API server.

@@ -10,6 +10,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/containerd/errdefs"
 
+	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
@@ -26,13 +27,21 @@ type provisioner interface {
 // --node-deployment: it runs on the node that a volume's upper will live on, and answers for that node alone.
 type Controller struct {
 	csi.UnimplementedControllerServer
-	volumes  provisioner
-	topology *csi.Topology
+	volumes    provisioner
+	claims     claims
+	annotation string
+	topology   *csi.Topology
 }
 
-// NewController returns the service of a node.
-func NewController(driverName, nodeID string, volumes provisioner) *Controller {
-	return &Controller{volumes: volumes, topology: nodeTopology(driverName, nodeID)}
+// claims reads claims from the API server.
+type claims interface {
+	Annotations(ctx context.Context, namespace, name string) (map[string]string, error)
+}
+
+// NewController returns the service of a node. claims may be nil, where there is no API server: then no claim can name
+// its layers.
+func NewController(driverName, nodeID string, volumes provisioner, claims claims) *Controller {
+	return &Controller{volumes: volumes, claims: claims, annotation: driverName + "/layers", topology: nodeTopology(driverName, nodeID)}
 }
 
 // CreateVolume makes a volume on this node.
@@ -44,11 +53,39 @@ func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	if request.Spec.Upper == volume.UpperVolume && !c.isWanted(req.GetAccessibilityRequirements()) {
 		return nil, fmt.Errorf("%w: the volume is wanted on other nodes than this one (%v)", errdefs.ErrResourceExhausted, c.topology.GetSegments())
 	}
+	if req.GetParameters()[volume.KeyLayersFrom] == volume.LayersFromClaim {
+		request.ClaimLayers = func(ctx context.Context) ([]layer.Reference, error) {
+			return c.claimLayers(ctx, req.GetParameters()[keyClaimNamespace], req.GetParameters()[keyClaimName])
+		}
+	}
 	created, err := c.volumes.Create(ctx, request)
 	if err != nil {
 		return nil, err
 	}
 	return &csi.CreateVolumeResponse{Volume: c.describe(created)}, nil
+}
+
+// claimLayers reads the layers that a claim names in its annotation.
+func (c *Controller) claimLayers(ctx context.Context, namespace, name string) ([]layer.Reference, error) {
+	switch {
+	case c.claims == nil:
+		return nil, fmt.Errorf("%w: key %q: the driver has no access to the API server, which claims are read from (--kubeconfig)", errdefs.ErrFailedPrecondition, volume.KeyLayersFrom)
+	case namespace == "" || name == "":
+		return nil, fmt.Errorf("%w: key %q: the request does not say which claim it is for: start external-provisioner with --extra-create-metadata", errdefs.ErrFailedPrecondition, volume.KeyLayersFrom)
+	}
+	annotations, err := c.claims.Annotations(ctx, namespace, name)
+	if err != nil {
+		return nil, err
+	}
+	text, ok := annotations[c.annotation]
+	if !ok {
+		return nil, fmt.Errorf("%w: claim %s/%s has no annotation %s: its StorageClass has each claim name its layers there", errdefs.ErrInvalidArgument, namespace, name, c.annotation)
+	}
+	layers, err := volume.ParseLayers(text)
+	if err != nil {
+		return nil, fmt.Errorf("annotation %s of claim %s/%s: %w", c.annotation, namespace, name, err)
+	}
+	return layers, nil
 }
 
 // isWanted reports whether this node is among those that a volume may live on.
@@ -98,7 +135,7 @@ func (c *Controller) ValidateVolumeCapabilities(ctx context.Context, req *csi.Va
 	if err != nil {
 		return nil, err
 	}
-	if _, _, err := parseCapabilities(v.Spec.Parameters(), req.GetVolumeCapabilities()); err != nil {
+	if _, _, err := parseCapabilities(v.Spec.Parameters(), volume.Usage{}, req.GetVolumeCapabilities()); err != nil {
 		return &csi.ValidateVolumeCapabilitiesResponse{Message: err.Error()}, nil
 	}
 	if given := userKeys(req.GetVolumeContext()); len(given) > 0 && !maps.Equal(given, v.Spec.Parameters()) {

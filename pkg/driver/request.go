@@ -21,6 +21,9 @@ const (
 	keyPodUID       = "csi.storage.k8s.io/pod.uid"
 	keyPodName      = "csi.storage.k8s.io/pod.name"
 	keyPodNamespace = "csi.storage.k8s.io/pod.namespace"
+	// keyClaimName and keyClaimNamespace are there where external-provisioner runs with --extra-create-metadata.
+	keyClaimName      = "csi.storage.k8s.io/pvc/name"
+	keyClaimNamespace = "csi.storage.k8s.io/pvc/namespace"
 	// keyProvisioner is put into the context of every volume that external-provisioner had made.
 	keyProvisioner = "storage.kubernetes.io/csiProvisionerIdentity"
 )
@@ -96,7 +99,7 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 	case required < 0 || limit < 0 || (limit > 0 && required > limit):
 		return volume.CreateRequest{}, fmt.Errorf("%w: capacity of at least %d and at most %d bytes", errdefs.ErrInvalidArgument, required, limit)
 	}
-	access, spec, err := parseCapabilities(userKeys(req.GetParameters()), req.GetVolumeCapabilities())
+	access, spec, err := parseCapabilities(userKeys(req.GetParameters()), volume.Usage{Create: true}, req.GetVolumeCapabilities())
 	if err != nil {
 		return volume.CreateRequest{}, err
 	}
@@ -107,7 +110,7 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 var breadth = []volume.Access{volume.SinglePod, volume.SingleNodeReader, volume.SingleNode, volume.ManyReaders, volume.ManyWriters}
 
 // parseCapabilities reads the keys as each of the capabilities means them, and wants them to mean the same.
-func parseCapabilities(parameters map[string]string, capabilities []*csi.VolumeCapability) (volume.Access, volume.Spec, error) {
+func parseCapabilities(parameters map[string]string, usage volume.Usage, capabilities []*csi.VolumeCapability) (volume.Access, volume.Spec, error) {
 	if len(capabilities) == 0 {
 		return "", volume.Spec{}, fmt.Errorf("%w: the volume capabilities are missing", errdefs.ErrInvalidArgument)
 	}
@@ -121,7 +124,8 @@ func parseCapabilities(parameters map[string]string, capabilities []*csi.VolumeC
 		if _, err := overlay.ParseMountOptions(capability.GetMount().GetMountFlags(), overlay.LooseningOptions()); err != nil {
 			return "", volume.Spec{}, err
 		}
-		spec, err := volume.ParseSpec(parameters, volume.Usage{Access: access})
+		usage.Access = access
+		spec, err := volume.ParseSpec(parameters, usage)
 		if err != nil {
 			return "", volume.Spec{}, err
 		}

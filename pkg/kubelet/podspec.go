@@ -49,6 +49,19 @@ func (s *PodSpecs) Volume(ctx context.Context, ref Pod, name string) (Volume, er
 	return Volume{}, fmt.Errorf("%w: pod %s has no volume %q", errdefs.ErrInvalidArgument, ref, name)
 }
 
+// Annotations are those of a claim. The error is Unavailable where the API server did not answer, NotFound where there is
+// no such claim.
+func (s *PodSpecs) Annotations(ctx context.Context, namespace, name string) (map[string]string, error) {
+	claim, err := s.client.PersistentVolumeClaims(namespace).Get(ctx, name, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return nil, fmt.Errorf("%w: claim %s/%s is gone: %w", errdefs.ErrNotFound, namespace, name, err)
+	}
+	if err != nil {
+		return nil, apiError(fmt.Sprintf("get claim %s/%s", namespace, name), err)
+	}
+	return claim.Annotations, nil
+}
+
 // isMounted reports whether a container mounts the volume: kubelet sets up no other ones.
 func isMounted(pod *corev1.Pod, name string) bool {
 	isIt := func(mount corev1.VolumeMount) bool { return mount.Name == name }

@@ -18,6 +18,9 @@ type CreateRequest struct {
 	// Name is the same for every try to create the one volume.
 	Name string
 	Spec Spec
+	// ClaimLayers reads the layers that the claim names, and is nil where they are in Spec. It is asked once: the
+	// volume keeps its layers whatever becomes of the claim's annotation.
+	ClaimLayers func(ctx context.Context) ([]layer.Reference, error)
 	// Access is the widest of the modes that the volume is to have.
 	Access Access
 	// Required and Limit bound the capacity in bytes. Zero is no bound.
@@ -35,6 +38,9 @@ type Volume struct {
 
 // Create makes a volume, and answers with the same one when it is asked again. It is of the kind AlreadyExists where the
 // name stands for another volume.
+//
+// Of a volume that keeps nothing on this node nothing is written down: what it is made of travels with the claim, and
+// with no topology every node's provisioner may be the one to delete it.
 func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error) {
 	id := volumeID(req.Name)
 	unlock, err := m.locks.acquire(ctx, id)
@@ -49,13 +55,19 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error)
 	if r != nil {
 		return r.volume(), r.matches(req)
 	}
+	if req.ClaimLayers != nil {
+		if req.Spec.Layers, err = req.ClaimLayers(ctx); err != nil {
+			return Volume{}, err
+		}
+	}
 	if err := m.layers.Check(req.Spec.Layers); err != nil {
 		return Volume{}, err
 	}
-	if req.Spec.Upper == UpperVolume {
-		if err := m.checkHere(ctx, req); err != nil {
-			return Volume{}, err
-		}
+	if req.Spec.Upper != UpperVolume {
+		return Volume{ID: id, Capacity: req.Required, Spec: req.Spec}, nil
+	}
+	if err := m.checkHere(ctx, req); err != nil {
+		return Volume{}, err
 	}
 	r = &record{ID: id, Spec: req.Spec, Provisioned: &provisioned{Name: req.Name, Capacity: req.Required, Access: req.Access}}
 	if err := m.states.save(r); err != nil {
@@ -113,19 +125,19 @@ func (m *Manager) Delete(ctx context.Context, id string) error {
 	return m.trash.put(m.states.volumeDir(id))
 }
 
-// Get returns a volume that is known on this node and outlives its pods. It is of the kind NotFound where there is none.
+// Get returns a volume whose upper is kept on this node. It is of the kind NotFound where there is none.
 func (m *Manager) Get(id string) (Volume, error) {
 	r, err := m.states.load(id)
 	if err != nil {
 		return Volume{}, err
 	}
-	if r == nil || !r.outlivesPods() {
+	if r == nil || !r.keepsUpper() {
 		return Volume{}, fmt.Errorf("%w: volume %s: there is none of that ID on this node", errdefs.ErrNotFound, id)
 	}
 	return r.volume(), nil
 }
 
-// List returns the volumes of this node that outlive their pods, by ID, from the first after `after`, at most limit of
+// List returns the volumes whose upper is kept on this node, by ID, from the first after `after`, at most limit of
 // them (0: all). more says that there are others behind them.
 func (m *Manager) List(after string, limit int) (volumes []Volume, more bool, err error) {
 	ids, err := m.states.ids()
@@ -138,7 +150,7 @@ func (m *Manager) List(after string, limit int) (volumes []Volume, more bool, er
 			continue
 		}
 		r, err := m.states.load(id)
-		if err != nil || r == nil || !r.outlivesPods() {
+		if err != nil || r == nil || !r.keepsUpper() {
 			// One volume that cannot be read must not hide the others: reconcile reports it.
 			continue
 		}
@@ -151,7 +163,7 @@ func (m *Manager) List(after string, limit int) (volumes []Volume, more bool, er
 }
 
 func (r *record) volume() Volume {
-	v := Volume{ID: r.ID, Spec: r.Spec, OnThisNode: r.keepsUpper()}
+	v := Volume{ID: r.ID, Spec: r.Spec, OnThisNode: true}
 	if r.Provisioned != nil {
 		v.Capacity = r.Provisioned.Capacity
 	}
@@ -161,6 +173,9 @@ func (r *record) volume() Volume {
 // matches reports whether a request that came before made this record.
 func (r *record) matches(req CreateRequest) error {
 	made := r.Provisioned
+	if req.ClaimLayers != nil {
+		req.Spec.Layers = r.Spec.Layers
+	}
 	switch {
 	case made == nil || made.Name != req.Name:
 		return fmt.Errorf("%w: the ID %s of volume %q is taken by another volume", errdefs.ErrAlreadyExists, r.ID, req.Name)

@@ -48,7 +48,7 @@ func (m *Manager) reconcileVolume(ctx context.Context, id string) error {
 			return err
 		}
 	}
-	if len(r.Publications) == 0 && !r.outlivesPods() {
+	if len(r.Publications) == 0 && !r.keepsUpper() {
 		return m.trash.put(m.states.volumeDir(id))
 	}
 	return nil

@@ -18,6 +18,7 @@ import (
 // Keys of a volume: the same in StorageClass parameters, a PersistentVolume's volumeAttributes and an inline volume's.
 const (
 	KeyLayers     = "layers"
+	KeyLayersFrom = "layersFrom"
 	KeyUpper      = "upper"
 	KeyMedium     = "medium"
 	KeySizeLimit  = "sizeLimit"
@@ -27,6 +28,7 @@ const (
 // keys are the known keys, and what stands where a build does not have what one asks for.
 var keys = map[string]struct{ unavailable bool }{
 	KeyLayers:     {},
+	KeyLayersFrom: {},
 	KeyUpper:      {},
 	KeyMedium:     {},
 	KeySizeLimit:  {unavailable: true},
@@ -53,16 +55,22 @@ type Spec struct {
 	UpperRef *layer.Reference `json:"upperRef,omitempty"`
 }
 
+// LayersFromClaim is the value of KeyLayersFrom with which a claim names its layers itself.
+const LayersFromClaim = "claim"
+
 // Usage is how a volume is used, which decides what its upper may be and is where nothing is said.
 type Usage struct {
+	// Create: the volume is being made for a claim, whose layers may be the claim's to name.
+	Create bool
 	// Inline: the volume is in the pod's own specification and lives as long as the pod.
 	Inline bool
 	// Access is meaningful where the volume is not inline.
 	Access Access
 }
 
-// ParseSpec reads a volume's keys. It touches nothing: the layers need not exist. Every error is an InvalidArgument, or
-// NotImplemented where this build lacks what is asked for, and says what to write instead.
+// ParseSpec reads a volume's keys. It touches nothing: the layers need not exist, and are left out where the claim is
+// to name them (KeyLayersFrom). Every error is an InvalidArgument, or NotImplemented where this build lacks what is
+// asked for, and says what to write instead.
 func ParseSpec(parameters map[string]string, usage Usage) (Spec, error) {
 	for _, key := range slices.Sorted(maps.Keys(parameters)) {
 		known, ok := keys[key]
@@ -73,18 +81,45 @@ func ParseSpec(parameters map[string]string, usage Usage) (Spec, error) {
 			return Spec{}, fmt.Errorf("%w: key %q is not available in this build: leave it out", errdefs.ErrNotImplemented, key)
 		}
 	}
-	layers, err := layer.ParseList(parameters[KeyLayers])
+	var spec Spec
+	var err error
+	if from, ok := parameters[KeyLayersFrom]; ok {
+		err = checkLayersFrom(from, parameters, usage)
+	} else if spec.Layers, err = ParseLayers(parameters[KeyLayers]); err != nil {
+		err = fmt.Errorf("key %q: %w", KeyLayers, err)
+	}
 	if err != nil {
-		return Spec{}, fmt.Errorf("key %q: %w", KeyLayers, err)
+		return Spec{}, err
 	}
-	if len(layers) > overlay.MaxLowers {
-		return Spec{}, fmt.Errorf("%w: key %q: %d layers: overlayfs takes at most %d", errdefs.ErrInvalidArgument, KeyLayers, len(layers), overlay.MaxLowers)
-	}
-	spec := Spec{Layers: layers}
 	if spec.Upper, spec.UpperRef, err = parseUpper(parameters[KeyUpper], usage); err != nil {
 		return Spec{}, fmt.Errorf("key %q: %w", KeyUpper, err)
 	}
 	return spec, checkMedium(parameters[KeyMedium])
+}
+
+// ParseLayers reads the references of a volume's layers. Every error is an InvalidArgument.
+func ParseLayers(text string) ([]layer.Reference, error) {
+	layers, err := layer.ParseList(text)
+	if err != nil {
+		return nil, err
+	}
+	if len(layers) > overlay.MaxLowers {
+		return nil, fmt.Errorf("%w: %d layers: overlayfs takes at most %d", errdefs.ErrInvalidArgument, len(layers), overlay.MaxLowers)
+	}
+	return layers, nil
+}
+
+func checkLayersFrom(from string, parameters map[string]string, usage Usage) error {
+	_, both := parameters[KeyLayers]
+	switch {
+	case from != LayersFromClaim:
+		return fmt.Errorf("%w: key %q: unknown value %q: there is %s", errdefs.ErrInvalidArgument, KeyLayersFrom, from, LayersFromClaim)
+	case !usage.Create:
+		return fmt.Errorf("%w: key %q is for StorageClasses alone: name the layers of this volume with the key %q", errdefs.ErrInvalidArgument, KeyLayersFrom, KeyLayers)
+	case both:
+		return fmt.Errorf("%w: keys %q and %q: write one of them", errdefs.ErrInvalidArgument, KeyLayers, KeyLayersFrom)
+	}
+	return nil
 }
 
 func parseUpper(text string, usage Usage) (Policy, *layer.Reference, error) {

@@ -53,8 +53,9 @@ func FuzzParseSpec(f *testing.F) {
 	f.Add("volume://data/x", "volume://data/y", "", "sizeLimit", false, 2)
 	f.Add("oci://debian", "none", "memory", "x", false, 4)
 	modes := []Access{SingleNode, SinglePod, SingleNodeReader, ManyReaders, ManyWriters}
+	f.Add("", "", "", "layersFrom", false, 0)
 	f.Fuzz(func(t *testing.T, layers, upper, medium, key string, inline bool, mode int) {
-		usage := Usage{Inline: inline, Access: modes[uint(mode)%uint(len(modes))]}
+		usage := Usage{Inline: inline, Create: !inline, Access: modes[uint(mode)%uint(len(modes))]}
 		parameters := map[string]string{KeyLayers: layers, KeyUpper: upper, KeyMedium: medium}
 		if key != "" {
 			parameters[key] = "1"

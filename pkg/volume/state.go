@@ -71,14 +71,9 @@ type publication struct {
 	Pin *upper.Pin `json:"pin,omitempty"`
 }
 
-// keepsUpper reports whether the volume has an upper that outlives its pods.
+// keepsUpper reports whether the volume has an upper that outlives its pods. Its state does too, and must be found whole
+// after a power cut.
 func (r *record) keepsUpper() bool { return r.Spec.Upper == UpperVolume }
-
-// durable reports whether the state must be found whole after a power cut.
-func (r *record) durable() bool { return r.keepsUpper() || r.Provisioned != nil }
-
-// outlivesPods reports whether the volume stays when its last pod is gone.
-func (r *record) outlivesPods() bool { return r.durable() }
 
 func (r *record) publication(target string) *publication {
 	for i := range r.Publications {
@@ -166,7 +161,7 @@ func (s states) write(r *record) error {
 	}
 	file := os.NewFile(uintptr(fd), temporary)
 	_, err = file.Write(data)
-	if err == nil && r.durable() {
+	if err == nil && r.keepsUpper() {
 		err = file.Sync()
 	}
 	if err := errors.Join(err, file.Close()); err != nil {
@@ -175,7 +170,7 @@ func (s states) write(r *record) error {
 	if err := unix.Rename(temporary, filepath.Join(dir, stateName)); err != nil {
 		return &os.PathError{Op: "rename", Path: temporary, Err: err}
 	}
-	if made && r.durable() {
+	if made && r.keepsUpper() {
 		return errors.Join(syncDir(dir), syncDir(s.dir))
 	}
 	return nil

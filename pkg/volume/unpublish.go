@@ -83,7 +83,7 @@ func (m *Manager) forget(ctx context.Context, r *record, target string) error {
 		}
 	}
 	left := r.without(target)
-	if len(left.Publications) == 0 && !r.outlivesPods() {
+	if len(left.Publications) == 0 && !r.keepsUpper() {
 		return m.trash.put(m.states.volumeDir(r.ID))
 	}
 	if r.Spec.ephemeral() {
