@@ -46,11 +46,29 @@ bench: ## Print the table of docs/performance.md: the driver beside the raw syst
 docs: ## Write docs/flags.md from the driver's --help
 	@{ printf '# Flags of overlay-csi\n\nMade from `overlay-csi --help` by `make docs`.\n\n```\n'; go run ./cmd/overlay-csi --help 2>&1; printf '```\n'; } > docs/flags.md
 
+.PHONY: e2e
+e2e: ## Run the end-to-end tests on a kind cluster made for them (docker, kind, kubectl, helm; see test/e2e/run)
+	test/e2e/run
+
+.PHONY: manifests
+manifests: ## Write deploy/overlay-csi.yaml from the chart (helm)
+	@{ printf '# Made from charts/overlay-csi and deploy/values.yaml by make manifests. The namespace is in namespace.yaml.\n'; \
+	  helm template overlay-csi charts/overlay-csi --namespace overlay-csi --values deploy/values.yaml | \
+	  grep -v -e 'helm.sh/chart:' -e 'app.kubernetes.io/managed-by: Helm'; } > deploy/overlay-csi.yaml
+
+.PHONY: lint-chart
+lint-chart: ## Check the chart, and that deploy/ is made from it (helm)
+	@for values in deploy/values.yaml charts/overlay-csi/ci/*.yaml; do \
+	  echo "helm lint --strict --values $$values"; helm lint --quiet --strict --values $$values charts/overlay-csi || exit 1; done
+	@mkdir -p bin; cp deploy/overlay-csi.yaml bin/manifests-before.yaml
+	@$(MAKE) --no-print-directory manifests
+	@diff -u bin/manifests-before.yaml deploy/overlay-csi.yaml || { echo "deploy/overlay-csi.yaml was not made from the chart: commit what make manifests has written"; exit 1; }
+
 .PHONY: lint
 lint: ## Check form, vet and staticcheck
 	@test -z "$$(gofmt -l .)" || { gofmt -l .; echo "run gofmt -w on these"; exit 1; }
-	go vet ./...
-	go tool staticcheck ./...
+	go vet -tags e2e ./...
+	go tool staticcheck -tags e2e ./...
 
 .PHONY: vulncheck
 vulncheck: ## Look for known vulnerabilities (needs vuln.go.dev)
