@@ -123,19 +123,67 @@ func TestDriverIsKilledUnderLoad(t *testing.T) {
 	l.wentOn()
 }
 
+// restoreChart leaves the chart as the other tests have it, whatever becomes of this one.
+func restoreChart(t *testing.T) {
+	t.Cleanup(func() {
+		if err := helmInstall(); err != nil {
+			t.Errorf("restore the chart: %v", err)
+		}
+	})
+}
+
+// TestUpgradeUnderLoad adds a layer root to the driver, which a claim offers, and takes it away again.
 func TestUpgradeUnderLoad(t *testing.T) {
 	n := newNamespace(t, "baseline")
 	l := n.startLoad()
+	claimedRoot(t, "offered")
+	restoreChart(t)
 	before := cluster.driverPod(t, cluster.workers[0]).UID
-	must(t, helmInstall("--set", "log.level=4,podAnnotations.e2e=upgrade"))
+	must(t, helmInstall("--set", "log.level=4,layerRoots[1].name=claimed,layerRoots[1].persistentVolumeClaim=offered"))
 	if cluster.driverPod(t, cluster.workers[0]).UID == before {
 		t.Error("the upgrade has not replaced the driver")
 	}
 	l.wentOn()
 	n.comesAndGoes("upgraded")
+	user := n.run("user", withVolume(inlineVolume("work", "layers", "dir://claimed/layer\ndir://layers/bottom")))
+	user.want("cat /work/f /work/bottom && echo changed > /work/f && cat /work/f", "offered\nbottom\nchanged")
 	must(t, helmInstall())
+	user.want("cat /work/f /work/bottom", "changed\nbottom")
 	l.wentOn()
 	n.comesAndGoes("back")
+}
+
+// TestMountProgramOfTheImage has the driver mount as it does on a kernel before Linux 6.7: with the mount(8) of its image.
+func TestMountProgramOfTheImage(t *testing.T) {
+	n := newNamespace(t, "baseline")
+	restoreChart(t)
+	must(t, helmInstall("--set", `driver.extraArgs[0]=--without-kernel-features=mount-api\,layer-fd\,detached-layer\,statmount`))
+	n.comesAndGoes("inline")
+	n.claim("kept")
+	for i, want := range []string{"top", "top\nmore"} {
+		p := n.run(fmt.Sprintf("claimed-%d", i), withVolume(claimVolume("work", "kept")))
+		p.want("cat /work/f && echo more >> /work/f", want)
+		p.delete()
+	}
+}
+
+// claimedRoot makes a claim in the driver's namespace that every node can mount, with a directory "layer".
+func claimedRoot(t *testing.T, name string) {
+	t.Helper()
+	className, dir := otherDriver(t, corev1.ReadOnlyMany, cluster.nodes...)
+	for _, node := range cluster.nodes {
+		_, err := cluster.onNode(node, "mkdir "+dir+"/layer && echo offered > "+dir+"/layer/f")
+		must(t, err)
+	}
+	c := &corev1.PersistentVolumeClaim{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: driverNamespace}, Spec: claimSpec()}
+	class(className)(c)
+	access(corev1.ReadOnlyMany)(c)
+	must(t, cluster.Create(context.Background(), c))
+	t.Cleanup(func() {
+		if err := cluster.Delete(context.Background(), c); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // TestChartIsUninstalledAndInstalledAgain: pods go on without the driver, and are cleaned up once it is back.

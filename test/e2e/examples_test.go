@@ -64,14 +64,14 @@ var examples = map[string]func(*testing.T, *namespace){
 		n.waitJob("build")
 	},
 	"rox-claim-as-layer.yaml": func(t *testing.T, n *namespace) {
-		className, dir := otherDriver(t, cluster.workers[0], corev1.ReadOnlyMany)
+		className, dir := otherDriver(t, corev1.ReadOnlyMany, cluster.workers[0])
 		_, err := cluster.onNode(cluster.workers[0], "echo text > "+dir+"/corpus.txt")
 		must(t, err)
 		n.apply("rox-claim-as-layer.yaml", classIs(className))
 		n.pod("annotator").want("cat /work/corpus.txt /corpus/corpus.txt", "text\nannotated\ntext")
 	},
 	"upper-on-other-claim.yaml": func(t *testing.T, n *namespace) {
-		className, dir := otherDriver(t, cluster.workers[0], corev1.ReadWriteOnce)
+		className, dir := otherDriver(t, corev1.ReadWriteOnce, cluster.workers[0])
 		n.apply("upper-on-other-claim.yaml", classIs(className))
 		p := n.pod("finetune")
 		p.want("cat /model/weights.bin /writes/views/model/upper/checkpoint", "weights\ncheckpoint")

@@ -15,14 +15,16 @@ import (
 	"sigs.k8s.io/e2e-framework/pkg/envconf"
 )
 
-// otherDriver makes a StorageClass and a volume of another driver on a node: Kubernetes' own local volumes, which kubelet
-// mounts into the pod's directory as it does those of any CSI driver. dir is where its bytes are on the node.
-func otherDriver(t *testing.T, node string, mode corev1.PersistentVolumeAccessMode) (className, dir string) {
+// otherDriver makes a StorageClass and a volume of another driver on nodes: Kubernetes' own local volumes, which kubelet
+// mounts into the pod's directory as it does those of any CSI driver. dir is where its bytes are on them.
+func otherDriver(t *testing.T, mode corev1.PersistentVolumeAccessMode, nodes ...string) (className, dir string) {
 	t.Helper()
 	name := envconf.RandomName("e2e-local", 16)
 	dir = "/var/lib/" + name
-	_, err := cluster.onNode(node, "mkdir -p "+dir)
-	must(t, err)
+	for _, node := range nodes {
+		_, err := cluster.onNode(node, "mkdir -p "+dir)
+		must(t, err)
+	}
 	late := storagev1.VolumeBindingWaitForFirstConsumer
 	sc := &storagev1.StorageClass{ObjectMeta: metav1.ObjectMeta{Name: name}, Provisioner: "kubernetes.io/no-provisioner", VolumeBindingMode: &late}
 	must(t, cluster.Create(context.Background(), sc))
@@ -35,7 +37,7 @@ func otherDriver(t *testing.T, node string, mode corev1.PersistentVolumeAccessMo
 			PersistentVolumeReclaimPolicy: corev1.PersistentVolumeReclaimRetain,
 			PersistentVolumeSource:        corev1.PersistentVolumeSource{Local: &corev1.LocalVolumeSource{Path: dir}},
 			NodeAffinity: &corev1.VolumeNodeAffinity{Required: &corev1.NodeSelector{NodeSelectorTerms: []corev1.NodeSelectorTerm{{
-				MatchExpressions: []corev1.NodeSelectorRequirement{{Key: "kubernetes.io/hostname", Operator: corev1.NodeSelectorOpIn, Values: []string{node}}},
+				MatchExpressions: []corev1.NodeSelectorRequirement{{Key: "kubernetes.io/hostname", Operator: corev1.NodeSelectorOpIn, Values: nodes}},
 			}}}},
 		},
 	}
@@ -46,8 +48,10 @@ func otherDriver(t *testing.T, node string, mode corev1.PersistentVolumeAccessMo
 				t.Error(err)
 			}
 		}
-		if _, err := cluster.onNode(node, "rm -rf "+dir); err != nil {
-			t.Error(err)
+		for _, node := range nodes {
+			if _, err := cluster.onNode(node, "rm -rf "+dir); err != nil {
+				t.Error(err)
+			}
 		}
 	})
 	return name, dir
@@ -62,7 +66,7 @@ func TestLayersInOtherVolumesOfThePod(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t, "baseline")
 	node := cluster.workers[0]
-	className, dir := otherDriver(t, node, corev1.ReadOnlyMany)
+	className, dir := otherDriver(t, corev1.ReadOnlyMany, node)
 	_, err := cluster.onNode(node, "cd "+dir+" && mkdir a b && echo a > a/f && echo b > b/f && echo b > b/b")
 	must(t, err)
 	n.claim("readonly", class(className), access(corev1.ReadOnlyMany))
@@ -122,7 +126,7 @@ func TestUpperInAClaimOfAnotherDriver(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t, "baseline")
 	node := cluster.workers[1]
-	className, dir := otherDriver(t, node, corev1.ReadWriteOnce)
+	className, dir := otherDriver(t, corev1.ReadWriteOnce, node)
 	n.claim("data", class(className))
 	view := inlineVolume("work", "layers", threeLayers, "upper", "volume://data/views/work")
 	options := []podOption{withVolume(view), withVolume(claimVolume("data", "data"))}
@@ -151,7 +155,7 @@ func TestUpperInAClaimOfAnotherDriver(t *testing.T) {
 func TestVolumeIsNotUnmountedUnderAView(t *testing.T) {
 	n := newNamespace(t, "baseline")
 	node := cluster.workers[1]
-	className, dir := otherDriver(t, node, corev1.ReadWriteOnce)
+	className, dir := otherDriver(t, corev1.ReadWriteOnce, node)
 	n.claim("data", class(className))
 	p := n.run("pod",
 		withVolume(inlineVolume("work", "layers", threeLayers, "upper", "volume://data/upper")),
