@@ -14,11 +14,13 @@ COPY go.mod go.sum ./
 RUN go mod download
 COPY cmd cmd
 COPY pkg pkg
-ARG VERSION=unknown
 ARG TARGETOS
 ARG TARGETARCH
-RUN CGO_ENABLED=0 GOOS=${TARGETOS} GOARCH=${TARGETARCH} \
-    go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=${VERSION}" -o /out/ ./cmd/...
+ENV CGO_ENABLED=0 GOOS=${TARGETOS} GOARCH=${TARGETARCH}
+# Compiled apart from the link, which alone depends on the version: most new versions change no package.
+RUN go build -trimpath -buildvcs=false ./cmd/... ./pkg/...
+ARG VERSION=unknown
+RUN go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=${VERSION}" -o /out/ ./cmd/...
 
 FROM --platform=${BUILDPLATFORM:-linux} ${DEBIAN_IMAGE} AS mount
 ARG TARGETARCH
