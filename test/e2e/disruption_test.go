@@ -269,7 +269,7 @@ func TestWorkerIsRestarted(t *testing.T) {
 	inline.want("echo written >> /work/f && cat /work/f", "top\nwritten")
 	doomed := n.run("doomed", withVolume(inlineVolume("work", "layers", threeLayers)), onNode(node))
 
-	_, err := command("docker", "stop", "--time=0", node)
+	_, err := command("docker", "stop", "-t", "0", node)
 	must(t, err)
 	zero := int64(0)
 	must(t, cluster.Delete(context.Background(), doomed.Pod.DeepCopy(), func(o *metav1.DeleteOptions) { o.GracePeriodSeconds = &zero }))
