@@ -25,7 +25,7 @@ i=0
 echo 0 > /tmp/errors
 while :; do
   i=$((i+1))
-  { echo $i > /work/count && cat /work/count /work/bottom > /dev/null && echo $i >> /work/f && mkdir -p /work/d && mv /work/d /work/e && rmdir /work/e; } 2>> /tmp/log || echo $i >> /tmp/errors
+  { echo $i > /work/count.new && mv /work/count.new /work/count && cat /work/count /work/bottom > /dev/null && echo $i >> /work/f && mkdir -p /work/d && mv /work/d /work/e && rmdir /work/e; } 2>> /tmp/log || echo $i >> /tmp/errors
   sleep 0.1 & wait
 done`
 
@@ -56,16 +56,20 @@ func (n *namespace) startLoad() *load {
 func (l *load) wentOn() {
 	l.t.Helper()
 	for _, p := range l.pods {
-		count := func() int {
-			output, err := p.exec("cat /work/count")
-			must(l.t, err)
-			number, err := strconv.Atoi(output)
-			must(l.t, err)
-			return number
-		}
-		before := count()
+		before := -1
 		eventually(l.t, p.Name+" writes", func() error {
-			if now := count(); now <= before {
+			output, err := p.exec("cat /work/count")
+			if err != nil {
+				return err
+			}
+			now, err := strconv.Atoi(output)
+			if err != nil {
+				return err
+			}
+			if before < 0 {
+				before = now
+			}
+			if now == before {
 				return fmt.Errorf("%w: %d", errNot, now)
 			}
 			return nil
