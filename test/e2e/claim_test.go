@@ -156,6 +156,10 @@ func TestImmediateBinding(t *testing.T) {
 	immediate := storageClass(t, func(c *storagev1.StorageClass) {
 		mode := storagev1.VolumeBindingImmediate
 		c.VolumeBindingMode = &mode
+		// No pod is asked: any node may be chosen, the tainted control plane too.
+		c.AllowedTopologies = []corev1.TopologySelectorTerm{{MatchLabelExpressions: []corev1.TopologySelectorLabelRequirement{
+			{Key: topologyKey, Values: cluster.workers},
+		}}}
 	}, "layers", threeLayers)
 	n.claim("workspace", class(immediate))
 	volume := n.volumeOf("workspace")
