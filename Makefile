@@ -10,8 +10,8 @@ help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: build
-build: ## Build the driver into bin/
-	go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/overlay-csi ./cmd/overlay-csi
+build: ## Build the driver and overlayctl into bin/
+	go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
 
 .PHONY: image
 image: ## Build the image of the driver as IMAGE (overlay-csi:VERSION) with DOCKER_BUILD_FLAGS
@@ -35,7 +35,7 @@ test-race: ## The same tests with the race detector, in the driver's process too
 fuzz: ## Run each fuzz target for FUZZTIME (30s)
 	@set -e; for package in $$(grep -rl --include='*_test.go' '^func Fuzz' pkg | xargs -n1 dirname | sort -u); do \
 	  for target in $$(grep -ho '^func Fuzz[A-Za-z]*' $$package/*_test.go | cut -d' ' -f2); do \
-	    echo "== $$package $$target"; go test ./$$package -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME); \
+	    echo "== $$package $$target"; go test ./$$package -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1s; \
 	  done; done
 
 .PHONY: bench

@@ -15,6 +15,7 @@ const module = "github.com/overlay-csi/overlay-csi/"
 func TestImports(t *testing.T) {
 	allowed := map[string][]string{
 		"pkg/driver":  {"pkg/volume", "pkg/layer", "pkg/overlay"},
+		"pkg/admin":   {"pkg/volume", "pkg/store"},
 		"pkg/volume":  {"pkg/layer", "pkg/upper", "pkg/overlay"},
 		"pkg/layer":   {"pkg/store", "pkg/kubelet"},
 		"pkg/store":   {},

@@ -12,10 +12,12 @@ import (
 	"time"
 
 	"github.com/spf13/pflag"
+	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/store"
 )
 
 // options are the flags, read and checked.
@@ -31,6 +33,10 @@ type options struct {
 	registrationPath string
 	layerRoots       map[string]layer.Root
 	permittedOptions []string
+	certsDir         string
+	registryConfig   string
+	adminSocket      string
+	store            store.Config
 	podVolumeWait    time.Duration
 	reconcile        time.Duration
 	withoutFeatures  []string
@@ -41,7 +47,7 @@ type options struct {
 
 // parseFlags reads the command line. With --help it writes the help to output and returns pflag.ErrHelp.
 func parseFlags(args []string, output io.Writer) (options, error) {
-	opts, roots, rootMounts := options{}, []string{}, []string{}
+	opts, roots, rootMounts, maxLayerSize := options{}, []string{}, []string{}, ""
 	flags := pflag.NewFlagSet("overlay-csi", pflag.ContinueOnError)
 	flags.SetOutput(output)
 	flags.SortFlags = false
@@ -55,6 +61,7 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 	flags.StringVar(&opts.kubeletDir, "kubelet-dir", "/var/lib/kubelet", "kubelet's root `directory`; mounted into the driver at the same path, with mount propagation Bidirectional")
 	flags.StringArrayVar(&roots, "layer-root", nil, "`NAME=PATH` of a directory that dir://NAME/... layers are taken from; repeatable")
 	flags.StringArrayVar(&rootMounts, "layer-root-mounts", nil, "`NAME` of a layer root in which layers may lie on other mounts beneath it; repeatable")
+	addStoreFlags(flags, &opts, &maxLayerSize)
 	flags.StringSliceVar(&opts.permittedOptions, "permit-mount-option", nil, "mount `options` that volumes may name although they loosen what untrusted layers may do: "+strings.Join(overlay.LooseningOptions(), ", "))
 	flags.BoolVar(&opts.register, "register", true, "register with kubelet through <kubelet-dir>/plugins_registry")
 	flags.StringVar(&opts.registrationPath, "registration-path", "", "`path` of the CSI socket as kubelet sees it (default: that of --endpoint)")
@@ -76,7 +83,63 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 	if opts.layerRoots, err = parseLayerRoots(roots, rootMounts); err != nil {
 		return options{}, err
 	}
+	if opts.store.Limits.LayerBytes, err = parseSize(maxLayerSize); err != nil {
+		return options{}, fmt.Errorf("--max-layer-size %q: %w", maxLayerSize, err)
+	}
 	return opts, opts.complete()
+}
+
+// addStoreFlags adds the flags of the layer store.
+func addStoreFlags(flags *pflag.FlagSet, opts *options, maxLayerSize *string) {
+	config := &opts.store
+	flags.StringVar(&opts.certsDir, "certs-dir", "", "`directory` with <host>/hosts.toml for registries, in containerd's form: mirrors, CAs, plain HTTP (/etc/containerd/certs.d)")
+	flags.StringVar(&opts.registryConfig, "registry-config", "", "`file` with the node's credentials for registries, a Docker config.json, read again for each pull; volumes' own secrets come first")
+	flags.StringArrayVar(&config.Keep, "prefetch", nil, "`image` (registry/repository:tag) that is pulled at start with the node's credentials, and kept; repeatable")
+	flags.IntVar(&config.Parallel, "pull-parallel", 4, "`number` of layers that are downloaded and unpacked at the same time")
+	flags.DurationVar(&config.StallTimeout, "pull-stall-timeout", 30*time.Second, "how long a registry may send next to nothing before a request is tried again")
+	flags.StringVar(maxLayerSize, "max-layer-size", "1Ti", "`size` of the files of one layer, at most; 0: any")
+	flags.Int64Var(&config.Limits.LayerEntries, "max-layer-entries", 10_000_000, "`number` of files, directories and links in one layer, at most; 0: any")
+	flags.IntVar(&config.Limits.ReservePercent, "layer-disk-reserve", 5, "`percent` of the data root's disk that pulls leave free for the volumes")
+	flags.IntVar(&config.Collect.HighPercent, "layer-gc-high", 85, "`percent` of the data root's disk in use from which layers that no volume uses are collected")
+	flags.IntVar(&config.Collect.LowPercent, "layer-gc-low", 80, "`percent` of the disk in use down to which they are collected")
+	flags.DurationVar(&config.Collect.MinAge, "layer-gc-min-age", 2*time.Minute, "how long a layer must not have been used before it is collected")
+	flags.DurationVar(&config.Collect.Interval, "layer-gc-interval", 5*time.Minute, "time between two looks at how full the disk is")
+	flags.StringVar(&opts.adminSocket, "admin-socket", "", "`socket` that overlayctl talks to (default <data-root>/overlayctl.sock)")
+	config.Backoff = 500 * time.Millisecond
+}
+
+// parseSize reads a Kubernetes quantity of bytes.
+func parseSize(text string) (int64, error) {
+	quantity, err := resource.ParseQuantity(text)
+	if err != nil {
+		return 0, err
+	}
+	if quantity.Sign() < 0 {
+		return 0, fmt.Errorf("it must not be negative")
+	}
+	return quantity.Value(), nil
+}
+
+// completeStore refuses what the layer store cannot do.
+func (o *options) completeStore() error {
+	for i, name := range o.store.Keep {
+		named, err := store.ParseName(strings.TrimPrefix(name, "oci://"))
+		if err != nil {
+			return fmt.Errorf("--prefetch: %w", err)
+		}
+		o.store.Keep[i] = named.String()
+	}
+	percent := func(p int) bool { return p >= 0 && p <= 100 }
+	collect, limits := o.store.Collect, o.store.Limits
+	switch {
+	case !percent(collect.HighPercent) || !percent(collect.LowPercent) || collect.LowPercent > collect.HighPercent:
+		return fmt.Errorf("--layer-gc-high %d and --layer-gc-low %d: they are percentages, and the low mark is not above the high one", collect.HighPercent, collect.LowPercent)
+	case limits.ReservePercent < 0 || limits.ReservePercent > 90:
+		return fmt.Errorf("--layer-disk-reserve %d: it is a percentage of at most 90", limits.ReservePercent)
+	case o.store.Parallel < 1 || o.store.StallTimeout < time.Second || collect.Interval <= 0 || collect.MinAge < 0 || limits.LayerEntries < 0:
+		return fmt.Errorf("--pull-parallel is at least 1, --pull-stall-timeout at least 1s, --layer-gc-interval positive, --layer-gc-min-age and --max-layer-entries not negative")
+	}
+	return nil
 }
 
 // complete fills in what follows from other flags, and refuses what cannot be.
@@ -90,6 +153,12 @@ func (o *options) complete() error {
 	}
 	if o.endpoint == "" {
 		o.endpoint = "unix://" + filepath.Join(o.kubeletDir, "plugins", o.driverName, "csi.sock")
+	}
+	if o.adminSocket == "" {
+		o.adminSocket = filepath.Join(o.dataRoot, "overlayctl.sock")
+	}
+	if err := o.completeStore(); err != nil {
+		return err
 	}
 	for _, name := range o.permittedOptions {
 		if !slices.Contains(overlay.LooseningOptions(), name) {

@@ -18,10 +18,12 @@ import (
 	registerapi "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 	mount "k8s.io/mount-utils"
 
+	"github.com/overlay-csi/overlay-csi/pkg/admin"
 	"github.com/overlay-csi/overlay-csi/pkg/driver"
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
@@ -55,7 +57,12 @@ func run(ctx context.Context, opts options) error {
 	if err != nil {
 		return err
 	}
-	manager, err := newManager(root, mounter, opener, specs, opts)
+	layers, err := newStore(ctx, root, opts)
+	if err != nil {
+		return err
+	}
+	defer layers.Close()
+	manager, err := newManager(root, mounter, opener, specs, layers, opts)
 	if err != nil {
 		return err
 	}
@@ -70,6 +77,8 @@ func run(ctx context.Context, opts options) error {
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { manager.Run(ctx); return nil })
+	group.Go(func() error { layers.Run(ctx, manager); return nil })
+	group.Go(func() error { return admin.Serve(ctx, opts.adminSocket, admin.NewHandler(layers, manager)) })
 	group.Go(func() error { return server.Serve(ctx) })
 	if opts.httpEndpoint != "" {
 		group.Go(func() error { return serveHealth(ctx, opts.httpEndpoint, manager.Ready) })
@@ -135,7 +144,7 @@ func newMounter(dataRoot string, features overlay.Features) (*overlay.Mounter, e
 	return mounter, err
 }
 
-func newManager(root *volume.DataRoot, mounter *overlay.Mounter, opener *overlay.Opener, specs *kubelet.PodSpecs, opts options) (*volume.Manager, error) {
+func newManager(root *volume.DataRoot, mounter *overlay.Mounter, opener *overlay.Opener, specs *kubelet.PodSpecs, layers *store.Store, opts options) (*volume.Manager, error) {
 	forbidden, err := layer.Forbid(root.Path())
 	if err != nil {
 		return nil, err
@@ -151,7 +160,20 @@ func newManager(root *volume.DataRoot, mounter *overlay.Mounter, opener *overlay
 		return nil, err
 	}
 	config := volume.Config{Node: opts.nodeID, BootID: bootID, ReconcileInterval: opts.reconcile}
-	return volume.NewManager(config, root, mounter, layer.NewResolver(roots, podVolumes), podVolumes, kubeletDir), nil
+	return volume.NewManager(config, root, mounter, layer.NewResolver(roots, podVolumes, layers), podVolumes, kubeletDir), nil
+}
+
+// newStore opens the layer store.
+func newStore(ctx context.Context, root *volume.DataRoot, opts options) (*store.Store, error) {
+	if opts.registryConfig != "" {
+		if _, err := store.ReadCredentials(opts.registryConfig); err != nil {
+			return nil, fmt.Errorf("--registry-config: %w", err)
+		}
+	}
+	config := opts.store
+	config.Root, config.Discard = root.Dir(), root.Discard
+	config.Registries = store.NewRegistries(opts.certsDir, opts.registryConfig, "overlay-csi/"+version)
+	return store.New(ctx, config)
 }
 
 // newPodSpecs returns nil where there is no API server.

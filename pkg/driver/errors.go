@@ -30,6 +30,8 @@ var kinds = []struct {
 	{is: errdefs.IsResourceExhausted, code: codes.ResourceExhausted},
 	{is: isA(unix.EROFS), code: codes.FailedPrecondition, hint: "it is mounted read-only: the kernel log says why, if nobody meant it"},
 	{is: errdefs.IsFailedPrecondition, code: codes.FailedPrecondition},
+	{is: errdefs.IsUnauthorized, code: codes.Unauthenticated},
+	{is: errdefs.IsPermissionDenied, code: codes.PermissionDenied},
 	{is: errdefs.IsUnavailable, code: codes.Unavailable},
 	{is: errdefs.IsNotFound, code: codes.NotFound},
 }

@@ -75,6 +75,7 @@ func publishRequest(req *csi.NodePublishVolumeRequest, permittedOptions []string
 		Provisioned: volumeContext[keyProvisioner] != "",
 		Access:      access,
 		Attributes:  attributes,
+		Secrets:     req.GetSecrets(),
 		Pod: layer.Pod{
 			UID:       volumeContext[keyPodUID],
 			Namespace: volumeContext[keyPodNamespace],
@@ -103,7 +104,7 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 	if err != nil {
 		return volume.CreateRequest{}, err
 	}
-	return volume.CreateRequest{Name: req.GetName(), Spec: spec, Access: access, Required: required, Limit: limit}, nil
+	return volume.CreateRequest{Name: req.GetName(), Spec: spec, Access: access, Secrets: req.GetSecrets(), Required: required, Limit: limit}, nil
 }
 
 // breadth orders access modes by how many may use a volume that has several.

@@ -108,6 +108,57 @@ func (r *Roots) open(ref Reference, opened openedRoots) (*os.File, error) {
 	return at.quieter(dir, ref), nil
 }
 
+// openArchive opens the file, or the directory of an OCI layout, that an archive:// reference names, for reading. It is
+// looked for as a directory is.
+func (r *Roots) openArchive(ref Reference) (*os.File, error) {
+	root, err := r.find(ref)
+	if err != nil {
+		return nil, err
+	}
+	at, err := r.openRoot(root)
+	if err != nil {
+		return nil, fmt.Errorf("%w: layer %s: open layer root %s: %w", errdefs.ErrUnavailable, ref, ref.Name(), err)
+	}
+	defer openedRoots{ref.Name(): at}.close()
+	var resolve uint64
+	if !root.Mounts {
+		resolve = unix.RESOLVE_NO_XDEV
+	}
+	file, err := openFileBeneath(at.dir, ref, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, resolve)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.checkArchive(at.dir, file); err != nil {
+		file.Close()
+		return nil, fmt.Errorf("layer %s: %w", ref, err)
+	}
+	return file, nil
+}
+
+// checkArchive refuses what is no archive, and what lies in the data root.
+func (r *Roots) checkArchive(root, file *os.File) error {
+	info, err := file.Stat()
+	if err != nil {
+		return err
+	}
+	switch {
+	case info.IsDir():
+		return r.forbid.check(root, file)
+	case !info.Mode().IsRegular():
+		return fmt.Errorf("%w: it is neither a file nor a directory", errdefs.ErrInvalidArgument)
+	}
+	path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", file.Fd()))
+	if err != nil {
+		return err
+	}
+	dir, err := os.OpenFile(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return fmt.Errorf("%w: open the directory of the archive: %w", errdefs.ErrUnavailable, err)
+	}
+	defer dir.Close()
+	return r.forbid.check(root, dir)
+}
+
 func (r *Roots) openRoot(root Root) (openedRoot, error) {
 	fd, err := unix.Open(root.Path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -137,14 +188,19 @@ func (r openedRoot) quieter(dir *os.File, ref Reference) *os.File {
 	return quiet
 }
 
-// openBeneath opens the directory at the reference's path beneath root.
+// openBeneath opens the directory at the reference's path beneath root (O_PATH).
 func openBeneath(root *os.File, ref Reference, resolve uint64) (*os.File, error) {
+	return openFileBeneath(root, ref, unix.O_PATH|unix.O_DIRECTORY, resolve)
+}
+
+// openFileBeneath opens what is at the reference's path beneath root.
+func openFileBeneath(root *os.File, ref Reference, flags, resolve uint64) (*os.File, error) {
 	path := ref.Path()
 	if path == "" {
 		path = "."
 	}
 	how := unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC,
+		Flags:   flags | unix.O_CLOEXEC,
 		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_MAGICLINKS | resolve,
 	}
 	fd, err := unix.Openat2(int(root.Fd()), path, &how)
@@ -160,7 +216,11 @@ func openBeneath(root *os.File, ref Reference, resolve uint64) (*os.File, error)
 	}
 	switch {
 	case errors.Is(err, unix.ENOENT):
-		return nil, fmt.Errorf("%w: layer %s: there is no directory %q in %s on this node", errdefs.ErrNotFound, ref, ref.Path(), root.Name())
+		what := "directory"
+		if ref.Scheme() == Archive {
+			what = "archive"
+		}
+		return nil, fmt.Errorf("%w: layer %s: there is no %s %q in %s on this node", errdefs.ErrNotFound, ref, what, ref.Path(), root.Name())
 	case errors.Is(err, unix.ENOTDIR):
 		return nil, fmt.Errorf("%w: layer %s: %q in %s is a file: a layer is a directory", errdefs.ErrInvalidArgument, ref, ref.Path(), root.Name())
 	case errors.Is(err, unix.EXDEV) && resolve&unix.RESOLVE_NO_XDEV != 0:

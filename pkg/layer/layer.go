@@ -2,91 +2,173 @@ package layer
 
 import (
 	"context"
-	"fmt"
 	"os"
 
-	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
+	"github.com/overlay-csi/overlay-csi/pkg/store"
 )
 
 // Pod is the pod that a layer is resolved for.
 type Pod = kubelet.Pod
 
-// Stack is the directories of a volume's layers, the topmost first, held open so that they stay the ones that were
-// resolved whatever is renamed meanwhile.
-type Stack []*os.File
+// Pins are the images that references without a digest stand for, by the reference.
+type Pins map[string]digest.Digest
 
-// Close closes the directories.
-func (s Stack) Close() {
-	for _, dir := range s {
+// Request says for whom references are resolved.
+type Request struct {
+	Pod Pod
+	// Secrets are the volume's, with credentials for registries in them.
+	Secrets map[string]string
+	// Pins are what references stood for when the volume was made.
+	Pins Pins
+}
+
+// Stack is the directories of a volume's layers, the topmost first, held open so that they stay the ones that were
+// resolved whatever is renamed or collected meanwhile.
+type Stack struct {
+	Dirs []*os.File
+	// Pins are the request's, and those of the references that had none.
+	Pins Pins
+	// Stored are the layers of the stack that are in the layer store.
+	Stored []digest.Digest
+
+	own  []*os.File
+	uses []*store.Use
+	seen map[string]bool
+}
+
+// Close lets go of the directories.
+func (s *Stack) Close() {
+	for _, dir := range s.own {
 		dir.Close()
+	}
+	for _, use := range s.uses {
+		use.Close()
 	}
 }
 
 // Paths is where the directories were when they were opened.
-func (s Stack) Paths() []string {
-	paths := make([]string, len(s))
-	for i, dir := range s {
+func (s *Stack) Paths() []string {
+	paths := make([]string, len(s.Dirs))
+	for i, dir := range s.Dirs {
 		paths[i] = dir.Name()
 	}
 	return paths
+}
+
+// addDir puts a directory below the others.
+func (s *Stack) addDir(dir *os.File) {
+	s.own = append(s.own, dir)
+	s.Dirs = append(s.Dirs, dir)
+}
+
+// addImage puts the layers of an image below the others. One that is there already, as the layers are that two images
+// have in common, would show nothing that it does not show where it is higher, and overlayfs takes a directory once.
+func (s *Stack) addImage(ref Reference, use *store.Use) {
+	s.uses = append(s.uses, use)
+	s.Pins[ref.String()] = use.Image.Digest
+	for _, layer := range use.Image.Layers {
+		s.Stored = append(s.Stored, layer.DiffID)
+	}
+	for _, dir := range use.Dirs {
+		if !s.seen[dir.Name()] {
+			s.seen[dir.Name()] = true
+			s.Dirs = append(s.Dirs, dir)
+		}
+	}
 }
 
 // Resolver resolves references of every scheme.
 type Resolver struct {
 	roots      *Roots
 	podVolumes *PodVolumes
+	images     images
 }
 
-// NewResolver returns a resolver of dir:// beneath roots and volume:// in podVolumes.
-func NewResolver(roots *Roots, podVolumes *PodVolumes) *Resolver {
-	return &Resolver{roots: roots, podVolumes: podVolumes}
+// NewResolver returns a resolver of dir:// and archive:// beneath roots, volume:// in podVolumes, and oci:// in images.
+func NewResolver(roots *Roots, podVolumes *PodVolumes, images images) *Resolver {
+	return &Resolver{roots: roots, podVolumes: podVolumes, images: images}
 }
 
-// Resolve opens the directories of the references in their order. The caller closes the stack.
-func (r *Resolver) Resolve(ctx context.Context, refs []Reference, pod Pod) (Stack, error) {
-	stack := make(Stack, 0, len(refs))
+// Resolve opens the directories of the references in their order. Images that are not on the node are pulled. The caller
+// closes the stack.
+func (r *Resolver) Resolve(ctx context.Context, refs []Reference, req Request) (*Stack, error) {
+	credentials, err := store.ParseCredentials(req.Secrets)
+	if err != nil {
+		return nil, err
+	}
+	stack := &Stack{Pins: Pins{}, seen: map[string]bool{}}
 	opened := openedRoots{}
 	defer opened.close()
 	for _, ref := range refs {
-		dir, err := r.resolve(ctx, ref, pod, opened)
-		if err != nil {
+		if err := r.resolve(ctx, ref, req, credentials, opened, stack); err != nil {
 			stack.Close()
 			return nil, err
 		}
-		stack = append(stack, dir)
 	}
 	return stack, nil
 }
 
-func (r *Resolver) resolve(ctx context.Context, ref Reference, pod Pod, opened openedRoots) (*os.File, error) {
+func (r *Resolver) resolve(ctx context.Context, ref Reference, req Request, credentials store.Credentials, opened openedRoots, stack *Stack) error {
+	var dir *os.File
+	var use *store.Use
+	var err error
 	switch ref.Scheme() {
 	case Dir:
-		return r.roots.open(ref, opened)
+		dir, err = r.roots.open(ref, opened)
 	case Volume:
-		return r.podVolumes.Open(ctx, ref, pod)
+		dir, err = r.podVolumes.Open(ctx, ref, req.Pod)
+	case OCI:
+		use, err = r.useImage(ctx, ref, credentials, req.Pins)
+	case Archive:
+		use, err = r.useArchive(ctx, ref, req.Pins)
 	}
-	return nil, r.unavailable(ref)
+	switch {
+	case err != nil:
+		return err
+	case use != nil:
+		stack.addImage(ref, use)
+	default:
+		stack.addDir(dir)
+	}
+	return nil
 }
 
-// Check refuses what could never be resolved, whatever node and pod: an unknown layer root, a scheme that this build
-// does not have.
+// Check refuses what could never be resolved, whatever node and pod: an unknown layer root.
 func (r *Resolver) Check(refs []Reference) error {
 	for _, ref := range refs {
-		switch ref.Scheme() {
-		case Dir:
-			if _, err := r.roots.find(ref); err != nil {
-				return err
-			}
-		case Volume:
-		default:
-			return r.unavailable(ref)
+		if ref.Scheme() != Dir && ref.Scheme() != Archive {
+			continue
+		}
+		if _, err := r.roots.find(ref); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-func (r *Resolver) unavailable(ref Reference) error {
-	return fmt.Errorf("%w: layer %s: %s:// is not available in this build: use dir:// or volume://", errdefs.ErrNotImplemented, ref, ref.Scheme())
+// CheckHere refuses what this node does not have: directories and archives that are not there. Images can be pulled, and
+// the volumes of a pod are left for the pod.
+func (r *Resolver) CheckHere(refs []Reference) error {
+	opened := openedRoots{}
+	defer opened.close()
+	for _, ref := range refs {
+		var file *os.File
+		var err error
+		switch ref.Scheme() {
+		case Dir:
+			file, err = r.roots.open(ref, opened)
+		case Archive:
+			file, err = r.roots.openArchive(ref)
+		default:
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		file.Close()
+	}
+	return nil
 }

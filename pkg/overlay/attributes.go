@@ -105,6 +105,9 @@ func (a Attributes) bits() int {
 	return bits
 }
 
+// String is the attributes as mount(8) spells them, between commas.
+func (a Attributes) String() string { return strings.Join(a.options(), ",") }
+
 // options returns the attributes as mount(8) spells them.
 func (a Attributes) options() []string {
 	var names []string

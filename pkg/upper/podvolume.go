@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -26,6 +27,12 @@ type Pin struct {
 	// Volume is the path of the other volume's root, Path the upper's base beneath it.
 	Volume string `json:"volume"`
 	Path   string `json:"path"`
+}
+
+// Paths are where the upper and its work directory are.
+func (p Pin) Paths() (upper, work string) {
+	base := filepath.Join(p.Volume, p.Path)
+	return filepath.Join(base, upperName), filepath.Join(base, workName)
 }
 
 // pinner mounts a directory on itself, and takes such a mount away.

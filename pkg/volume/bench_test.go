@@ -57,7 +57,7 @@ func BenchmarkPublishUnpublish(b *testing.B) {
 	}
 	kubeletDir := kubelet.Dir(filepath.Join(dir, "kubelet"))
 	podVolumes := layer.NewPodVolumes(kubelet.NewPodVolumes(kubeletDir, nil, 0), forbidden)
-	manager := volume.NewManager(volume.Config{Node: "n", BootID: "b", ReconcileInterval: time.Hour}, root, mounter, layer.NewResolver(roots, podVolumes), podVolumes, kubeletDir)
+	manager := volume.NewManager(volume.Config{Node: "n", BootID: "b", ReconcileInterval: time.Hour}, root, mounter, layer.NewResolver(roots, podVolumes, nil), podVolumes, kubeletDir)
 	ctx := context.Background()
 	spec, err := volume.ParseSpec(map[string]string{"layers": "dir://r/a,dir://r/b,dir://r/c"}, volume.Usage{Inline: true})
 	if err != nil {

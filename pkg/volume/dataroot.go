@@ -19,7 +19,8 @@ type DataRoot struct {
 	path string
 	lock *os.File
 	// dir is the directory on the mount that uppers are used on.
-	dir *os.File
+	dir   *os.File
+	trash *trash
 }
 
 // OpenDataRoot takes a data root, and makes it where it is missing. It is ErrInUse while another process has it; any
@@ -42,7 +43,7 @@ func OpenDataRoot(path string) (*DataRoot, error) {
 		lock.Close()
 		return nil, fmt.Errorf("data root: %w", err)
 	}
-	return &DataRoot{path: path, lock: lock, dir: lock}, nil
+	return &DataRoot{path: path, lock: lock, dir: lock, trash: newTrash(filepath.Join(path, trashName))}, nil
 }
 
 // UseMount has uppers used through quiet, the same directory on another mount. The data root closes it.
@@ -53,6 +54,9 @@ func (r *DataRoot) Path() string { return r.path }
 
 // Dir is the data root, open. It belongs to the data root.
 func (r *DataRoot) Dir() *os.File { return r.dir }
+
+// Discard moves a file or directory of the data root to the trash. What does not exist is already gone.
+func (r *DataRoot) Discard(path string) error { return r.trash.put(path) }
 
 // Close lets go of the data root. Views stay mounted.
 func (r *DataRoot) Close() error {

@@ -31,8 +31,10 @@ type mounter interface {
 
 // layers resolves layer references into open directories.
 type layers interface {
-	Resolve(ctx context.Context, refs []layer.Reference, pod layer.Pod) (layer.Stack, error)
+	Resolve(ctx context.Context, refs []layer.Reference, req layer.Request) (*layer.Stack, error)
+	Pin(ctx context.Context, refs []layer.Reference, secrets map[string]string) ([]layer.Reference, error)
 	Check(refs []layer.Reference) error
+	CheckHere(refs []layer.Reference) error
 }
 
 // podVolumes opens the root of another volume of a pod.
@@ -80,7 +82,7 @@ func NewManager(config Config, root *DataRoot, mounter mounter, layers layers, p
 		podVolumes: podVolumes,
 		pods:       pods,
 		states:     states{filepath.Join(root.Path(), volumesName)},
-		trash:      newTrash(filepath.Join(root.Path(), trashName)),
+		trash:      root.trash,
 		locks:      newLocks(),
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"github.com/containerd/errdefs"
+	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 )
@@ -23,6 +24,8 @@ type CreateRequest struct {
 	ClaimLayers func(ctx context.Context) ([]layer.Reference, error)
 	// Access is the widest of the modes that the volume is to have.
 	Access Access
+	// Secrets have the credentials for registries.
+	Secrets map[string]string
 	// Required and Limit bound the capacity in bytes. Zero is no bound.
 	Required, Limit int64
 }
@@ -63,28 +66,29 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error)
 	if err := m.layers.Check(req.Spec.Layers); err != nil {
 		return Volume{}, err
 	}
+	asked := req.Spec.Layers
+	if req.Spec.Layers, err = m.layers.Pin(ctx, asked, req.Secrets); err != nil {
+		return Volume{}, err
+	}
+	klog.FromContext(ctx).Info("Layers are pinned", "layers", req.Spec.layerStrings())
 	if req.Spec.Upper != UpperVolume {
 		return Volume{ID: id, Capacity: req.Required, Spec: req.Spec}, nil
 	}
-	if err := m.checkHere(ctx, req); err != nil {
+	if err := m.checkHere(req); err != nil {
 		return Volume{}, err
 	}
-	r = &record{ID: id, Spec: req.Spec, Provisioned: &provisioned{Name: req.Name, Capacity: req.Required, Access: req.Access}}
+	r = &record{ID: id, Spec: req.Spec, Provisioned: &provisioned{Name: req.Name, Capacity: req.Required, Access: req.Access, Asked: asked}}
 	if err := m.states.save(r); err != nil {
 		return Volume{}, errors.Join(err, m.trash.put(m.states.volumeDir(id)))
 	}
 	return r.volume(), nil
 }
 
-// checkHere refuses a volume that is going to live on this node and could not be published here. Layers in other
-// volumes of a pod are left for the pod.
-func (m *Manager) checkHere(ctx context.Context, req CreateRequest) error {
-	here := slices.DeleteFunc(slices.Clone(req.Spec.Layers), func(ref layer.Reference) bool { return ref.Scheme() == layer.Volume })
-	stack, err := m.layers.Resolve(ctx, here, layer.Pod{})
-	if err != nil {
+// checkHere refuses a volume that is going to live on this node and could not be published here.
+func (m *Manager) checkHere(req CreateRequest) error {
+	if err := m.layers.CheckHere(req.Spec.Layers); err != nil {
 		return err
 	}
-	stack.Close()
 	free, err := m.Capacity()
 	if err != nil {
 		return err
@@ -173,7 +177,7 @@ func (r *record) volume() Volume {
 // matches reports whether a request that came before made this record.
 func (r *record) matches(req CreateRequest) error {
 	made := r.Provisioned
-	if req.ClaimLayers != nil {
+	if req.ClaimLayers != nil || made == nil || slices.Equal(req.Spec.Layers, made.Asked) {
 		req.Spec.Layers = r.Spec.Layers
 	}
 	switch {

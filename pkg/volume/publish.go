@@ -28,6 +28,8 @@ type PublishRequest struct {
 	Access      Access
 	Attributes  overlay.Attributes
 	Pod         layer.Pod
+	// Secrets have the credentials for registries.
+	Secrets map[string]string
 }
 
 // step is what has been done of a publish, and how it is taken back.
@@ -55,11 +57,14 @@ func (m *Manager) Publish(ctx context.Context, req PublishRequest) (err error) {
 	if done, err := m.admit(before, req); err != nil || done {
 		return err
 	}
-	stack, err := m.layers.Resolve(ctx, req.Spec.Layers, req.Pod)
+	stack, err := m.layers.Resolve(ctx, req.Spec.Layers, layer.Request{Pod: req.Pod, Secrets: req.Secrets, Pins: before.pins()})
 	if err != nil {
 		return err
 	}
 	defer stack.Close()
+	if len(stack.Dirs) > overlay.MaxLowers {
+		return fmt.Errorf("%w: volume %s: its images have %d layers together: overlayfs takes at most %d", errdefs.ErrInvalidArgument, req.VolumeID, len(stack.Dirs), overlay.MaxLowers)
+	}
 
 	var steps []step
 	defer func() {
@@ -176,7 +181,7 @@ func (m *Manager) admit(r *record, req PublishRequest) (done bool, err error) {
 }
 
 // plan is the state in which the volume is going to be.
-func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, stack layer.Stack) (*record, *publication, error) {
+func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, stack *layer.Stack) (*record, *publication, error) {
 	r := before
 	if r == nil {
 		r = &record{ID: req.VolumeID, Spec: req.Spec, Inline: req.Inline}
@@ -194,21 +199,25 @@ func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, 
 		root.Close()
 		p.Pin = &upper.Pin{Volume: root.Name(), Path: req.Spec.upperPath()}
 	}
+	if len(stack.Pins) > 0 {
+		klog.FromContext(ctx).Info("Layers are pinned", "digests", stack.Pins)
+	}
 	r = r.with(p)
+	r.Pins, r.Stored = stack.Pins, stack.Stored
 	return r, r.publication(req.Target), nil
 }
 
 // mountView prepares the upper and mounts the view at target.
-func (m *Manager) mountView(ctx context.Context, r *record, p *publication, stack layer.Stack, target *os.File, steps *[]step) error {
+func (m *Manager) mountView(ctx context.Context, r *record, p *publication, stack *layer.Stack, target *os.File, steps *[]step) error {
 	if shared, err := m.openShared(r, p); err != nil {
 		return err
 	} else if shared != nil {
 		defer shared.Close()
 		return m.mounter.Bind(shared, target, p.Attributes)
 	}
-	spec := overlay.Spec{Lowers: stack, Attributes: p.Attributes}
+	spec := overlay.Spec{Lowers: stack.Dirs, Attributes: p.Attributes}
 	if r.Spec.Upper != UpperNone {
-		dirs, err := m.prepareUpper(ctx, r, p, stack[0], steps)
+		dirs, err := m.prepareUpper(ctx, r, p, stack.Dirs[0], steps)
 		if err != nil {
 			return fmt.Errorf("publish volume %s: %w", r.ID, err)
 		}

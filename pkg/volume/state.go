@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
@@ -46,15 +47,21 @@ type record struct {
 	Inline bool `json:"inline,omitempty"`
 	// Provisioned is set where CreateVolume made the volume, and nil where kubelet brought a static one.
 	Provisioned *provisioned `json:"provisioned,omitempty"`
+	// Pins are the images that the references to images and archives stand for, and Stored the layers of those in the
+	// layer store, by diff ID: what is named here is not collected.
+	Pins   layer.Pins      `json:"pins,omitempty"`
+	Stored []digest.Digest `json:"stored,omitempty"`
 	// Publications are the targets where the volume is, is about to be, or was when the node went down: which of them
 	// are mounted only the kernel knows.
 	Publications []publication `json:"publications,omitempty"`
 }
 
 type provisioned struct {
-	Name     string `json:"name"`
-	Capacity int64  `json:"capacityBytes,omitempty"`
-	Access   Access `json:"access"`
+	Name string `json:"name"`
+	// Asked are the layers as they were asked for, where their images were pinned since.
+	Asked    []layer.Reference `json:"asked,omitempty"`
+	Capacity int64             `json:"capacityBytes,omitempty"`
+	Access   Access            `json:"access"`
 }
 
 // publication is one target of a volume.
@@ -74,6 +81,14 @@ type publication struct {
 // keepsUpper reports whether the volume has an upper that outlives its pods. Its state does too, and must be found whole
 // after a power cut.
 func (r *record) keepsUpper() bool { return r.Spec.Upper == UpperVolume }
+
+// pins are those of the volume, none of one that is not here yet.
+func (r *record) pins() layer.Pins {
+	if r == nil {
+		return nil
+	}
+	return r.Pins
+}
 
 func (r *record) publication(target string) *publication {
 	for i := range r.Publications {

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/overlay-csi/overlay-csi/pkg/admin"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
@@ -28,16 +29,19 @@ const DriverName = "overlay-csi.github.io"
 const LayerRoot = "layers"
 
 // Build compiles the driver into dir and returns the binary's path. OVERLAY_CSI_BUILD_FLAGS adds flags, such as -race.
-func Build(dir string) (string, error) {
-	binary := filepath.Join(dir, "overlay-csi")
+func Build(dir string) (string, error) { return BuildCommand(dir, "overlay-csi") }
+
+// BuildCommand compiles one of the project's commands.
+func BuildCommand(dir, name string) (string, error) {
+	binary := filepath.Join(dir, name)
 	args := []string{"build", "-o", binary}
 	if flags := os.Getenv("OVERLAY_CSI_BUILD_FLAGS"); flags != "" {
 		args = append(args, flags)
 	}
-	args = append(args, "github.com/overlay-csi/overlay-csi/cmd/overlay-csi")
+	args = append(args, "github.com/overlay-csi/overlay-csi/cmd/"+name)
 	output, err := exec.Command("go", args...).CombinedOutput()
 	if err != nil {
-		return "", fmt.Errorf("build the driver: %w\n%s", err, output)
+		return "", fmt.Errorf("build %s: %w\n%s", name, err, output)
 	}
 	return binary, nil
 }
@@ -119,6 +123,7 @@ func (n *Node) Start(ctx context.Context) error {
 		"--node-id=test-node",
 		"--http-endpoint=",
 		"--register=false",
+		"--certs-dir=" + n.CertsDir(),
 	}, n.args...)
 	n.cmd = exec.Command(n.binary, args...)
 	log, err := os.OpenFile(n.logPath(), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
@@ -198,6 +203,15 @@ func (n *Node) logPath() string { return filepath.Join(n.Dir, "driver.log") }
 
 // Conn is the connection to the driver. It connects again when the driver was started again.
 func (n *Node) Conn() *grpc.ClientConn { return n.conn }
+
+// Admin asks the driver as overlayctl does.
+func (n *Node) Admin() *admin.Client { return admin.NewClient(n.AdminSocket()) }
+
+// AdminSocket is the socket that overlayctl talks to.
+func (n *Node) AdminSocket() string { return filepath.Join(n.DataRoot, "overlayctl.sock") }
+
+// CertsDir is where the driver looks for the configuration of registries.
+func (n *Node) CertsDir() string { return filepath.Join(n.Dir, "certs.d") }
 
 // NodeService is the driver's CSI node service.
 func (n *Node) NodeService() csi.NodeClient { return csi.NewNodeClient(n.conn) }

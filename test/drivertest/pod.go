@@ -34,6 +34,8 @@ type Volume struct {
 	Mode     csi.VolumeCapability_AccessMode_Mode
 	Options  []string
 	ReadOnly bool
+	// Secrets are those of the volume's nodePublishSecretRef.
+	Secrets map[string]string
 }
 
 // NewPod makes the directory of a new pod.
@@ -91,6 +93,7 @@ func (p *Pod) Request(v Volume) *csi.NodePublishVolumeRequest {
 		VolumeContext:    volumeContext,
 		Readonly:         v.ReadOnly,
 		VolumeCapability: Capability(mode, v.Options...),
+		Secrets:          v.Secrets,
 	}
 }
 

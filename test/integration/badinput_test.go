@@ -22,6 +22,7 @@ func TestBadPublish(t *testing.T) {
 		t.Fatal(err)
 	}
 	must(t, os.Symlink("/etc", filepath.Join(node.LayerDir, "absolute-link")))
+	must(t, unix.Mkfifo(filepath.Join(node.LayerDir, "fifo"), 0o600))
 	must(t, os.Symlink("../data", filepath.Join(node.LayerDir, "up-link")))
 	must(t, os.Symlink("/proc/self/root", filepath.Join(node.LayerDir, "magic-link")))
 	must(t, os.Symlink("good", filepath.Join(node.LayerDir, "fine-link")))
@@ -66,8 +67,11 @@ func TestBadPublish(t *testing.T) {
 		"a layer in a layer":    {layers("dir://layers/good,dir://layers/good/dir"), codes.InvalidArgument, []string{"inside"}},
 		"501 layers":            {layers(strings.Join(many, ",")), codes.InvalidArgument, []string{"501", "500"}},
 		"a name too long":       {layers("dir://layers/" + strings.Repeat("x", 300)), codes.InvalidArgument, []string{"too long"}},
-		"oci":                   {layers("oci://docker.io/library/debian:12"), codes.InvalidArgument, []string{"not available in this build"}},
-		"archive":               {layers("archive://layers/image.tar"), codes.InvalidArgument, []string{"not available in this build"}},
+		"no such registry":      {layers("oci://registry.invalid/team/data:1"), codes.Unavailable, []string{"registry.invalid", "team/data:1"}},
+		"no such archive":       {layers("archive://layers/image.tar"), codes.NotFound, []string{"image.tar"}},
+		"archive nowhere":       {layers("archive://nowhere/image.tar"), codes.InvalidArgument, []string{"nowhere", "--layer-root"}},
+		"archive in a device":   {layers("archive://layers/fifo"), codes.InvalidArgument, []string{"neither a file nor a directory"}},
+		"archive by a link":     {layers("archive://layers/absolute-link"), codes.InvalidArgument, []string{"leaves"}},
 		"size":                  {attribute("sizeLimit", "1Gi"), codes.InvalidArgument, []string{"not available in this build"}},
 		"memory":                {attribute("medium", "memory"), codes.InvalidArgument, []string{"not available in this build"}},
 		"unknown medium":        {attribute("medium", "tape"), codes.InvalidArgument, []string{"tape", "disk"}},

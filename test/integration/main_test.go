@@ -19,7 +19,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
 
-var driverBinary string
+var driverBinary, overlayctlBinary string
 
 func TestMain(m *testing.M) {
 	flag.Parse()
@@ -38,6 +38,10 @@ func run(m *testing.M) int {
 		}
 	}()
 	if driverBinary, err = drivertest.Build(dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	if overlayctlBinary, err = drivertest.BuildCommand(dir, "overlayctl"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}

@@ -1,0 +1,95 @@
+package layer
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/overlay-csi/overlay-csi/pkg/store"
+)
+
+// images is what oci:// and archive:// references need of the layer store.
+type images interface {
+	Resolve(ctx context.Context, named reference.Named, credentials store.Credentials) (digest.Digest, error)
+	Use(id digest.Digest, path string) (*store.Use, error)
+	Pull(ctx context.Context, named reference.Canonical, credentials store.Credentials, path string) (*store.Use, error)
+	Import(ctx context.Context, name string, file *os.File, wanted digest.Digest) (*store.Use, error)
+}
+
+// pinned returns the image of an oci:// reference with its digest, which is asked of the registry where neither the
+// reference nor the pins have it.
+func (r *Resolver) pinned(ctx context.Context, ref Reference, credentials store.Credentials, pins Pins) (reference.Canonical, error) {
+	named, err := reference.ParseNormalizedNamed(ref.Name())
+	if err != nil {
+		return nil, fmt.Errorf("%w: layer %s: %w", errdefs.ErrInvalidArgument, ref, err)
+	}
+	if canonical, ok := named.(reference.Canonical); ok {
+		return canonical, nil
+	}
+	id, ok := pins[ref.String()]
+	if !ok {
+		if id, err = r.images.Resolve(ctx, named, credentials); err != nil {
+			return nil, fmt.Errorf("layer %s: %w", ref, err)
+		}
+	}
+	return reference.WithDigest(named, id)
+}
+
+// Pin replaces the tags of oci:// references by what they stand for at the moment: the same images whenever and wherever
+// they are resolved. secrets are those of the volume.
+func (r *Resolver) Pin(ctx context.Context, refs []Reference, secrets map[string]string) ([]Reference, error) {
+	credentials, err := store.ParseCredentials(secrets)
+	if err != nil {
+		return nil, err
+	}
+	pinned := make([]Reference, len(refs))
+	for i, ref := range refs {
+		pinned[i] = ref
+		if ref.Scheme() != OCI {
+			continue
+		}
+		named, err := r.pinned(ctx, ref, credentials, nil)
+		if err != nil {
+			return nil, err
+		}
+		pinned[i].name = named.String()
+	}
+	return pinned, nil
+}
+
+// useImage opens the layers of an oci:// reference.
+func (r *Resolver) useImage(ctx context.Context, ref Reference, credentials store.Credentials, pins Pins) (*store.Use, error) {
+	named, err := r.pinned(ctx, ref, credentials, pins)
+	if err != nil {
+		return nil, err
+	}
+	use, err := r.images.Pull(ctx, named, credentials, ref.Path())
+	if err != nil {
+		return nil, fmt.Errorf("layer %s: %w", ref, err)
+	}
+	return use, nil
+}
+
+// useArchive opens the layers of an archive:// reference. The archive itself need not be there any more, where what it
+// was is known and is in the store.
+func (r *Resolver) useArchive(ctx context.Context, ref Reference, pins Pins) (*store.Use, error) {
+	pin, isPinned := pins[ref.String()]
+	if isPinned {
+		if use, err := r.images.Use(pin, ""); use != nil || err != nil {
+			return use, err
+		}
+	}
+	file, err := r.roots.openArchive(ref)
+	if err != nil {
+		return nil, err
+	}
+	use, err := r.images.Import(ctx, ref.String(), file, pin)
+	if err != nil {
+		return nil, fmt.Errorf("layer %s: %w", ref, err)
+	}
+	return use, nil
+}

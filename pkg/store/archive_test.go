@@ -1,0 +1,172 @@
+package store_test
+
+import (
+	"archive/tar"
+	"bytes"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/overlay-csi/overlay-csi/pkg/store"
+	"github.com/overlay-csi/overlay-csi/test/registrytest"
+)
+
+func (n *node) importFile(path string, wanted digest.Digest) (*store.Use, error) {
+	n.t.Helper()
+	file, err := os.Open(path)
+	must(n.t, err)
+	return n.Import(n.t.Context(), "archive://root/"+filepath.Base(path), file, wanted)
+}
+
+// archives writes an image in every form that there is.
+func archives(t *testing.T, dir string, img v1.Image) map[string]string {
+	t.Helper()
+	tag, err := name.NewTag("example.com/a:1")
+	must(t, err)
+	docker := filepath.Join(dir, "docker.tar")
+	must(t, tarball.WriteToFile(docker, tag, img))
+	layoutDir := filepath.Join(dir, "layout")
+	at, err := layout.Write(layoutDir, empty.Index)
+	must(t, err)
+	must(t, at.AppendImage(img))
+	oci := filepath.Join(dir, "oci.tar")
+	run(t, "tar", "-cf", oci, "-C", layoutDir, ".")
+	paths := map[string]string{"docker archive": docker, "OCI layout": layoutDir, "OCI archive": oci}
+	for _, name := range []string{"docker", "oci"} {
+		data, err := os.ReadFile(filepath.Join(dir, name+".tar"))
+		must(t, err)
+		must(t, os.WriteFile(filepath.Join(dir, name+".tar.gz"), registrytest.Gzip(data), 0o644))
+		must(t, os.WriteFile(filepath.Join(dir, name+".tar.zst"), registrytest.Zstd(data), 0o644))
+		paths[name+" archive in gzip"] = filepath.Join(dir, name+".tar.gz")
+		paths[name+" archive in zstd"] = filepath.Join(dir, name+".tar.zst")
+	}
+	return paths
+}
+
+func TestImport(t *testing.T) {
+	dir := t.TempDir()
+	img := image(t, layer(t, registrytest.File("f", "bottom"), registrytest.File("g", "g")), layer(t, registrytest.File("f", "top"), registrytest.File(".wh.g", "")))
+	for name, path := range archives(t, dir, img) {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			use, err := n.importFile(path, "")
+			must(t, err)
+			defer use.Close()
+			if len(use.Dirs) != 2 {
+				t.Fatalf("%d layers", len(use.Dirs))
+			}
+			wantFile(t, filepath.Join(use.Dirs[0].Name(), "f"), "top")
+			wantFile(t, filepath.Join(use.Dirs[1].Name(), "f"), "bottom")
+			again, err := n.importFile(path, use.Image.Digest)
+			must(t, err)
+			again.Close()
+			if left := mustGlob(t, filepath.Join(n.dir, "layers/incoming/*")); len(left) > 0 {
+				t.Errorf("left behind: %q", left)
+			}
+		})
+	}
+}
+
+// TestImportOfRootFileSystems are tars that are no images, though some have names as images have.
+func TestImportOfRootFileSystems(t *testing.T) {
+	data := mustTar(t, registrytest.Dir("etc"), registrytest.File("etc/hostname", "x"), registrytest.File("manifest.json", "[]"))
+	tricky := mustTar(t, registrytest.File("manifest.json", "[]"), registrytest.File("blobs/sha256/00", "x"), registrytest.File("etc/hostname", "x"))
+	for name, content := range map[string][]byte{"plain": data, "gzip": registrytest.Gzip(data), "zstd": registrytest.Zstd(data), "tricky": tricky, "tricky in gzip": registrytest.Gzip(tricky)} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			path := filepath.Join(t.TempDir(), "rootfs.tar")
+			must(t, os.WriteFile(path, content, 0o644))
+			use, err := n.importFile(path, "")
+			must(t, err)
+			wantFile(t, filepath.Join(use.Dirs[0].Name(), "etc/hostname"), "x")
+			want := digest.FromBytes(data)
+			if strings.HasPrefix(name, "tricky") {
+				want = digest.FromBytes(tricky)
+			}
+			if use.Image.Digest != want {
+				t.Errorf("digest %s instead of %s", use.Image.Digest, want)
+			}
+			pin := use.Image.Digest
+			use.Close()
+			n.restart()
+			use, err = n.importFile(path, pin)
+			must(t, err)
+			use.Close()
+			// Another file in its place is not what the volume was made on.
+			must(t, os.WriteFile(path, mustTar(t, registrytest.File("other", "x")), 0o644))
+			_, err = n.importFile(path, pin)
+			wantError(t, err, "was changed", pin.String())
+		})
+	}
+}
+
+func TestImportRefuses(t *testing.T) {
+	dir := t.TempDir()
+	one, two := image(t, layer(t, registrytest.File("f", "1"))), image(t, layer(t, registrytest.File("f", "2")))
+	tagOne, err := name.NewTag("a:1")
+	must(t, err)
+	tagTwo, err := name.NewTag("a:2")
+	must(t, err)
+	both := filepath.Join(dir, "both.tar")
+	must(t, tarball.MultiWriteToFile(both, map[name.Tag]v1.Image{tagOne: one, tagTwo: two}))
+	write := func(name string, data []byte) string {
+		path := filepath.Join(dir, name)
+		must(t, os.WriteFile(path, data, 0o644))
+		return path
+	}
+	must(t, os.Mkdir(filepath.Join(dir, "empty"), 0o755))
+	whole := mustTar(t, registrytest.File("f", strings.Repeat("x", 100_000)))
+	evil := mustTar(t, registrytest.File("manifest.json", `[{"Config":"../../etc/passwd","Layers":["/etc/passwd"]}]`))
+	escape := mustTar(t, registrytest.File("manifest.json", `[{"Config":"x.json","Layers":["x"]}]`), registrytest.Entry{Header: tar.Header{Typeflag: tar.TypeSymlink, Name: strings.Repeat("a", 64) + ".json", Linkname: "/etc/passwd"}})
+	for name, c := range map[string]struct {
+		path  string
+		words []string
+	}{
+		"two images":          {both, []string{"2 images"}},
+		"empty file":          {write("empty.tar", nil), []string{"too short"}},
+		"no tar":              {write("text", bytes.Repeat([]byte("no tar "), 1000)), []string{"tar"}},
+		"truncated":           {write("cut.tar", whole[:len(whole)/2]), []string{"unexpected EOF"}},
+		"truncated gzip":      {write("cut.tar.gz", registrytest.Gzip(whole)[:100]), []string{"EOF"}},
+		"xz":                  {write("a.tar.xz", append([]byte{0xfd, '7', 'z', 'X', 'Z', 0}, whole...)), []string{"xz"}},
+		"empty directory":     {filepath.Join(dir, "empty"), []string{"index.json"}},
+		"config that is not":  {write("evil.tar", evil), []string{"no file"}},
+		"link out of archive": {write("escape.tar", escape), []string{"no file"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			_, err := n.importFile(c.path, "")
+			wantError(t, err, c.words...)
+			n.wantNothing(false)
+		})
+	}
+}
+
+func TestLayoutThatWasTamperedWith(t *testing.T) {
+	dir := t.TempDir()
+	l := layer(t, registrytest.File("f", "x"))
+	path := archives(t, dir, image(t, l))["OCI layout"]
+	blob := filepath.Join(path, "blobs/sha256", mustHex(t, l))
+	must(t, os.Remove(blob))
+	must(t, os.Symlink("/etc/passwd", blob))
+	n := newNode(t)
+	_, err := n.importFile(path, "")
+	wantError(t, err, "levels of symbolic links")
+	must(t, os.Remove(blob))
+	must(t, os.WriteFile(blob, registrytest.Gzip(mustTar(t, registrytest.File("evil", "x"))), 0o644))
+	_, err = n.importFile(path, "")
+	wantError(t, err, mustHex(t, l))
+	n.wantNothing(false)
+	if _, err := os.Stat(filepath.Join(n.dir, "images")); errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+}

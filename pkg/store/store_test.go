@@ -1,0 +1,322 @@
+package store_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/distribution/reference"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/overlay-csi/overlay-csi/pkg/store"
+	"github.com/overlay-csi/overlay-csi/test/drivertest"
+	"github.com/overlay-csi/overlay-csi/test/registrytest"
+)
+
+// node is a store and what is around it.
+type node struct {
+	*store.Store
+	t        *testing.T
+	dir      string
+	certsDir string
+	config   store.Config
+	stop     context.CancelFunc
+	used     map[digest.Digest][]string
+}
+
+func (n *node) LayerUsers() (map[digest.Digest][]string, error) { return n.used, nil }
+
+// newNode makes a store in a directory of its own, on a file system that can hold layers.
+func newNode(t *testing.T, change ...func(*store.Config)) *node {
+	t.Helper()
+	dir, remove, err := drivertest.WorkDir()
+	must(t, err)
+	t.Cleanup(func() { must(t, remove()) })
+	return newNodeIn(t, dir, change...)
+}
+
+func newNodeIn(t *testing.T, dir string, change ...func(*store.Config)) *node {
+	t.Helper()
+	n := &node{t: t, dir: dir, certsDir: filepath.Join(dir, "certs.d")}
+	must(t, os.MkdirAll(filepath.Join(dir, "trash"), 0o700))
+	must(t, os.MkdirAll(n.certsDir, 0o700))
+	root, err := os.Open(dir)
+	must(t, err)
+	t.Cleanup(func() { root.Close() })
+	var discarded atomic.Int64
+	n.config = store.Config{
+		Root: root,
+		Discard: func(path string) error {
+			err := os.Rename(path, filepath.Join(dir, "trash", fmt.Sprint(time.Now().UnixNano(), "-", discarded.Add(1))))
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			return err
+		},
+		Registries: store.NewRegistries(n.certsDir, "", "test"),
+		Parallel:   4, StallTimeout: 5 * time.Second, Backoff: 10 * time.Millisecond,
+		Collect: store.CollectConfig{HighPercent: 100, LowPercent: 100, Interval: time.Hour},
+	}
+	for _, c := range change {
+		c(&n.config)
+	}
+	n.start()
+	t.Cleanup(func() { n.stop(); n.Close() })
+	return n
+}
+
+// start opens the store, and has it run.
+func (n *node) start() {
+	n.t.Helper()
+	ctx, stop := context.WithCancel(n.t.Context())
+	s, err := store.New(ctx, n.config)
+	must(n.t, err)
+	n.Store, n.stop = s, stop
+	go s.Run(ctx, n)
+}
+
+// restart closes the store and opens it again, as a new driver does.
+func (n *node) restart() {
+	n.t.Helper()
+	n.stop()
+	n.Close()
+	n.start()
+}
+
+// startRegistry starts a registry that the node knows how to reach.
+func (n *node) startRegistry(options registrytest.Options) *registrytest.Registry {
+	n.t.Helper()
+	r, err := registrytest.Start(options)
+	must(n.t, err)
+	n.t.Cleanup(r.Close)
+	must(n.t, r.Configure(n.certsDir))
+	return r
+}
+
+// pull pulls by tag or digest.
+func (n *node) pull(image, path string, credentials store.Credentials) (*store.Use, error) {
+	named, err := store.ParseName(image)
+	must(n.t, err)
+	canonical, ok := named.(reference.Canonical)
+	if !ok {
+		id, err := n.Resolve(n.t.Context(), named, credentials)
+		if err != nil {
+			return nil, err
+		}
+		canonical, err = reference.WithDigest(named, id)
+		must(n.t, err)
+	}
+	return n.Pull(n.t.Context(), canonical, credentials, path)
+}
+
+func (n *node) pullWith(ctx context.Context, pinned string) (*store.Use, error) {
+	named, err := store.ParseName(pinned)
+	must(n.t, err)
+	return n.Pull(ctx, named.(reference.Canonical), store.Credentials{}, "")
+}
+
+func (n *node) mustPull(image string) *store.Use {
+	n.t.Helper()
+	use, err := n.pull(image, "", store.Credentials{})
+	if err != nil {
+		n.t.Fatalf("pull %s: %v", image, err)
+	}
+	n.t.Cleanup(use.Close)
+	return use
+}
+
+// wantNothing checks that the store has no layer, and nothing half done.
+func (n *node) wantNothing(blobs bool) {
+	n.t.Helper()
+	for _, dir := range []string{"layers/sha256", "layers/incoming", "images"} {
+		err := filepath.WalkDir(filepath.Join(n.dir, dir), func(path string, entry fs.DirEntry, err error) error {
+			if err != nil || path == filepath.Join(n.dir, dir) {
+				return err
+			}
+			if blobs && (filepath.Base(path) == "blob" || filepath.Base(filepath.Dir(path)) == "incoming") {
+				return nil
+			}
+			n.t.Errorf("the store has %s", path)
+			return nil
+		})
+		must(n.t, err)
+	}
+}
+
+func push(t *testing.T, r *registrytest.Registry, repository string, what remote.Taggable) string {
+	t.Helper()
+	pinned, err := r.Push(t.Context(), repository, what)
+	must(t, err)
+	return pinned
+}
+
+func layer(t *testing.T, entries ...registrytest.Entry) v1.Layer {
+	t.Helper()
+	l, err := registrytest.Layer(entries...)
+	must(t, err)
+	return l
+}
+
+func image(t *testing.T, layers ...v1.Layer) v1.Image {
+	t.Helper()
+	i, err := registrytest.Image(layers...)
+	must(t, err)
+	return i
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func wantError(t *testing.T, err error, words ...string) {
+	t.Helper()
+	if err == nil {
+		t.Fatalf("no error, where one with %q should be", words)
+	}
+	for _, word := range words {
+		if !strings.Contains(err.Error(), word) {
+			t.Errorf("the error %q does not say %q", err, word)
+		}
+	}
+}
+
+func wantFile(t *testing.T, path, want string) {
+	t.Helper()
+	got, err := os.ReadFile(path)
+	if err != nil {
+		t.Error(err)
+	} else if string(got) != want {
+		t.Errorf("%s has %q instead of %q", path, got, want)
+	}
+}
+
+func TestPull(t *testing.T) {
+	plain, err := registrytest.Tar(registrytest.File("a", "plain"))
+	must(t, err)
+	other, err := registrytest.Tar(registrytest.File("b", "zstd"), registrytest.Dir("d"), registrytest.File("d/c", "c"))
+	must(t, err)
+	for name, options := range map[string]registrytest.Options{
+		"plain HTTP":           {},
+		"TLS":                  {TLS: true},
+		"TLS and a password":   {TLS: true, User: "u", Password: "p:äß"},
+		"HTTP with a password": {User: "u", Password: "p"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			r := n.startRegistry(options)
+			bottom, err := registrytest.LayerOf(plain)
+			must(t, err)
+			middle, err := registrytest.LayerOf(registrytest.Zstd(other))
+			must(t, err)
+			top := layer(t, registrytest.File("a", "gzip"))
+			pinned := push(t, r, "team/data:1", image(t, bottom, middle, top))
+			credentials, err := store.ParseCredentials(map[string]string{".dockerconfigjson": r.DockerConfig(options.User, options.Password)})
+			must(t, err)
+			use, err := n.pull(r.Host+"/team/data:1", "", credentials)
+			must(t, err)
+			defer use.Close()
+			if len(use.Dirs) != 3 || !strings.HasSuffix(pinned, use.Image.Digest.String()) {
+				t.Fatalf("%d layers of %s: %+v", len(use.Dirs), pinned, use.Image)
+			}
+			wantFile(t, filepath.Join(use.Dirs[0].Name(), "a"), "gzip")
+			wantFile(t, filepath.Join(use.Dirs[1].Name(), "d/c"), "c")
+			wantFile(t, filepath.Join(use.Dirs[2].Name(), "a"), "plain")
+			r.Close()
+			again, err := n.pull(pinned, "", store.Credentials{})
+			must(t, err)
+			again.Close()
+			n.restart()
+			again, err = n.pull(pinned, "", store.Credentials{})
+			must(t, err)
+			again.Close()
+		})
+	}
+}
+
+func TestLayersAreKeptOnce(t *testing.T) {
+	n := newNode(t)
+	r := n.startRegistry(registrytest.Options{})
+	shared := layer(t, registrytest.File("shared", "shared"))
+	one := push(t, r, "a:1", image(t, shared, layer(t, registrytest.File("one", "1"))))
+	two := push(t, r, "b:1", image(t, shared, layer(t, registrytest.File("two", "2")), shared))
+	n.mustPull(one)
+	r.Requests()
+	use := n.mustPull(two)
+	blob, err := shared.Digest()
+	must(t, err)
+	for _, request := range r.Requests() {
+		if strings.Contains(request, blob.Hex) {
+			t.Errorf("the shared layer was downloaded again: %s", request)
+		}
+	}
+	if layers := n.Layers(); len(layers) != 3 {
+		t.Errorf("%d layers instead of 3", len(layers))
+	}
+	if len(use.Dirs) != 2 {
+		t.Errorf("a layer that is there twice is mounted twice: %d directories", len(use.Dirs))
+	}
+}
+
+func TestArtifacts(t *testing.T) {
+	n := newNode(t)
+	r := n.startRegistry(registrytest.Options{})
+	dir, err := registrytest.Tar(registrytest.Dir("conf"), registrytest.File("conf/x", "x"))
+	must(t, err)
+	title := func(path string) map[string]string { return map[string]string{"org.opencontainers.image.title": path} }
+	weights := bytes.Repeat([]byte("weights"), 100_000)
+	artifact, err := registrytest.Artifact(
+		registrytest.ArtifactFile{Data: weights, MediaType: "application/octet-stream", Annotations: title("model/weights.bin")},
+		// What ORAS makes of a file that is a tar, and of a directory.
+		registrytest.ArtifactFile{Data: registrytest.Gzip(dir), Annotations: title("data.tar.gz")},
+		registrytest.ArtifactFile{Data: registrytest.Gzip(dir), Annotations: map[string]string{"org.opencontainers.image.title": "conf", "io.deis.oras.content.unpack": "true"}},
+		registrytest.ArtifactFile{Data: []byte("config"), MediaType: "application/vnd.cncf.model.weight.config.v1.raw", Annotations: map[string]string{"org.cncf.model.filepath": "config.json"}},
+		// A Helm chart, and a blob that says nothing of itself.
+		registrytest.ArtifactFile{Data: registrytest.Zstd(mustTar(t, registrytest.File("Chart.yaml", "chart"))), MediaType: "application/vnd.cncf.helm.chart.content.v1.tar+gzip"},
+		registrytest.ArtifactFile{Data: []byte("unnamed"), MediaType: "application/vnd.example"},
+	)
+	must(t, err)
+	use := n.mustPull(push(t, r, "model:1", artifact))
+	found := map[string]string{}
+	for _, dir := range use.Dirs {
+		must(t, filepath.WalkDir(dir.Name(), func(path string, entry fs.DirEntry, err error) error {
+			if err != nil || !entry.Type().IsRegular() {
+				return err
+			}
+			content, err := os.ReadFile(path)
+			found[strings.TrimPrefix(path, dir.Name()+"/")] = string(content)
+			return err
+		}))
+	}
+	unnamed := "sha256-" + digest.FromString("unnamed").Encoded()
+	want := map[string]string{"model/weights.bin": string(weights), "data.tar.gz": string(registrytest.Gzip(dir)), "conf/x": "x", "config.json": "config", "Chart.yaml": "chart", unnamed: "unnamed"}
+	for name, content := range want {
+		if found[name] != content {
+			t.Errorf("%s: %d bytes instead of %d", name, len(found[name]), len(content))
+		}
+	}
+	if len(found) != len(want) {
+		t.Errorf("the files %q", slices.Sorted(maps.Keys(found)))
+	}
+}
+
+func mustTar(t *testing.T, entries ...registrytest.Entry) []byte {
+	t.Helper()
+	data, err := registrytest.Tar(entries...)
+	must(t, err)
+	return data
+}

@@ -1,0 +1,513 @@
+package store
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/gob"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+	"unsafe"
+
+	"github.com/containerd/errdefs"
+	"github.com/cyphar/filepath-securejoin/pathrs-lite"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// blockSize is the granularity of holes in sparse files, and about what a small file takes on a disk.
+	blockSize = 4096
+	// copySize is how much of a file is read at once.
+	copySize = 256 << 10
+	// maxPath is the longest name in bytes (PATH_MAX).
+	maxPath = 4096
+	// maxParents is how many directories are kept open between entries.
+	maxParents = 64
+	// reserveStep is how many bytes are written between two looks at the free space.
+	reserveStep = 64 << 20
+)
+
+// unpacker unpacks the tar of one layer into a directory of its own, as overlayfs wants a lower: whiteouts are devices,
+// opaque directories have an attribute. Nothing that a tar has in it leads out of the directory: its paths, and the links
+// that it made earlier, are resolved with the directory as their root (openat2(2), RESOLVE_IN_ROOT).
+type unpacker struct {
+	limits Limits
+	// root is the tree, dir the directory that it lies in, which has room for what is only needed meanwhile.
+	root *os.File
+	dir  string
+
+	entries, content, disk, unchecked int64
+	parents                           map[string]*os.File
+	// stale says that an entry replaced a directory or a link, which a path to one of the parents may have led through.
+	stale bool
+	// times are those of the directories, in the order in which they are to be set: on disk, since a layer may have
+	// millions of them.
+	times        *os.File
+	timesOut     *bufio.Writer
+	timesEncoder *gob.Encoder
+	replaced     int
+	buffer       []byte
+}
+
+// newUnpacker makes the tree in dir.
+func newUnpacker(dir string, limits Limits) (*unpacker, error) {
+	tree := filepath.Join(dir, treeName)
+	if err := os.Mkdir(tree, 0o755); err != nil {
+		return nil, err
+	}
+	root, err := os.Open(tree)
+	if err != nil {
+		return nil, err
+	}
+	times, err := os.OpenFile(filepath.Join(dir, "times"), os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		root.Close()
+		return nil, err
+	}
+	timesOut := bufio.NewWriter(times)
+	return &unpacker{
+		limits: limits, root: root, dir: dir, times: times, timesOut: timesOut, timesEncoder: gob.NewEncoder(timesOut),
+		parents: map[string]*os.File{}, buffer: make([]byte, copySize), unchecked: reserveStep,
+	}, nil
+}
+
+func (u *unpacker) close() {
+	u.forgetParents()
+	u.times.Close()
+	u.root.Close()
+}
+
+// unpack reads a tar to its end.
+func (u *unpacker) unpack(ctx context.Context, from io.Reader) error {
+	reader := tar.NewReader(from)
+	for {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		header, err := reader.Next()
+		if err == io.EOF {
+			return u.finish()
+		}
+		if err != nil {
+			return fmt.Errorf("read the tar after %d entries: %w", u.entries, invalid(err))
+		}
+		if err := u.entry(header, reader); err != nil {
+			name := header.Name
+			if len(name) > 256 {
+				name = name[:256] + "…"
+			}
+			return fmt.Errorf("unpack %q: %w", name, err)
+		}
+	}
+}
+
+// invalid marks what is wrong with the tar itself.
+func invalid(err error) error {
+	if errors.Is(err, tar.ErrHeader) || errors.Is(err, tar.ErrFieldTooLong) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
+	}
+	return err
+}
+
+func (u *unpacker) entry(header *tar.Header, content io.Reader) error {
+	if u.stale {
+		u.forgetParents()
+	}
+	u.entries++
+	if u.limits.LayerEntries > 0 && u.entries > u.limits.LayerEntries {
+		return fmt.Errorf("%w: the layer has more than %d entries (--max-layer-entries)", errdefs.ErrResourceExhausted, u.limits.LayerEntries)
+	}
+	if err := u.room(blockSize); err != nil {
+		return err
+	}
+	if len(header.Name) > maxPath || len(header.Linkname) > maxPath {
+		return fmt.Errorf("%w: a path of more than %d bytes", errdefs.ErrInvalidArgument, maxPath)
+	}
+	// As seen from the root of the image: /../x is /x.
+	name := strings.TrimPrefix(path.Clean("/"+header.Name), "/")
+	if name == "" {
+		if header.Typeflag != tar.TypeDir {
+			return fmt.Errorf("%w: the root of a layer is a directory", errdefs.ErrInvalidArgument)
+		}
+		return u.describeDir(u.root, name, header)
+	}
+	dirName, base := path.Split(name)
+	dir, err := u.parent(path.Clean("/" + dirName))
+	if err != nil {
+		return err
+	}
+	if strings.HasPrefix(base, whiteoutPrefix) {
+		return u.whiteout(dir, base)
+	}
+	if header.Typeflag == tar.TypeDir {
+		return u.directory(dir, base, name, header)
+	}
+	if err := u.clear(dir, base); err != nil {
+		return err
+	}
+	switch header.Typeflag {
+	case tar.TypeReg, tar.TypeRegA, tar.TypeGNUSparse, tar.TypeCont: //nolint:staticcheck // TypeRegA is in old tars.
+		return u.file(dir, base, header, content)
+	case tar.TypeLink:
+		return u.hardLink(dir, base, header)
+	case tar.TypeSymlink:
+		if err := unix.Symlinkat(header.Linkname, int(dir.Fd()), base); err != nil {
+			return fmt.Errorf("symlinkat: %w", err)
+		}
+	case tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
+		if isWhiteout(header.Typeflag, header.Devmajor, header.Devminor) {
+			// To overlayfs it would be a whiteout, which an image says in another way.
+			return nil
+		}
+		device := unix.Mkdev(uint32(header.Devmajor), uint32(header.Devminor))
+		if err := unix.Mknodat(int(dir.Fd()), base, deviceTypes[header.Typeflag]|0o600, int(device)); err != nil {
+			return fmt.Errorf("mknodat: %w", err)
+		}
+	default:
+		return fmt.Errorf("%w: a tar entry of type %q", errdefs.ErrInvalidArgument, header.Typeflag)
+	}
+	return u.describe(dir, base, header)
+}
+
+var deviceTypes = map[byte]uint32{tar.TypeChar: unix.S_IFCHR, tar.TypeBlock: unix.S_IFBLK, tar.TypeFifo: unix.S_IFIFO}
+
+// parent opens the directory of an entry, and makes what is missing of it. Links on the way are followed within the tree.
+func (u *unpacker) parent(name string) (*os.File, error) {
+	if name == "/" {
+		return u.root, nil
+	}
+	if dir, ok := u.parents[name]; ok {
+		return dir, nil
+	}
+	dir, err := pathrs.MkdirAllHandle(u.root, name, 0o755)
+	if err != nil {
+		return nil, fmt.Errorf("%w: the directory %s: %w", errdefs.ErrInvalidArgument, name, err)
+	}
+	if len(u.parents) >= maxParents {
+		u.forgetParents()
+	}
+	u.parents[name] = dir
+	return dir, nil
+}
+
+func (u *unpacker) forgetParents() {
+	for _, dir := range u.parents {
+		dir.Close()
+	}
+	clear(u.parents)
+	u.stale = false
+}
+
+// clear moves away what an earlier entry of the same name made. It does not last: the whole of dir goes with the tree.
+func (u *unpacker) clear(dir *os.File, base string) error {
+	var stat unix.Stat_t
+	err := unix.Fstatat(int(dir.Fd()), base, &stat, unix.AT_SYMLINK_NOFOLLOW)
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("fstatat: %w", err)
+	}
+	if stat.Mode&unix.S_IFMT != unix.S_IFDIR {
+		u.stale = stat.Mode&unix.S_IFMT == unix.S_IFLNK
+		if err := unix.Unlinkat(int(dir.Fd()), base, 0); err != nil {
+			return fmt.Errorf("unlinkat: %w", err)
+		}
+		return nil
+	}
+	u.stale = true
+	u.replaced++
+	old := filepath.Join(u.dir, "replaced-"+strconv.Itoa(u.replaced))
+	if err := unix.Renameat(int(dir.Fd()), base, unix.AT_FDCWD, old); err != nil {
+		return fmt.Errorf("renameat: %w", err)
+	}
+	return nil
+}
+
+// file makes a regular file. Runs of zeros become holes: many images have files that were sparse where they were made.
+func (u *unpacker) file(dir *os.File, base string, header *tar.Header, content io.Reader) error {
+	fd, err := unix.Openat(int(dir.Fd()), base, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return fmt.Errorf("openat: %w", err)
+	}
+	defer unix.Close(fd)
+	if err := u.write(fd, header.Size, content); err != nil {
+		return err
+	}
+	if err := unix.Fchown(fd, header.Uid, header.Gid); err != nil {
+		return fmt.Errorf("fchown: %w", err)
+	}
+	if err := unix.Fchmod(fd, modeOf(header)); err != nil {
+		return fmt.Errorf("fchmod: %w", err)
+	}
+	if err := setXattrs(header, func(name string, value []byte) error { return unix.Fsetxattr(fd, name, value, 0) }); err != nil {
+		return err
+	}
+	times := timesOf(header)
+	if err := futimens(fd, &times); err != nil {
+		return fmt.Errorf("utimensat: %w", err)
+	}
+	return nil
+}
+
+// write copies a file's content. Zeros at the end, and blocks of zeros elsewhere, are left out.
+func (u *unpacker) write(fd int, size int64, content io.Reader) error {
+	u.content += size
+	if u.limits.LayerBytes > 0 && u.content > u.limits.LayerBytes {
+		return fmt.Errorf("%w: the layer's files have more than %d bytes (--max-layer-size)", errdefs.ErrResourceExhausted, u.limits.LayerBytes)
+	}
+	var offset, end int64
+	for offset < size {
+		n, err := io.ReadFull(content, u.buffer[:min(size-offset, copySize)])
+		if err != nil {
+			return fmt.Errorf("read the tar: %w", invalid(err))
+		}
+		for from := 0; from < n; {
+			length, zero := run(u.buffer[from:n])
+			if !zero {
+				if err := u.room(int64(length)); err != nil {
+					return err
+				}
+				if _, err := pwrite(fd, u.buffer[from:from+length], offset+int64(from)); err != nil {
+					return fmt.Errorf("write: %w", err)
+				}
+				end = offset + int64(from+length)
+			}
+			from += length
+		}
+		offset += int64(n)
+	}
+	if end < size {
+		if err := unix.Ftruncate(fd, size); err != nil {
+			return fmt.Errorf("ftruncate: %w", err)
+		}
+	}
+	return nil
+}
+
+var zeros [blockSize]byte
+
+// run is how many bytes at the beginning of the data are alike: whole blocks of zeros, or blocks that are not.
+func run(data []byte) (length int, zero bool) {
+	isZero := func(at int) bool {
+		block := data[at:min(at+blockSize, len(data))]
+		return bytes.Equal(block, zeros[:len(block)])
+	}
+	zero = isZero(0)
+	for length = blockSize; length < len(data) && isZero(length) == zero; length += blockSize {
+	}
+	return min(length, len(data)), zero
+}
+
+func pwrite(fd int, data []byte, offset int64) (int, error) {
+	written := 0
+	for written < len(data) {
+		n, err := unix.Pwrite(fd, data[written:], offset+int64(written))
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return written, err
+		}
+		written += n
+	}
+	return written, nil
+}
+
+// room accounts for bytes that are going to be written, and now and then sees whether the disk still has its reserve.
+func (u *unpacker) room(bytes int64) error {
+	u.disk += bytes
+	u.unchecked += bytes
+	if u.unchecked < reserveStep || u.limits.ReservePercent <= 0 {
+		return nil
+	}
+	u.unchecked = 0
+	return checkReserve(u.root, u.limits.ReservePercent)
+}
+
+// checkReserve refuses to take more of a disk than what leaves the reserve.
+func checkReserve(dir *os.File, percent int) error {
+	var stat unix.Statfs_t
+	if err := unix.Fstatfs(int(dir.Fd()), &stat); err != nil {
+		return fmt.Errorf("fstatfs %s: %w", dir.Name(), err)
+	}
+	if stat.Bavail*100 < stat.Blocks*uint64(percent) {
+		return fmt.Errorf("%w: the disk of %s has less than %d %% free, which are kept for the volumes (--layer-disk-reserve): make room there", errdefs.ErrResourceExhausted, dir.Name(), percent)
+	}
+	return nil
+}
+
+// directory makes a directory, or takes the one that an earlier entry made.
+func (u *unpacker) directory(dir *os.File, base, name string, header *tar.Header) error {
+	err := unix.Mkdirat(int(dir.Fd()), base, 0o700)
+	hidden := false
+	if errors.Is(err, unix.EEXIST) {
+		var stat unix.Stat_t
+		if err := unix.Fstatat(int(dir.Fd()), base, &stat, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return fmt.Errorf("fstatat: %w", err)
+		}
+		err = nil
+		if stat.Mode&unix.S_IFMT != unix.S_IFDIR {
+			// A whiteout of the same name hides what is below, and so does a file, which is not there any more.
+			hidden = stat.Mode&unix.S_IFMT == unix.S_IFCHR && stat.Rdev == 0
+			if err := u.clear(dir, base); err != nil {
+				return err
+			}
+			err = unix.Mkdirat(int(dir.Fd()), base, 0o700)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("mkdirat: %w", err)
+	}
+	made, err := openDir(dir, base)
+	if err != nil {
+		return err
+	}
+	defer made.Close()
+	if hidden {
+		if err := setOpaque(made); err != nil {
+			return err
+		}
+	}
+	return u.describeDir(made, name, header)
+}
+
+func openDir(dir *os.File, base string) (*os.File, error) {
+	fd, err := unix.Openat(int(dir.Fd()), base, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("openat: %w", err)
+	}
+	return os.NewFile(uintptr(fd), base), nil
+}
+
+func (u *unpacker) describeDir(dir *os.File, name string, header *tar.Header) error {
+	fd := int(dir.Fd())
+	if err := unix.Fchown(fd, header.Uid, header.Gid); err != nil {
+		return fmt.Errorf("fchown: %w", err)
+	}
+	if err := unix.Fchmod(fd, modeOf(header)); err != nil {
+		return fmt.Errorf("fchmod: %w", err)
+	}
+	if err := setXattrs(header, func(name string, value []byte) error { return unix.Fsetxattr(fd, name, value, 0) }); err != nil {
+		return err
+	}
+	return u.timesEncoder.Encode(dirTime{name, header.ModTime.Unix(), header.ModTime.Nanosecond()})
+}
+
+// dirTime is when a directory was changed. It is set when nothing will be made in the directory any more.
+type dirTime struct {
+	Name        string
+	Seconds     int64
+	Nanoseconds int
+}
+
+// finish sets the times of directories.
+func (u *unpacker) finish() error {
+	u.forgetParents()
+	if err := u.timesOut.Flush(); err != nil {
+		return err
+	}
+	if _, err := u.times.Seek(0, io.SeekStart); err != nil {
+		return err
+	}
+	decoder := gob.NewDecoder(bufio.NewReader(u.times))
+	for {
+		var t dirTime
+		if err := decoder.Decode(&t); err == io.EOF {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		fd, err := unix.Openat2(int(u.root.Fd()), "./"+t.Name, &unix.OpenHow{
+			Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
+		})
+		if err != nil {
+			// A later entry replaced it.
+			continue
+		}
+		at := unixTime(time.Unix(t.Seconds, int64(t.Nanoseconds)))
+		err = futimens(fd, &[2]unix.Timespec{at, at})
+		unix.Close(fd)
+		if err != nil {
+			return fmt.Errorf("utimensat %s: %w", t.Name, err)
+		}
+	}
+}
+
+// hardLink links to a file of the same layer.
+func (u *unpacker) hardLink(dir *os.File, base string, header *tar.Header) error {
+	targetDir, target := path.Split(path.Clean("/" + header.Linkname))
+	if target == "" {
+		return fmt.Errorf("%w: a hard link to the root", errdefs.ErrInvalidArgument)
+	}
+	from, err := pathrs.OpenatInRoot(u.root, targetDir)
+	if err != nil {
+		return fmt.Errorf("%w: the hard link's target %q: %w", errdefs.ErrInvalidArgument, header.Linkname, err)
+	}
+	defer from.Close()
+	var stat unix.Stat_t
+	if err := unix.Fstatat(int(from.Fd()), target, &stat, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return fmt.Errorf("%w: the hard link's target %q: %w", errdefs.ErrInvalidArgument, header.Linkname, err)
+	}
+	if stat.Mode&unix.S_IFMT == unix.S_IFCHR && stat.Rdev == 0 {
+		return fmt.Errorf("%w: the hard link's target %q was removed by the layer", errdefs.ErrInvalidArgument, header.Linkname)
+	}
+	if err := unix.Linkat(int(from.Fd()), target, int(dir.Fd()), base, 0); err != nil {
+		return fmt.Errorf("linkat %q: %w", header.Linkname, err)
+	}
+	return nil
+}
+
+// describe sets owner, mode, attributes and time of what is neither a file nor a directory.
+func (u *unpacker) describe(dir *os.File, base string, header *tar.Header) error {
+	if err := unix.Fchownat(int(dir.Fd()), base, header.Uid, header.Gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return fmt.Errorf("fchownat: %w", err)
+	}
+	if header.Typeflag != tar.TypeSymlink {
+		if err := unix.Fchmodat(int(dir.Fd()), base, modeOf(header), 0); err != nil {
+			return fmt.Errorf("fchmodat: %w", err)
+		}
+	}
+	// There is no lsetxattr beneath a directory before Linux 6.13. The entry was just made here, and is no directory.
+	full := fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), base)
+	if err := setXattrs(header, func(name string, value []byte) error { return unix.Lsetxattr(full, name, value, 0) }); err != nil {
+		return err
+	}
+	times := timesOf(header)
+	if err := unix.UtimesNanoAt(int(dir.Fd()), base, times[:], unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return fmt.Errorf("utimensat: %w", err)
+	}
+	return nil
+}
+
+// modeOf is the mode's bits, those for set-user-ID, set-group-ID and sticky included.
+func modeOf(header *tar.Header) uint32 { return uint32(header.Mode) & 0o7777 }
+
+func timesOf(header *tar.Header) [2]unix.Timespec {
+	modified := unixTime(header.ModTime)
+	if header.AccessTime.IsZero() {
+		return [2]unix.Timespec{modified, modified}
+	}
+	return [2]unix.Timespec{unixTime(header.AccessTime), modified}
+}
+
+func unixTime(t time.Time) unix.Timespec {
+	return unix.Timespec{Sec: t.Unix(), Nsec: int64(t.Nanosecond())}
+}
+
+// futimens is utimensat(2) on an open file: without a path, which Linux takes from 5.8 on only.
+func futimens(fd int, times *[2]unix.Timespec) error {
+	_, _, errno := unix.Syscall6(unix.SYS_UTIMENSAT, uintptr(fd), 0, uintptr(unsafe.Pointer(times)), 0, 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}

@@ -1,0 +1,408 @@
+package integration
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"google.golang.org/grpc/codes"
+
+	"github.com/overlay-csi/overlay-csi/pkg/store"
+	"github.com/overlay-csi/overlay-csi/pkg/volume"
+	"github.com/overlay-csi/overlay-csi/test/drivertest"
+	"github.com/overlay-csi/overlay-csi/test/registrytest"
+)
+
+// startRegistry starts a registry that the node knows how to reach.
+func startRegistry(t *testing.T, node *drivertest.Node, options registrytest.Options) *registrytest.Registry {
+	t.Helper()
+	r, err := registrytest.Start(options)
+	must(t, err)
+	t.Cleanup(r.Close)
+	must(t, r.Configure(node.CertsDir()))
+	return r
+}
+
+// pushImage pushes an image of layers with these files, the lowest first, and returns its reference by digest.
+func pushImage(t *testing.T, r *registrytest.Registry, name string, layers ...map[string]string) string {
+	t.Helper()
+	var made []v1.Layer
+	for _, files := range layers {
+		var entries []registrytest.Entry
+		for file, content := range files {
+			entries = append(entries, registrytest.File(file, content))
+		}
+		layer, err := registrytest.Layer(entries...)
+		must(t, err)
+		made = append(made, layer)
+	}
+	image, err := registrytest.Image(made...)
+	must(t, err)
+	return pushAny(t, r, name, image)
+}
+
+func pushAny(t *testing.T, r *registrytest.Registry, name string, what remote.Taggable) string {
+	t.Helper()
+	pinned, err := r.Push(t.Context(), name, what)
+	must(t, err)
+	return "oci://" + pinned
+}
+
+// TestImageVolume has an image of as many layers as images have at most, over a directory and over another image that has
+// a layer of the first.
+func TestImageVolume(t *testing.T) {
+	onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
+		r := startRegistry(t, node, registrytest.Options{})
+		var layers []map[string]string
+		for i := range 127 {
+			layers = append(layers, map[string]string{"top": fmt.Sprint(i), fmt.Sprint("only-", i): "x"})
+		}
+		pushImage(t, r, "many:1", layers...)
+		pushImage(t, r, "other:1", layers[3], map[string]string{"other": "other", "top": "other"})
+		_, err := node.Layer("base", map[string]string{"base": "base", "top": "base"})
+		must(t, err)
+		v := inline("layers", fmt.Sprintf("oci://%s/many:1\noci://%s/other:1\ndir://layers/base", r.Host, r.Host))
+		pod := newPod(t, node, "pod")
+		target := publish(t, pod, v)
+		for file, want := range map[string]string{"top": "126", "only-0": "x", "only-126": "x", "other": "other", "base": "base"} {
+			wantFile(t, filepath.Join(target, file), want)
+		}
+		write(t, filepath.Join(target, "top"), "mine")
+		second := newPod(t, node, "second")
+		wantFile(t, filepath.Join(publish(t, second, v), "top"), "126")
+		must(t, node.Kill())
+		start(t, node)
+		publish(t, pod, v)
+		wantFile(t, filepath.Join(target, "top"), "mine")
+		unpublish(t, pod, v)
+		unpublish(t, second, v)
+		wantNothingLeft(t, node)
+	})
+}
+
+func TestPathInImageVolume(t *testing.T) {
+	node := startNode(t)
+	r := startRegistry(t, node, registrytest.Options{})
+	pushImage(t, r, "a:1", map[string]string{"usr/share/a": "a", "usr/share/b": "b"}, map[string]string{"usr/share/.wh.a": "", "usr/share/c": "c"})
+	v := inline("layers", "oci://"+r.Host+"/a:1?path=/usr/share")
+	pod := newPod(t, node, "pod")
+	target := publish(t, pod, v)
+	wantFile(t, filepath.Join(target, "b"), "b")
+	wantFile(t, filepath.Join(target, "c"), "c")
+	wantAbsent(t, filepath.Join(target, "a"))
+	unpublish(t, pod, v)
+	_, err := pod.Publish(timeout(t), inline("layers", "oci://"+r.Host+"/a:1?path=/nowhere"))
+	wantCode(t, err, codes.NotFound, "nowhere")
+}
+
+func TestImageOfPrivateRegistry(t *testing.T) {
+	node := startNode(t)
+	r := startRegistry(t, node, registrytest.Options{TLS: true, User: "u", Password: "p"})
+	pushImage(t, r, "team/a:1", map[string]string{"f": "private"})
+	ref := "oci://" + r.Host + "/team/a:1"
+	pod := newPod(t, node, "pod")
+	for name, c := range map[string]struct {
+		secrets map[string]string
+		code    codes.Code
+		words   []string
+	}{
+		"none":       {nil, codes.Unauthenticated, []string{r.Host, "without credentials"}},
+		"wrong":      {map[string]string{".dockerconfigjson": r.DockerConfig("u", "hunter2")}, codes.Unauthenticated, []string{r.Host, `as user "u"`}},
+		"other type": {map[string]string{"username": "u"}, codes.InvalidArgument, []string{"kubectl create secret docker-registry"}},
+	} {
+		v := inline("layers", ref)
+		v.Name, v.Secrets = "v-"+strings.ReplaceAll(name, " ", "-"), c.secrets
+		_, err := pod.Publish(timeout(t), v)
+		wantCode(t, err, c.code, c.words...)
+	}
+	v := inline("layers", ref)
+	v.Secrets = map[string]string{".dockerconfigjson": r.DockerConfig("u", "p")}
+	target := publish(t, pod, v)
+	wantFile(t, filepath.Join(target, "f"), "private")
+	unpublish(t, pod, v)
+	if log := node.Log(); strings.Contains(log, "hunter2") || strings.Contains(log, `"p"`) {
+		t.Error("the log has a password in it")
+	}
+	// A claim's tag is resolved with the provisioner's secret.
+	request := &csi.CreateVolumeRequest{Name: "claim", Parameters: map[string]string{"layers": ref}, VolumeCapabilities: []*csi.VolumeCapability{drivertest.Capability(readWriteOnce)}}
+	_, err := node.Controller().CreateVolume(timeout(t), request)
+	wantCode(t, err, codes.Unauthenticated, r.Host)
+	request.Secrets = v.Secrets
+	_, err = node.Controller().CreateVolume(timeout(t), request)
+	must(t, err)
+}
+
+// TestTagsArePinned moves a tag under a claim and under a pod.
+func TestTagsArePinned(t *testing.T) {
+	node := startNode(t)
+	r := startRegistry(t, node, registrytest.Options{})
+	old := pushImage(t, r, "a:1", map[string]string{"f": "old"})
+	_, oldDigest, _ := strings.Cut(old, "@")
+	ref := "oci://" + r.Host + "/a:1"
+	kept := claim("kept", readWriteOnce, "layers", ref)
+	request := func(mode csi.VolumeCapability_AccessMode_Mode) *csi.CreateVolumeRequest {
+		return &csi.CreateVolumeRequest{Name: "made-" + mode.String(), Parameters: map[string]string{"layers": ref}, VolumeCapabilities: []*csi.VolumeCapability{drivertest.Capability(mode)}}
+	}
+	made := map[csi.VolumeCapability_AccessMode_Mode]*csi.Volume{}
+	for _, mode := range []csi.VolumeCapability_AccessMode_Mode{readWriteOnce, csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY} {
+		response, err := node.Controller().CreateVolume(timeout(t), request(mode))
+		must(t, err)
+		made[mode] = response.GetVolume()
+		if layers := made[mode].GetVolumeContext()["layers"]; layers != ref+"@"+oldDigest {
+			t.Errorf("layers %q of a claim that was made when the tag was %s", layers, oldDigest)
+		}
+	}
+	pod := newPod(t, node, "early")
+	v := inline("layers", ref)
+	publish(t, pod, v)
+	publish(t, pod, kept)
+
+	pushImage(t, r, "a:1", map[string]string{"f": "new"})
+	// Asked again, a claim that was made is what it was.
+	response, err := node.Controller().CreateVolume(timeout(t), request(readWriteOnce))
+	must(t, err)
+	if again := response.GetVolume().GetVolumeContext()["layers"]; again != made[readWriteOnce].GetVolumeContext()["layers"] {
+		t.Errorf("layers %q when it was asked for again", again)
+	}
+	// The pod's view comes back after its node was down, and so does the upper of a claim.
+	must(t, drivertest.UnmountBeneath(node.KubeletDir))
+	wantFile(t, filepath.Join(publish(t, pod, v), "f"), "old")
+	wantFile(t, filepath.Join(publish(t, pod, kept), "f"), "old")
+	for mode, volume := range made {
+		later := drivertest.Volume{Name: volume.GetVolumeId(), ID: volume.GetVolumeId(), Claim: true, Mode: mode, Attributes: volume.GetVolumeContext()}
+		wantFile(t, filepath.Join(publish(t, pod, later), "f"), "old")
+	}
+	late := newPod(t, node, "late")
+	wantFile(t, filepath.Join(publish(t, late, v), "f"), "new")
+
+	if log := node.Log(); !strings.Contains(log, oldDigest) {
+		t.Errorf("the log does not have %s", oldDigest)
+	}
+	described, err := node.Admin().Volume(timeout(t), pod.Request(v).GetVolumeId())
+	must(t, err)
+	if described.Pins[ref].String() != oldDigest {
+		t.Errorf("the volume's state has %v", described.Pins)
+	}
+}
+
+// TestArchiveVolume has archives in place of a registry.
+func TestArchiveVolume(t *testing.T) {
+	node := startNode(t)
+	rootfs := func(content string) []byte {
+		data, err := registrytest.Tar(registrytest.Dir("etc"), registrytest.File("etc/hostname", content))
+		must(t, err)
+		return registrytest.Zstd(data)
+	}
+	path := filepath.Join(node.LayerDir, "images", "rootfs.tar.zst")
+	must(t, os.MkdirAll(filepath.Dir(path), 0o755))
+	must(t, os.WriteFile(path, rootfs("first"), 0o644))
+	ref := "archive://layers/images/rootfs.tar.zst"
+	kept := claim("kept", readWriteOnce, "layers", ref)
+	pod := newPod(t, node, "pod")
+	target := publish(t, pod, kept)
+	wantFile(t, filepath.Join(target, "etc/hostname"), "first")
+	write(t, filepath.Join(target, "mine"), "mine")
+	unpublish(t, pod, kept)
+
+	// The archive is replaced, and then its layer is collected, which a volume that needs it does not let happen.
+	must(t, os.WriteFile(path, rootfs("second"), 0o644))
+	collected, err := node.Admin().Collect(timeout(t), false, true)
+	must(t, err)
+	if len(collected.Layers) != 0 {
+		t.Errorf("a layer that a claim needs was collected: %+v", collected)
+	}
+	wantFile(t, filepath.Join(publish(t, pod, kept), "etc/hostname"), "first")
+	wantFile(t, filepath.Join(target, "mine"), "mine")
+	unpublish(t, pod, kept)
+	v := inline("layers", ref)
+	wantFile(t, filepath.Join(publish(t, pod, v), "etc/hostname"), "second")
+	unpublish(t, pod, v)
+
+	// Somebody removes the layer with his own hands: what the volume was made on cannot be had any more.
+	must(t, node.Stop())
+	must(t, os.RemoveAll(filepath.Join(node.DataRoot, "layers")))
+	start(t, node)
+	_, err = pod.Publish(timeout(t), kept)
+	wantCode(t, err, codes.FailedPrecondition, "was changed", ref)
+	must(t, os.WriteFile(path, rootfs("first"), 0o644))
+	wantFile(t, filepath.Join(publish(t, pod, kept), "mine"), "mine")
+	unpublish(t, pod, kept)
+	for _, bad := range []string{"archive://layers/images/missing.tar", "archive://layers/images/rootfs.tar.zst/x"} {
+		if _, err := pod.Publish(timeout(t), inline("layers", bad)); err == nil {
+			t.Errorf("%s was published", bad)
+		}
+	}
+}
+
+// TestManyPodsOneColdImage counts the downloads at the registry.
+func TestManyPodsOneColdImage(t *testing.T) {
+	node := startNode(t)
+	r := startRegistry(t, node, registrytest.Options{})
+	pinned := pushImage(t, r, "a:1", map[string]string{"a": strings.Repeat("a", 1<<20)}, map[string]string{"b": strings.Repeat("b", 1<<20)}, map[string]string{"c": "c"})
+	v := inline("layers", pinned)
+	var group sync.WaitGroup
+	var pods []*drivertest.Pod
+	for i := range 50 {
+		pods = append(pods, newPod(t, node, fmt.Sprint("pod-", i)))
+	}
+	for _, pod := range pods {
+		group.Go(func() {
+			if _, err := pod.Publish(timeout(t), v); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	group.Wait()
+	downloads := map[string]int{}
+	for _, request := range r.Requests() {
+		if strings.HasPrefix(request, "GET ") && strings.Contains(request, "/blobs/") {
+			downloads[request]++
+		}
+	}
+	// Three layers and a configuration.
+	if len(downloads) != 4 {
+		t.Errorf("%d blobs were downloaded: %v", len(downloads), downloads)
+	}
+	for request, count := range downloads {
+		if count != 1 {
+			t.Errorf("%d times %s", count, request)
+		}
+	}
+	for _, pod := range pods {
+		wantFile(t, filepath.Join(pod.Target(v.Name), "c"), "c")
+		unpublish(t, pod, v)
+	}
+	wantNothingLeft(t, node)
+}
+
+// TestSlowPullIsToldAndGoesOn has kubelet give up before the registry is done.
+func TestSlowPullIsToldAndGoesOn(t *testing.T) {
+	node := startNode(t)
+	r := startRegistry(t, node, registrytest.Options{})
+	pinned := pushImage(t, r, "a:1", map[string]string{"a": "a"})
+	release := make(chan struct{})
+	r.SetFault(func(_ http.ResponseWriter, request *http.Request) bool {
+		if registrytest.IsBlob(request, "") {
+			<-release
+		}
+		return false
+	})
+	pod := newPod(t, node, "pod")
+	v := inline("layers", pinned)
+	ctx, cancel := contextWithTimeout(t, 2*time.Second)
+	defer cancel()
+	_, err := pod.Publish(ctx, v)
+	wantCode(t, err, codes.Unavailable, "still being pulled", r.Host)
+	close(release)
+	publish(t, pod, v)
+	unpublish(t, pod, v)
+	wantNothingLeft(t, node)
+}
+
+func TestPrefetch(t *testing.T) {
+	node := newNode(t)
+	r := startRegistry(t, node, registrytest.Options{User: "u", Password: "p"})
+	config := filepath.Join(node.Dir, "config.json")
+	must(t, os.WriteFile(config, []byte(r.DockerConfig("u", "p")), 0o600))
+	pinned := pushImage(t, r, "a:1", map[string]string{"f": "f"})
+	node.AddArgs("--prefetch="+r.Host+"/a:1", "--registry-config="+config, "--layer-gc-min-age=0s")
+	start(t, node)
+	eventually(t, "the image is here", func() bool {
+		images, err := node.Admin().Images(timeout(t))
+		return err == nil && len(images) == 1
+	})
+	collected, err := node.Admin().Collect(timeout(t), false, true)
+	must(t, err)
+	if len(collected.Layers) > 0 {
+		t.Errorf("what is to be kept was collected")
+	}
+	r.Close()
+	pod := newPod(t, node, "pod")
+	v := inline("layers", pinned)
+	publish(t, pod, v)
+	unpublish(t, pod, v)
+}
+
+// TestOverlayctl runs the program as an operator does.
+func TestOverlayctl(t *testing.T) {
+	node := startNode(t, "--layer-gc-min-age=0s")
+	r := startRegistry(t, node, registrytest.Options{})
+	pushImage(t, r, "a:1", map[string]string{"f": "f"}, map[string]string{"g": "g"})
+	pushImage(t, r, "b:1", map[string]string{"h": "h"})
+	run := func(args ...string) string {
+		t.Helper()
+		output, err := exec.Command(overlayctlBinary, append([]string{"--socket", node.AdminSocket()}, args...)...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("overlayctl %v: %v\n%s", args, err, output)
+		}
+		return string(output)
+	}
+	var pulled store.Image
+	must(t, json.Unmarshal([]byte(run("pull", "-o", "json", r.Host+"/a:1")), &pulled))
+	if len(pulled.Layers) != 2 {
+		t.Errorf("pulled %+v", pulled)
+	}
+	if output := run("pull", "oci://"+r.Host+"/b:1"); !strings.Contains(output, r.Host+"/b:1") {
+		t.Errorf("pull says %q", output)
+	}
+	pod := newPod(t, node, "pod")
+	v := inline("layers", "oci://"+r.Host+"/a:1")
+	target := publish(t, pod, v)
+	id := pod.Request(v).GetVolumeId()
+	if output := run("layers"); strings.Count(output, id) != 2 || strings.Count(output, "sha256:") != 3 || !strings.Contains(output, "DIFF ID") {
+		t.Errorf("layers says\n%s", output)
+	}
+	if output := run("images"); !strings.Contains(output, r.Host+"/a:1") || !strings.Contains(output, r.Host+"/b:1") {
+		t.Errorf("images says\n%s", output)
+	}
+	var described []volume.Description
+	must(t, json.Unmarshal([]byte(run("inspect", id)), &described))
+	data := described[0].Publications[0].Data
+	if data["MergedDir"] != target || data["UpperDir"] != upperDir(node, pod, v) || len(strings.Split(data["LowerDir"], ":")) != 2 || !described[0].Publications[0].Mounted {
+		t.Errorf("inspect says %+v", described)
+	}
+	wantFile(t, filepath.Join(strings.Split(data["LowerDir"], ":")[0], "g"), "g")
+	if output := run("gc", "--all", "--dry-run"); !strings.Contains(output, "1 layers") {
+		t.Errorf("gc --dry-run says %q", output)
+	}
+	if output := run("gc"); !strings.Contains(output, "0 layers") {
+		t.Errorf("gc says %q", output)
+	}
+	if output := run("gc", "--all"); !strings.Contains(output, "1 layers") {
+		t.Errorf("gc --all says %q", output)
+	}
+	if output := run("layers", "-o", "json"); strings.Count(output, `"diffID"`) != 2 {
+		t.Errorf("layers -o json says %s", output)
+	}
+	unpublish(t, pod, v)
+	for name, c := range map[string]struct {
+		args []string
+		word string
+	}{
+		"no driver":       {[]string{"--socket", "/nowhere", "layers"}, "running"},
+		"no such volume":  {[]string{"--socket", node.AdminSocket(), "inspect", "missing"}, "none of that ID"},
+		"no such image":   {[]string{"--socket", node.AdminSocket(), "pull", r.Host + "/missing:1"}, r.Host},
+		"no such form":    {[]string{"--socket", node.AdminSocket(), "layers", "-o", "xml"}, "table and json"},
+		"no such command": {[]string{"fly"}, "fly"},
+	} {
+		output, err := exec.Command(overlayctlBinary, c.args...).CombinedOutput()
+		if err == nil || !strings.Contains(string(output), c.word) {
+			t.Errorf("%s: %v: %s", name, err, output)
+		}
+	}
+	info, err := os.Stat(node.AdminSocket())
+	must(t, err)
+	if info.Mode().Perm() != 0o600 {
+		t.Errorf("the socket has mode %s", info.Mode())
+	}
+}
