@@ -28,6 +28,9 @@ func main() {
 	}
 }
 
+// socketEnv names the socket where that is not the usual one.
+const socketEnv = "OVERLAYCTL_SOCKET"
+
 // options are the flags that all commands have.
 type options struct {
 	socket string
@@ -51,7 +54,11 @@ func newCommand() *cobra.Command {
 			return nil
 		},
 	}
-	root.PersistentFlags().StringVar(&opts.socket, "socket", "/var/lib/overlay-csi/overlayctl.sock", "the driver's `socket` (its flag --admin-socket)")
+	socket := os.Getenv(socketEnv)
+	if socket == "" {
+		socket = "/var/lib/overlay-csi/overlayctl.sock"
+	}
+	root.PersistentFlags().StringVar(&opts.socket, "socket", socket, "the driver's `socket` (its flag --admin-socket), or what "+socketEnv+" says")
 	root.PersistentFlags().StringVarP(&opts.output, "output", "o", "table", "`form` of the output: table or json")
 	root.AddCommand(layersCommand(opts), imagesCommand(opts), pullCommand(opts), gcCommand(opts), inspectCommand(opts))
 	return root

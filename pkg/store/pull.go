@@ -2,12 +2,7 @@ package store
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
-	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -38,14 +33,6 @@ type pull struct {
 	held    []digest.Digest
 	image   *Image
 	err     error
-}
-
-// fetch is a layer on its way here.
-type fetch struct {
-	done     chan struct{}
-	received atomic.Int64
-	id       digest.Digest
-	err      error
 }
 
 // Resolve asks the registry which image a reference stands for at the moment. The error says which registry it was and
@@ -108,10 +95,6 @@ func (s *Store) wait(ctx context.Context, p *pull, path string) (*Use, error) {
 	return s.use(p.image, path)
 }
 
-func (s *Store) underWay(p *pull) error {
-	return fmt.Errorf("%w: image %s is still being pulled (%s): that goes on, and is asked for again", errdefs.ErrUnavailable, p.name, s.progressOf(p))
-}
-
 // startLocked joins a pull, or begins one, and lets go of the store. release, which may be nil, is called when the work is
 // done, or at once where somebody else does it.
 func (s *Store) startLocked(key pullKey, name string, release func() error, work func(context.Context, *pull) error) *pull {
@@ -160,37 +143,6 @@ func (s *Store) letGoLocked(p *pull) {
 		s.layers[id].users--
 	}
 	p.held = nil
-}
-
-// logEvery is the time between two lines about a pull's progress.
-const logEvery = 10 * time.Second
-
-// logged logs what a pull comes to, and now and then how far it is.
-func (s *Store) logged(ctx context.Context, p *pull, work func(context.Context, *pull) error) error {
-	logger := klog.FromContext(ctx)
-	logger.Info("Pulling")
-	ended := make(chan struct{})
-	s.work.Go(func() {
-		ticker := time.NewTicker(logEvery)
-		defer ticker.Stop()
-		for {
-			select {
-			case <-ended:
-				return
-			case <-ticker.C:
-				logger.Info("Pulling", "progress", s.progressOf(p).String())
-			}
-		}
-	})
-	err := work(ctx, p)
-	close(ended)
-	after := time.Since(p.began).Round(time.Millisecond).String()
-	if err != nil {
-		logger.Error(err, "Could not pull", "after", after)
-		return err
-	}
-	logger.Info("Pulled", "digest", p.image.Digest, "layers", len(p.sources), "after", after)
-	return nil
 }
 
 // pullImage brings all layers of an image here and writes it down.
@@ -295,157 +247,6 @@ func (s *Store) describe(ctx context.Context, image *Image, descriptor ocispec.D
 	return nil, fmt.Errorf("%w: more than %d indexes name one another", errdefs.ErrInvalidArgument, maxIndexes)
 }
 
-// idLocked is the diff ID of a layer, "" where that is only known when it was unpacked.
-func (s *Store) idLocked(src source) digest.Digest {
-	if src.diffID != "" {
-		return src.diffID
-	}
-	return s.blobs[src.key()]
-}
-
-// layer gets a layer from the store or, where it is not there yet, from get, once for all who ask. It is held for the
-// caller.
-func (s *Store) layer(ctx context.Context, src source, get func(context.Context, *fetch) (Layer, error)) (digest.Digest, error) {
-	for tries := 0; ; tries++ {
-		s.mu.Lock()
-		id := s.idLocked(src)
-		if s.layers[id] != nil && s.holdLocked([]digest.Digest{id}) {
-			s.mu.Unlock()
-			return id, nil
-		}
-		f, joined := s.fetches[src.key()]
-		if !joined {
-			f = &fetch{done: make(chan struct{})}
-			s.fetches[src.key()] = f
-		}
-		s.mu.Unlock()
-		if !joined {
-			return s.begin(ctx, src, f, get)
-		}
-		select {
-		case <-ctx.Done():
-			return "", context.Cause(ctx)
-		case <-f.done:
-		}
-		// Another one's try may have failed for its own reasons, such as its credentials.
-		if f.err != nil && tries > 0 {
-			return "", f.err
-		}
-	}
-}
-
-// begin gets a layer for all who ask for it meanwhile.
-func (s *Store) begin(ctx context.Context, src source, f *fetch, get func(context.Context, *fetch) (Layer, error)) (digest.Digest, error) {
-	var layer Layer
-	err := s.slots.Acquire(ctx, 1)
-	if err == nil {
-		layer, err = get(ctx, f)
-		s.slots.Release(1)
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.fetches, src.key())
-	f.id, f.err = layer.DiffID, err
-	close(f.done)
-	if err != nil {
-		return "", err
-	}
-	if s.layers[layer.DiffID] == nil {
-		s.add(layer, time.Now())
-	}
-	s.blobs[src.key()] = layer.DiffID
-	s.holdLocked([]digest.Digest{layer.DiffID})
-	return layer.DiffID, nil
-}
-
-// fetchLayer downloads and unpacks a layer. After an error that may pass, what was downloaded stays for the next try, and
-// nothing else.
-func (s *Store) fetchLayer(ctx context.Context, repo *repository, src source, f *fetch) (Layer, error) {
-	dir := s.incomingDir(buildName(src.key()))
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return Layer{}, fmt.Errorf("make a directory for layer %s: %w", src.descriptor.Digest, err)
-	}
-	layer, resumed, err := s.fetchInto(ctx, dir, repo, src, f)
-	if resumed && errors.Is(err, errLied) {
-		// What an earlier try had left may be what is wrong.
-		if err = errors.Join(s.discardIncoming(dir, false), os.MkdirAll(dir, 0o700)); err == nil {
-			layer, _, err = s.fetchInto(ctx, dir, repo, src, f)
-		}
-	}
-	if err == nil {
-		return layer, nil
-	}
-	if errors.Is(err, errLied) && !strings.Contains(err.Error(), "registry "+repo.registry) {
-		err = repo.explain("unpack", err)
-	}
-	full := s.explainFull(src, err)
-	keep := full == err && (ctx.Err() != nil || errdefs.IsUnavailable(err))
-	return Layer{}, errors.Join(full, s.discardIncoming(dir, keep))
-}
-
-// explainFull says which disk it is that is full.
-func (s *Store) explainFull(src source, err error) error {
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return fmt.Errorf("layer %s: the disk of %s is full: %w", src.descriptor.Digest, s.path, err)
-	}
-	return err
-}
-
-// discardIncoming throws away what is in a directory of incoming, or all but the blob.
-func (s *Store) discardIncoming(dir string, keepBlob bool) error {
-	if !keepBlob {
-		return s.config.Discard(dir)
-	}
-	names, err := dirNames(dir)
-	for _, name := range names {
-		if name != blobName {
-			err = errors.Join(err, s.config.Discard(filepath.Join(dir, name)))
-		}
-	}
-	return err
-}
-
-// fetchInto downloads and unpacks a layer in dir. resumed says that a part of the blob was there already.
-func (s *Store) fetchInto(ctx context.Context, dir string, repo *repository, src source, f *fetch) (layer Layer, resumed bool, err error) {
-	if err := s.discardIncoming(dir, true); err != nil {
-		return Layer{}, false, err
-	}
-	into, err := openSpool(filepath.Join(dir, blobName))
-	if err != nil {
-		return Layer{}, false, fmt.Errorf("open the download: %w", err)
-	}
-	defer into.file.Close()
-	if into.length() > src.descriptor.Size {
-		if err := into.empty(); err != nil {
-			return Layer{}, false, fmt.Errorf("empty the download: %w", err)
-		}
-	}
-	resumed = into.length() > 0
-	f.received.Store(into.length())
-	ctx, cancel := context.WithCancel(ctx)
-	group, downloadCtx := errgroup.WithContext(ctx)
-	group.Go(func() error {
-		err := s.download(downloadCtx, repo, src, into, &f.received)
-		into.finish(err)
-		return err
-	})
-	layer, err = s.buildLayer(ctx, dir, src, into.reader())
-	cancel()
-	if failed := group.Wait(); failed != nil && err != nil && !errors.Is(failed, context.Canceled) {
-		// Why the download ended is why the unpacking did.
-		err = failed
-	}
-	return layer, resumed, err
-}
-
-// buildName is the directory in which a layer is made.
-func buildName(key blobKey) string {
-	if key.title == "" {
-		return key.digest.Encoded()
-	}
-	return key.digest.Encoded() + "-" + digest.FromString(key.title).Encoded()[:16]
-}
-
 // makeRoom collects layers where the blobs that are still to come would not fit, and refuses what cannot.
 func (s *Store) makeRoom(ctx context.Context, sources []source) error {
 	var wanted int64
@@ -476,69 +277,4 @@ func (s *Store) makeRoom(ctx context.Context, sources []source) error {
 	}
 	return fmt.Errorf("%w: the layers have %s to download, and the disk of %s has %s that pulls may take (%d %% are kept for the volumes: --layer-disk-reserve)",
 		errdefs.ErrResourceExhausted, humanize.IBytes(uint64(wanted)), s.path, humanize.IBytes(uint64(max(free, 0))), s.config.Limits.ReservePercent)
-}
-
-// Progress is how far a pull is.
-type Progress struct {
-	Image  string          `json:"image"`
-	Layers []LayerProgress `json:"layers"`
-}
-
-// LayerProgress is how far a layer is, in bytes of its blob.
-type LayerProgress struct {
-	Digest digest.Digest `json:"digest"`
-	Title  string        `json:"title,omitempty"`
-	Size   int64         `json:"size"`
-	Done   int64         `json:"done"`
-	// Here says that the layer is in the store. One of which all bytes are done is being unpacked and synced.
-	Here bool `json:"here"`
-}
-
-// String is a line for logs and messages.
-func (p Progress) String() string {
-	var here int
-	var done, size int64
-	for _, layer := range p.Layers {
-		if layer.Here {
-			here++
-		}
-		done += layer.Done
-		size += layer.Size
-	}
-	if len(p.Layers) == 0 {
-		return "reading the manifest"
-	}
-	return fmt.Sprintf("%d of %d layers, %s of %s", here, len(p.Layers), humanize.IBytes(uint64(done)), humanize.IBytes(uint64(size)))
-}
-
-// Progress tells how far the pulls of an image are, and whether there is one.
-func (s *Store) Progress(id digest.Digest) (Progress, bool) {
-	s.mu.Lock()
-	var found *pull
-	for key, p := range s.pulls {
-		if key.image == id {
-			found = p
-		}
-	}
-	s.mu.Unlock()
-	if found == nil {
-		return Progress{}, false
-	}
-	return s.progressOf(found), true
-}
-
-func (s *Store) progressOf(p *pull) Progress {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	progress := Progress{Image: p.name}
-	for _, src := range p.sources {
-		layer := LayerProgress{Digest: src.descriptor.Digest, Title: src.title, Size: src.descriptor.Size}
-		if s.layers[s.idLocked(src)] != nil {
-			layer.Here, layer.Done = true, layer.Size
-		} else if f := s.fetches[src.key()]; f != nil {
-			layer.Done = f.received.Load()
-		}
-		progress.Layers = append(progress.Layers, layer)
-	}
-	return progress
 }

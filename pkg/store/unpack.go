@@ -3,7 +3,6 @@ package store
 import (
 	"archive/tar"
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/gob"
 	"errors"
@@ -14,8 +13,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"time"
-	"unsafe"
 
 	"github.com/containerd/errdefs"
 	"github.com/cyphar/filepath-securejoin/pathrs-lite"
@@ -154,7 +151,7 @@ func (u *unpacker) entry(header *tar.Header, content io.Reader) error {
 		return err
 	}
 	switch header.Typeflag {
-	case tar.TypeReg, tar.TypeRegA, tar.TypeGNUSparse, tar.TypeCont: //nolint:staticcheck // TypeRegA is in old tars.
+	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont:
 		return u.file(dir, base, header, content)
 	case tar.TypeLink:
 		return u.hardLink(dir, base, header)
@@ -258,93 +255,6 @@ func (u *unpacker) file(dir *os.File, base string, header *tar.Header, content i
 	return nil
 }
 
-// write copies a file's content. Zeros at the end, and blocks of zeros elsewhere, are left out.
-func (u *unpacker) write(fd int, size int64, content io.Reader) error {
-	u.content += size
-	if u.limits.LayerBytes > 0 && u.content > u.limits.LayerBytes {
-		return fmt.Errorf("%w: the layer's files have more than %d bytes (--max-layer-size)", errdefs.ErrResourceExhausted, u.limits.LayerBytes)
-	}
-	var offset, end int64
-	for offset < size {
-		n, err := io.ReadFull(content, u.buffer[:min(size-offset, copySize)])
-		if err != nil {
-			return fmt.Errorf("read the tar: %w", invalid(err))
-		}
-		for from := 0; from < n; {
-			length, zero := run(u.buffer[from:n])
-			if !zero {
-				if err := u.room(int64(length)); err != nil {
-					return err
-				}
-				if _, err := pwrite(fd, u.buffer[from:from+length], offset+int64(from)); err != nil {
-					return fmt.Errorf("write: %w", err)
-				}
-				end = offset + int64(from+length)
-			}
-			from += length
-		}
-		offset += int64(n)
-	}
-	if end < size {
-		if err := unix.Ftruncate(fd, size); err != nil {
-			return fmt.Errorf("ftruncate: %w", err)
-		}
-	}
-	return nil
-}
-
-var zeros [blockSize]byte
-
-// run is how many bytes at the beginning of the data are alike: whole blocks of zeros, or blocks that are not.
-func run(data []byte) (length int, zero bool) {
-	isZero := func(at int) bool {
-		block := data[at:min(at+blockSize, len(data))]
-		return bytes.Equal(block, zeros[:len(block)])
-	}
-	zero = isZero(0)
-	for length = blockSize; length < len(data) && isZero(length) == zero; length += blockSize {
-	}
-	return min(length, len(data)), zero
-}
-
-func pwrite(fd int, data []byte, offset int64) (int, error) {
-	written := 0
-	for written < len(data) {
-		n, err := unix.Pwrite(fd, data[written:], offset+int64(written))
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil {
-			return written, err
-		}
-		written += n
-	}
-	return written, nil
-}
-
-// room accounts for bytes that are going to be written, and now and then sees whether the disk still has its reserve.
-func (u *unpacker) room(bytes int64) error {
-	u.disk += bytes
-	u.unchecked += bytes
-	if u.unchecked < reserveStep || u.limits.ReservePercent <= 0 {
-		return nil
-	}
-	u.unchecked = 0
-	return checkReserve(u.root, u.limits.ReservePercent)
-}
-
-// checkReserve refuses to take more of a disk than what leaves the reserve.
-func checkReserve(dir *os.File, percent int) error {
-	var stat unix.Statfs_t
-	if err := unix.Fstatfs(int(dir.Fd()), &stat); err != nil {
-		return fmt.Errorf("fstatfs %s: %w", dir.Name(), err)
-	}
-	if stat.Bavail*100 < stat.Blocks*uint64(percent) {
-		return fmt.Errorf("%w: the disk of %s has less than %d %% free, which are kept for the volumes (--layer-disk-reserve): make room there", errdefs.ErrResourceExhausted, dir.Name(), percent)
-	}
-	return nil
-}
-
 // directory makes a directory, or takes the one that an earlier entry made.
 func (u *unpacker) directory(dir *os.File, base, name string, header *tar.Header) error {
 	err := unix.Mkdirat(int(dir.Fd()), base, 0o700)
@@ -402,46 +312,6 @@ func (u *unpacker) describeDir(dir *os.File, name string, header *tar.Header) er
 	return u.timesEncoder.Encode(dirTime{name, header.ModTime.Unix(), header.ModTime.Nanosecond()})
 }
 
-// dirTime is when a directory was changed. It is set when nothing will be made in the directory any more.
-type dirTime struct {
-	Name        string
-	Seconds     int64
-	Nanoseconds int
-}
-
-// finish sets the times of directories.
-func (u *unpacker) finish() error {
-	u.forgetParents()
-	if err := u.timesOut.Flush(); err != nil {
-		return err
-	}
-	if _, err := u.times.Seek(0, io.SeekStart); err != nil {
-		return err
-	}
-	decoder := gob.NewDecoder(bufio.NewReader(u.times))
-	for {
-		var t dirTime
-		if err := decoder.Decode(&t); err == io.EOF {
-			return nil
-		} else if err != nil {
-			return err
-		}
-		fd, err := unix.Openat2(int(u.root.Fd()), "./"+t.Name, &unix.OpenHow{
-			Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
-		})
-		if err != nil {
-			// A later entry replaced it.
-			continue
-		}
-		at := unixTime(time.Unix(t.Seconds, int64(t.Nanoseconds)))
-		err = futimens(fd, &[2]unix.Timespec{at, at})
-		unix.Close(fd)
-		if err != nil {
-			return fmt.Errorf("utimensat %s: %w", t.Name, err)
-		}
-	}
-}
-
 // hardLink links to a file of the same layer.
 func (u *unpacker) hardLink(dir *os.File, base string, header *tar.Header) error {
 	targetDir, target := path.Split(path.Clean("/" + header.Linkname))
@@ -490,24 +360,3 @@ func (u *unpacker) describe(dir *os.File, base string, header *tar.Header) error
 
 // modeOf is the mode's bits, those for set-user-ID, set-group-ID and sticky included.
 func modeOf(header *tar.Header) uint32 { return uint32(header.Mode) & 0o7777 }
-
-func timesOf(header *tar.Header) [2]unix.Timespec {
-	modified := unixTime(header.ModTime)
-	if header.AccessTime.IsZero() {
-		return [2]unix.Timespec{modified, modified}
-	}
-	return [2]unix.Timespec{unixTime(header.AccessTime), modified}
-}
-
-func unixTime(t time.Time) unix.Timespec {
-	return unix.Timespec{Sec: t.Unix(), Nsec: int64(t.Nanosecond())}
-}
-
-// futimens is utimensat(2) on an open file: without a path, which Linux takes from 5.8 on only.
-func futimens(fd int, times *[2]unix.Timespec) error {
-	_, _, errno := unix.Syscall6(unix.SYS_UTIMENSAT, uintptr(fd), 0, uintptr(unsafe.Pointer(times)), 0, 0, 0)
-	if errno != 0 {
-		return errno
-	}
-	return nil
-}

@@ -1,85 +1,179 @@
 package volume_test
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/go-logr/logr"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"k8s.io/klog/v2"
 	mount "k8s.io/mount-utils"
 
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
+	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
 
 // BenchmarkPublishUnpublish is what a view costs without gRPC around it.
 func BenchmarkPublishUnpublish(b *testing.B) {
+	n := newBenchNode(b)
+	spec := n.dirs(3)
+	var publish, unpublish time.Duration
+	for b.Loop() {
+		p, u := n.publish(spec)
+		publish += p
+		unpublish += u
+	}
+	b.ReportMetric(float64(publish.Microseconds())/float64(b.N), "µs/publish")
+	b.ReportMetric(float64(unpublish.Microseconds())/float64(b.N), "µs/unpublish")
+}
+
+// BenchmarkPublishImage compares an image that is on the node with as many directories, in turns.
+func BenchmarkPublishImage(b *testing.B) {
+	for _, layers := range []int{1, 5, 20, 100} {
+		b.Run(fmt.Sprint(layers, "-layers"), func(b *testing.B) {
+			n := newBenchNode(b)
+			dirs, image := n.dirs(layers), n.image(layers)
+			n.publish(image)
+			var ofDirs, ofImage []time.Duration
+			for b.Loop() {
+				p, _ := n.publish(dirs)
+				ofDirs = append(ofDirs, p)
+				p, _ = n.publish(image)
+				ofImage = append(ofImage, p)
+			}
+			slices.Sort(ofDirs)
+			slices.Sort(ofImage)
+			middle := len(ofDirs) / 2
+			b.ReportMetric(float64(ofDirs[middle].Microseconds()), "µs/dir")
+			b.ReportMetric(float64(ofImage[middle].Microseconds()), "µs/image")
+			b.ReportMetric(float64(ofImage[middle])/float64(ofDirs[middle]), "image/dir")
+		})
+	}
+}
+
+// benchNode is a manager with all that it needs.
+type benchNode struct {
+	b       *testing.B
+	dir     string
+	manager *volume.Manager
+	certs   string
+	count   int
+}
+
+func newBenchNode(b *testing.B) *benchNode {
 	dir := b.TempDir()
+	check := func(err error) {
+		if err != nil {
+			b.Helper()
+			b.Fatal(err)
+		}
+	}
 	root, err := volume.OpenDataRoot(filepath.Join(dir, "data"))
 	if err != nil {
 		b.Skip(err)
 	}
-	defer root.Close()
+	b.Cleanup(func() { root.Close() })
 	features, err := overlay.Probe(dir)
-	if err != nil {
-		b.Fatal(err)
-	}
+	check(err)
 	mounter, err := overlay.NewMounter(filepath.Join(root.Path(), "mounter"), features, mount.NewWithoutSystemd(""))
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer mounter.Close()
+	check(err)
+	b.Cleanup(func() { mounter.Close() })
 	opener, err := overlay.NewOpener(features)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer opener.Close()
+	check(err)
+	b.Cleanup(func() { opener.Close() })
 	if quiet := opener.Quiet(root.Dir()); quiet != nil {
 		root.UseMount(quiet)
 	}
 	forbidden, err := layer.Forbid(root.Path())
-	if err != nil {
-		b.Fatal(err)
-	}
-	layers := filepath.Join(dir, "layers")
-	for _, name := range []string{"a", "b", "c"} {
-		if err := os.MkdirAll(filepath.Join(layers, name), 0o755); err != nil {
-			b.Fatal(err)
-		}
-	}
-	roots, err := layer.NewRoots(map[string]layer.Root{"r": {Path: layers}}, forbidden, opener)
-	if err != nil {
-		b.Fatal(err)
-	}
+	check(err)
+	check(os.MkdirAll(filepath.Join(dir, "layers"), 0o755))
+	roots, err := layer.NewRoots(map[string]layer.Root{"r": {Path: filepath.Join(dir, "layers")}}, forbidden, opener)
+	check(err)
+	certs := filepath.Join(dir, "certs.d")
+	images, err := store.New(b.Context(), store.Config{
+		Root: root.Dir(), Discard: root.Discard, Registries: store.NewRegistries(certs, "", "bench"), Parallel: 4, StallTimeout: time.Minute, Backoff: time.Second,
+	})
+	check(err)
+	b.Cleanup(images.Close)
 	kubeletDir := kubelet.Dir(filepath.Join(dir, "kubelet"))
 	podVolumes := layer.NewPodVolumes(kubelet.NewPodVolumes(kubeletDir, nil, 0), forbidden)
-	manager := volume.NewManager(volume.Config{Node: "n", BootID: "b", ReconcileInterval: time.Hour}, root, mounter, layer.NewResolver(roots, podVolumes, nil), podVolumes, kubeletDir)
-	ctx := context.Background()
-	spec, err := volume.ParseSpec(map[string]string{"layers": "dir://r/a,dir://r/b,dir://r/c"}, volume.Usage{Inline: true})
+	config := volume.Config{Node: "n", BootID: "b", ReconcileInterval: time.Hour}
+	klog.SetLogger(logr.Discard())
+	return &benchNode{b: b, dir: dir, certs: certs, manager: volume.NewManager(config, root, mounter, layer.NewResolver(roots, podVolumes, images), podVolumes, kubeletDir)}
+}
+
+// dirs is a volume of so many directories.
+func (n *benchNode) dirs(count int) volume.Spec {
+	var refs []string
+	for i := range count {
+		name := fmt.Sprint("layer-", i)
+		if err := os.MkdirAll(filepath.Join(n.dir, "layers", name), 0o755); err != nil {
+			n.b.Fatal(err)
+		}
+		refs = append(refs, "dir://r/"+name)
+	}
+	return n.spec(strings.Join(refs, "\n"))
+}
+
+// image is a volume of an image with so many layers.
+func (n *benchNode) image(count int) volume.Spec {
+	registry, err := registrytest.Start(registrytest.Options{})
 	if err != nil {
-		b.Fatal(err)
+		n.b.Fatal(err)
 	}
-	var publish, unpublish time.Duration
-	i := 0
-	for b.Loop() {
-		i++
-		id := fmt.Sprint("v", i)
-		begin := time.Now()
-		err := manager.Publish(ctx, volume.PublishRequest{VolumeID: id, Target: filepath.Join(dir, "target"), Spec: spec, Inline: true, Attributes: overlay.Attributes{NoSUID: true, NoDev: true}})
+	n.b.Cleanup(registry.Close)
+	if err := registry.Configure(n.certs); err != nil {
+		n.b.Fatal(err)
+	}
+	var layers []v1.Layer
+	for i := range count {
+		layer, err := registrytest.Layer(registrytest.File("f", fmt.Sprint(i)))
 		if err != nil {
-			b.Fatal(err)
+			n.b.Fatal(err)
 		}
-		publish += time.Since(begin)
-		begin = time.Now()
-		if err := manager.Unpublish(ctx, id, filepath.Join(dir, "target")); err != nil {
-			b.Fatal(err)
-		}
-		unpublish += time.Since(begin)
+		layers = append(layers, layer)
 	}
-	b.ReportMetric(float64(publish.Microseconds())/float64(b.N), "µs/publish")
-	b.ReportMetric(float64(unpublish.Microseconds())/float64(b.N), "µs/unpublish")
+	image, err := registrytest.Image(layers...)
+	if err != nil {
+		n.b.Fatal(err)
+	}
+	pinned, err := registry.Push(n.b.Context(), "bench:1", image)
+	if err != nil {
+		n.b.Fatal(err)
+	}
+	return n.spec("oci://" + pinned)
+}
+
+func (n *benchNode) spec(layers string) volume.Spec {
+	spec, err := volume.ParseSpec(map[string]string{"layers": layers}, volume.Usage{Inline: true})
+	if err != nil {
+		n.b.Fatal(err)
+	}
+	return spec
+}
+
+// publish publishes and unpublishes a volume of its own.
+func (n *benchNode) publish(spec volume.Spec) (publish, unpublish time.Duration) {
+	n.count++
+	id, target := fmt.Sprint("v", n.count), filepath.Join(n.dir, "target")
+	begin := time.Now()
+	err := n.manager.Publish(n.b.Context(), volume.PublishRequest{VolumeID: id, Target: target, Spec: spec, Inline: true, Attributes: overlay.Attributes{NoSUID: true, NoDev: true}})
+	publish = time.Since(begin)
+	if err != nil {
+		n.b.Fatal(err)
+	}
+	begin = time.Now()
+	if err := n.manager.Unpublish(n.b.Context(), id, target); err != nil {
+		n.b.Fatal(err)
+	}
+	return publish, time.Since(begin)
 }

@@ -22,6 +22,8 @@ import (
 	"sigs.k8s.io/e2e-framework/klient/k8s/resources"
 	"sigs.k8s.io/e2e-framework/klient/wait"
 	"sigs.k8s.io/e2e-framework/klient/wait/conditions"
+
+	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
 
 const (
@@ -58,6 +60,9 @@ type kindCluster struct {
 	name    string
 	nodes   []string
 	workers []string
+	// registry runs beside the tests, where the nodes reach it. valuesFile tells the chart of it.
+	registry   *registrytest.Registry
+	valuesFile string
 }
 
 // onNode runs a shell script on a node, as root, and returns what it prints.
@@ -86,6 +91,7 @@ func chartValues() []string {
 		"--set", "layerRoots[0].name=layers,layerRoots[0].hostPath=/var/lib/layers",
 		"--set", "provisioner.capacityPollInterval=5s,provisioner.immediateBindingDelay=1s",
 		"--set", "updateStrategy.rollingUpdate.maxUnavailable=2",
+		"--values", cluster.valuesFile,
 	}
 }
 

@@ -19,6 +19,8 @@ import (
 	"sigs.k8s.io/e2e-framework/klient/k8s/resources"
 	"sigs.k8s.io/e2e-framework/klient/wait"
 	"sigs.k8s.io/e2e-framework/klient/wait/conditions"
+
+	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
 
 const examplesDir = "../../deploy/examples"
@@ -92,6 +94,24 @@ var examples = map[string]func(*testing.T, *namespace){
 		if second.Spec.NodeName != first.Spec.NodeName {
 			t.Errorf("the workspace was on %s and is on %s", first.Spec.NodeName, second.Spec.NodeName)
 		}
+	},
+	"image-volume.yaml": func(t *testing.T, n *namespace) {
+		script := registrytest.File("bin/greet", "#!/bin/sh\necho greetings\n")
+		script.Mode = 0o755
+		pushImage(t, "team/tools:1", script)
+		n.apply("image-volume.yaml", nil)
+		n.pod("toolbox").want("cat /tools/output /tools/config.yaml", "greetings\nlearning_rate: 0.01")
+	},
+	"model-artifact.yaml": func(t *testing.T, n *namespace) {
+		title := func(name string) map[string]string { return map[string]string{"org.opencontainers.image.title": name} }
+		artifact, err := registrytest.Artifact(
+			registrytest.ArtifactFile{Data: []byte("{}\n"), Annotations: title("config.json")},
+			registrytest.ArtifactFile{Data: []byte("one\n"), Annotations: title("weights/part-1.bin")},
+			registrytest.ArtifactFile{Data: []byte("two\n"), Annotations: title("weights/part-2.bin")})
+		must(t, err)
+		push(t, "team/model:7b", artifact)
+		n.apply("model-artifact.yaml", nil)
+		n.pod("server").want("cat /model/config.json /model/merged.bin", "{}\none\ntwo")
 	},
 	"generic-ephemeral-volume.yaml": func(t *testing.T, n *namespace) {
 		n.apply("generic-ephemeral-volume.yaml", nil)

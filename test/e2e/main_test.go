@@ -40,6 +40,12 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		return 1
 	}
+	stop, err := startRegistry()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "e2e: start a registry:", err)
+		return 1
+	}
+	defer stop()
 	if err := prepare(); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e: prepare the cluster:", err)
 		return 1

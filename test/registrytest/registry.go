@@ -32,8 +32,8 @@ type Options struct {
 	Address string
 	// TLS has it answer by HTTPS, with a certificate of its own CA.
 	TLS bool
-	// User and Password are wanted of everybody, if they are set.
-	User, Password string
+	// User and Password are wanted of everybody, if they are set, or with Private only for repositories beneath that.
+	User, Password, Private string
 	// BlobDir keeps blobs on disk instead of in memory.
 	BlobDir string
 }
@@ -115,7 +115,7 @@ func (r *Registry) ServeHTTP(w http.ResponseWriter, request *http.Request) {
 	fault := r.fault
 	r.requests = append(r.requests, request.Method+" "+request.URL.Path)
 	r.mu.Unlock()
-	if r.options.User != "" {
+	if r.options.User != "" && (strings.HasPrefix(request.URL.Path, "/v2/"+r.options.Private)) {
 		user, password, ok := request.BasicAuth()
 		if !ok || user != r.options.User || password != r.options.Password {
 			w.Header().Set("WWW-Authenticate", `Basic realm="test"`)

@@ -35,3 +35,12 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- define "overlay-csi.pluginDir" -}}
 {{ .Values.kubeletDir }}/plugins/{{ .Values.driverName }}
 {{- end -}}
+
+{{- /* Directory of a registry in certs.d: containerd's docs/hosts.md has _ for the colons of a port. */ -}}
+{{- define "overlay-csi.registryDir" -}}
+{{- if contains ":" . -}}
+{{- printf "%s_" (replace ":" "_" .) -}}
+{{- else -}}
+{{- . -}}
+{{- end -}}
+{{- end -}}
