@@ -116,7 +116,7 @@ func TestImageOfPrivateRegistry(t *testing.T) {
 	n.pullSecret("right", registryPassword)
 	refused := n.start("wrong", withVolume(withSecret(inlineVolume("data", "layers", layers), "wrong")))
 	refused.waitEvent(cluster.registry.Host)
-	refused.waitEvent("as user \\\"" + registryUser)
+	refused.waitEvent(fmt.Sprintf("as user %q", registryUser))
 	anonymous := n.start("anonymous", withVolume(inlineVolume("data", "layers", layers)))
 	anonymous.waitEvent("without credentials")
 	p := n.run("right", withVolume(withSecret(inlineVolume("data", "layers", layers), "right")))

@@ -82,6 +82,10 @@ func (b *bench) run() error {
 		name string
 		run  func(dir string) (time.Duration, string, error)
 	}{{"overlay-csi", b.runStore}, {"tar", b.runTar}, {"containerd", b.runContainerd}}
+	if _, err := exec.LookPath(b.program("containerd")); err != nil {
+		log.Printf("without containerd: %v", err)
+		ways = ways[:2]
+	}
 	times := map[string][]time.Duration{}
 	notes := map[string]string{}
 	for round := range b.rounds {
@@ -223,27 +227,24 @@ func (b *bench) maybeSync() {
 	}
 }
 
+// program is the path of one of containerd's programs.
+func (b *bench) program(name string) string { return filepath.Join(b.containerd, name) }
+
 // runContainerd pulls with containerd, which is started anew with nothing in it.
 func (b *bench) runContainerd(dir string) (time.Duration, string, error) {
-	program := func(name string) string {
-		if b.containerd == "" {
-			return name
-		}
-		return filepath.Join(b.containerd, name)
-	}
 	socket := filepath.Join(dir, "containerd.sock")
 	config := filepath.Join(dir, "config.toml")
 	if err := os.WriteFile(config, []byte("version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n"), 0o644); err != nil {
 		return 0, "", err
 	}
-	daemon := exec.Command(program("containerd"), "--config", config, "--address", socket, "--root", filepath.Join(dir, "root"), "--state", filepath.Join(dir, "state"), "--log-level", "error")
+	daemon := exec.Command(b.program("containerd"), "--config", config, "--address", socket, "--root", filepath.Join(dir, "root"), "--state", filepath.Join(dir, "state"), "--log-level", "error")
 	daemon.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := daemon.Start(); err != nil {
 		return 0, "", err
 	}
 	defer func() { _ = daemon.Process.Signal(syscall.SIGTERM); _ = daemon.Wait() }()
 	ctr := func(args ...string) ([]byte, error) {
-		return exec.Command(program("ctr"), append([]string{"--address", socket}, args...)...).CombinedOutput()
+		return exec.Command(b.program("ctr"), append([]string{"--address", socket}, args...)...).CombinedOutput()
 	}
 	for tries := 0; ; tries++ {
 		output, err := ctr("version")
@@ -255,7 +256,7 @@ func (b *bench) runContainerd(dir string) (time.Duration, string, error) {
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-	version, err := exec.Command(program("containerd"), "--version").Output()
+	version, err := exec.Command(b.program("containerd"), "--version").Output()
 	if err != nil {
 		return 0, "", err
 	}
