@@ -86,9 +86,12 @@ func checkWanted(u *Use, err error, name string, wanted digest.Digest) (*Use, er
 	return u, err
 }
 
+// archiveName is the directory in which an archive is decompressed.
+func archiveName(key digest.Digest) string { return "archive-" + key.Encoded() }
+
 // importArchive finds out what an archive is, and unpacks its layers.
 func (s *Store) importArchive(ctx context.Context, p *pull, identity ArchiveFile, file *os.File, isDir bool) error {
-	dir := s.incomingDir("archive-" + identity.key().Encoded())
+	dir := s.incomingDir(archiveName(identity.key()))
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}

@@ -2,7 +2,6 @@ package store
 
 import (
 	"archive/tar"
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -10,7 +9,6 @@ import (
 	"os"
 	"path"
 	"regexp"
-	"strings"
 
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -37,24 +35,27 @@ func openArchive(ctx context.Context, file *os.File, isDir bool, spare string) (
 	if err != nil {
 		return nil, err
 	}
-	plain, err := decompress(io.NewSectionReader(file, 0, info.Size()))
+	whole := func() *io.SectionReader { return io.NewSectionReader(file, 0, info.Size()) }
+	magic := make([]byte, magicSize)
+	if _, err := io.ReadFull(whole(), magic); err != nil {
+		return nil, fmt.Errorf("%w: the file is too short for an archive", errdefs.ErrInvalidArgument)
+	}
+	if err := checkSupported(magic); err != nil {
+		return nil, err
+	}
+	if !isCompressed(magic) {
+		return indexTar(ctx, whole(), func() {})
+	}
+	plain, err := decompress(whole())
 	if err != nil {
 		return nil, err
 	}
 	defer plain.Close()
-	buffered := bufio.NewReaderSize(io.NewSectionReader(file, 0, info.Size()), 16)
-	magic, err := buffered.Peek(4)
-	if err != nil {
-		return nil, fmt.Errorf("%w: the file is too short for an archive", errdefs.ErrInvalidArgument)
-	}
-	if !strings.HasPrefix(string(magic), string(gzipMagic)) && !strings.HasPrefix(string(magic), string(zstdMagic)) && !isSkippable(magic) {
-		return indexTar(ctx, io.NewSectionReader(file, 0, info.Size()), func() {})
-	}
 	isImage, err := scan(ctx, plain)
 	if err != nil || !isImage {
 		return nil, err
 	}
-	return decompressArchive(ctx, io.NewSectionReader(file, 0, info.Size()), spare)
+	return decompressArchive(ctx, whole(), spare)
 }
 
 // scan reads a tar as far as it takes to know that it is not an archive of images.

@@ -234,6 +234,9 @@ func (s *Store) collectBlobs() error {
 	for key := range s.fetches {
 		busy[buildName(key)] = true
 	}
+	for key := range s.pulls {
+		busy[archiveName(key.image)] = true
+	}
 	for _, name := range names {
 		dir := s.incomingDir(name)
 		info, err := os.Stat(filepath.Join(dir, blobName))

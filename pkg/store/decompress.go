@@ -26,7 +26,7 @@ var (
 // decompress tells by its first bytes how a stream is compressed, whatever its media type says: gzip, zstd or not at all.
 func decompress(from io.Reader) (io.ReadCloser, error) {
 	buffered := bufio.NewReaderSize(from, 128<<10)
-	magic, err := buffered.Peek(6)
+	magic, err := buffered.Peek(magicSize)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	}
@@ -44,12 +44,28 @@ func decompress(from io.Reader) (io.ReadCloser, error) {
 		}
 		return reader.IOReadCloser(), nil
 	}
-	for name, prefix := range unsupported {
-		if bytes.HasPrefix(magic, prefix) {
-			return nil, fmt.Errorf("%w: it is compressed with %s: use gzip or zstd", errdefs.ErrInvalidArgument, name)
-		}
+	if err := checkSupported(magic); err != nil {
+		return nil, err
 	}
 	return io.NopCloser(buffered), nil
+}
+
+// magicSize is how many bytes of a stream tell how it is compressed.
+const magicSize = 6
+
+// checkSupported refuses compressions that are known and not decompressed.
+func checkSupported(magic []byte) error {
+	for name, prefix := range unsupported {
+		if bytes.HasPrefix(magic, prefix) {
+			return fmt.Errorf("%w: it is compressed with %s: use gzip or zstd", errdefs.ErrInvalidArgument, name)
+		}
+	}
+	return nil
+}
+
+// isCompressed reports whether a stream that begins so is one that decompress decompresses.
+func isCompressed(magic []byte) bool {
+	return bytes.HasPrefix(magic, gzipMagic) || bytes.HasPrefix(magic, zstdMagic) || isSkippable(magic)
 }
 
 // isSkippable reports whether a zstd stream begins with a skippable frame (RFC 8878, 3.1.2).

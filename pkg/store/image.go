@@ -74,6 +74,9 @@ func (s *Store) enter(image Image) (*Image, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if before := s.images[image.Digest]; before != nil {
+		if image.Archive == nil {
+			image.Archive = before.Archive
+		}
 		for _, name := range before.Names {
 			if !slices.Contains(image.Names, name) && len(image.Names) < maxNames {
 				image.Names = append(image.Names, name)

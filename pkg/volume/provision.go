@@ -70,7 +70,11 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error)
 	if req.Spec.Layers, err = m.layers.Pin(ctx, asked, req.Secrets); err != nil {
 		return Volume{}, err
 	}
-	klog.FromContext(ctx).Info("Layers are pinned", "layers", req.Spec.layerStrings())
+	if slices.Equal(asked, req.Spec.Layers) {
+		asked = nil
+	} else {
+		klog.FromContext(ctx).Info("Layers are pinned", "layers", req.Spec.layerStrings())
+	}
 	if req.Spec.Upper != UpperVolume {
 		return Volume{ID: id, Capacity: req.Required, Spec: req.Spec}, nil
 	}

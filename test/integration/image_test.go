@@ -406,3 +406,20 @@ func TestOverlayctl(t *testing.T) {
 		t.Errorf("the socket has mode %s", info.Mode())
 	}
 }
+
+// TestTooManyLayersTogether stacks images that have more layers together than overlayfs takes.
+func TestTooManyLayersTogether(t *testing.T) {
+	node := startNode(t)
+	r := startRegistry(t, node, registrytest.Options{})
+	for _, name := range []string{"a", "b"} {
+		var layers []map[string]string
+		for i := range 251 {
+			layers = append(layers, map[string]string{"f": fmt.Sprint(name, i)})
+		}
+		pushImage(t, r, name+":1", layers...)
+	}
+	pod := newPod(t, node, "pod")
+	_, err := pod.Publish(timeout(t), inline("layers", fmt.Sprintf("oci://%s/a:1\noci://%s/b:1", r.Host, r.Host)))
+	wantCode(t, err, codes.InvalidArgument, "502 layers", "500")
+	wantNothingLeft(t, node)
+}

@@ -1,0 +1,114 @@
+package store_test
+
+import (
+	"fmt"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/containerd/platforms"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/overlay-csi/overlay-csi/pkg/store"
+	"github.com/overlay-csi/overlay-csi/test/registrytest"
+)
+
+// index is an index of these images, by platform.
+func index(t *testing.T, images map[string]v1.Image) v1.ImageIndex {
+	t.Helper()
+	made := mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
+	for platform, image := range images {
+		parsed, err := v1.ParsePlatform(platform)
+		must(t, err)
+		made = mutate.AppendManifests(made, mutate.IndexAddendum{Add: image, Descriptor: v1.Descriptor{Platform: parsed}})
+	}
+	return made
+}
+
+func TestIndex(t *testing.T) {
+	n := newNode(t)
+	r := n.startRegistry(registrytest.Options{})
+	here := platforms.Format(platforms.DefaultSpec())
+	other := "linux/s390x"
+	of := func(content string) v1.Image { return image(t, layer(t, registrytest.File("f", content))) }
+	// What BuildKit adds to an index has a platform that is none.
+	pinned := push(t, r, "many:1", index(t, map[string]v1.Image{here: of("here"), other: of("other"), "unknown/unknown": of("attestation")}))
+	use, err := n.pull(r.Host+"/many:1", "", store.Credentials{})
+	must(t, err)
+	defer use.Close()
+	wantFile(t, filepath.Join(use.Dirs[0].Name(), "f"), "here")
+	if !strings.HasSuffix(pinned, use.Image.Digest.String()) || use.Image.Manifest == use.Image.Digest || !strings.HasPrefix(use.Image.Platform, "linux/") {
+		t.Errorf("of the index %s: %+v", pinned, use.Image)
+	}
+	_, err = n.pull(push(t, r, "other:1", index(t, map[string]v1.Image{other: of("other"), "windows/amd64": of("w")})), "", store.Credentials{})
+	wantError(t, err, "platform", other, "windows/amd64")
+	use, err = n.pull(push(t, r, "nested:1", mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), mutate.IndexAddendum{Add: index(t, map[string]v1.Image{here: of("nested")})})), "", store.Credentials{})
+	must(t, err)
+	wantFile(t, filepath.Join(use.Dirs[0].Name(), "f"), "nested")
+	use.Close()
+}
+
+func TestDockerManifest(t *testing.T) {
+	n := newNode(t)
+	r := n.startRegistry(registrytest.Options{})
+	docker, err := mutate.AppendLayers(empty.Image, layer(t, registrytest.File("f", "docker")))
+	must(t, err)
+	mediaType, err := docker.MediaType()
+	must(t, err)
+	if mediaType != types.DockerManifestSchema2 {
+		t.Fatalf("it is of type %s", mediaType)
+	}
+	wantFile(t, filepath.Join(n.mustPull(push(t, r, "docker:1", docker)).Dirs[0].Name(), "f"), "docker")
+}
+
+// TestTokens has a registry that hands out tokens, to everybody for what is public.
+func TestTokens(t *testing.T) {
+	for name, c := range map[string]struct{ user, password, word string }{
+		"anonymous": {"", "", ""},
+		"user":      {"u", "p", ""},
+		"wrong":     {"u", "x", `as user "u"`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			r := n.startRegistry(registrytest.Options{TLS: true})
+			pinned := push(t, r, "team/a:1", image(t, layer(t, registrytest.File("f", "x"))))
+			r.SetFault(func(w http.ResponseWriter, request *http.Request) bool {
+				if request.URL.Path == "/token" {
+					user, password, _ := request.BasicAuth()
+					if request.Method == http.MethodPost {
+						user, password = request.FormValue("username"), request.FormValue("password")
+					}
+					if user != c.user || (user != "" && password != "p") {
+						http.Error(w, "who are you", http.StatusUnauthorized)
+						return true
+					}
+					fmt.Fprint(w, `{"token":"the-token","access_token":"the-token"}`)
+					return true
+				}
+				if request.Header.Get("Authorization") == "Bearer the-token" {
+					return false
+				}
+				w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="https://%s/token",service="test",scope="repository:team/a:pull"`, r.Host))
+				http.Error(w, "", http.StatusUnauthorized)
+				return true
+			})
+			data := map[string]string{}
+			if c.user != "" {
+				data[".dockerconfigjson"] = r.DockerConfig(c.user, c.password)
+			}
+			credentials, err := store.ParseCredentials(data)
+			must(t, err)
+			use, err := n.pull(pinned, "", credentials)
+			if c.word != "" {
+				wantError(t, err, c.word, r.Host)
+				return
+			}
+			must(t, err)
+			use.Close()
+		})
+	}
+}
