@@ -239,13 +239,7 @@ func (u *unpacker) file(dir *os.File, base string, header *tar.Header, content i
 	if err := u.write(fd, header.Size, content); err != nil {
 		return err
 	}
-	if err := unix.Fchown(fd, header.Uid, header.Gid); err != nil {
-		return fmt.Errorf("fchown: %w", err)
-	}
-	if err := unix.Fchmod(fd, modeOf(header)); err != nil {
-		return fmt.Errorf("fchmod: %w", err)
-	}
-	if err := setXattrs(header, func(name string, value []byte) error { return unix.Fsetxattr(fd, name, value, 0) }); err != nil {
+	if err := describeOpen(fd, header); err != nil {
 		return err
 	}
 	times := timesOf(header)
@@ -300,13 +294,7 @@ func openDir(dir *os.File, base string) (*os.File, error) {
 
 func (u *unpacker) describeDir(dir *os.File, name string, header *tar.Header) error {
 	fd := int(dir.Fd())
-	if err := unix.Fchown(fd, header.Uid, header.Gid); err != nil {
-		return fmt.Errorf("fchown: %w", err)
-	}
-	if err := unix.Fchmod(fd, modeOf(header)); err != nil {
-		return fmt.Errorf("fchmod: %w", err)
-	}
-	if err := setXattrs(header, func(name string, value []byte) error { return unix.Fsetxattr(fd, name, value, 0) }); err != nil {
+	if err := describeOpen(fd, header); err != nil {
 		return err
 	}
 	return u.timesEncoder.Encode(dirTime{name, header.ModTime.Unix(), header.ModTime.Nanosecond()})
@@ -334,6 +322,18 @@ func (u *unpacker) hardLink(dir *os.File, base string, header *tar.Header) error
 		return fmt.Errorf("linkat %q: %w", header.Linkname, err)
 	}
 	return nil
+}
+
+// describeOpen sets owner, mode and attributes of an open file or directory, in this order: a new owner takes set-user-ID
+// and file capabilities away.
+func describeOpen(fd int, header *tar.Header) error {
+	if err := unix.Fchown(fd, header.Uid, header.Gid); err != nil {
+		return fmt.Errorf("fchown: %w", err)
+	}
+	if err := unix.Fchmod(fd, modeOf(header)); err != nil {
+		return fmt.Errorf("fchmod: %w", err)
+	}
+	return setXattrs(header, func(name string, value []byte) error { return unix.Fsetxattr(fd, name, value, 0) })
 }
 
 // describe sets owner, mode, attributes and time of what is neither a file nor a directory.
