@@ -423,3 +423,20 @@ func TestTooManyLayersTogether(t *testing.T) {
 	wantCode(t, err, codes.InvalidArgument, "502 layers", "500")
 	wantNothingLeft(t, node)
 }
+
+// TestAdminConnectionsEnd asks more often than a process may have files open.
+func TestAdminConnectionsEnd(t *testing.T) {
+	node := startNode(t)
+	open := func() int {
+		entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", node.PID()))
+		must(t, err)
+		return len(entries)
+	}
+	before := open()
+	for range 200 {
+		if _, err := node.Admin().Layers(timeout(t)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "the driver has closed its connections", func() bool { return open() < before+20 })
+}
