@@ -59,7 +59,7 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 	flags.StringVar(&opts.endpoint, "endpoint", "", "CSI `socket`, unix:///path (default <kubelet-dir>/plugins/<driver-name>/csi.sock)")
 	flags.StringVar(&opts.dataRoot, "data-root", "/var/lib/overlay-csi", "`directory` for everything that the driver keeps: ext4, xfs, btrfs or tmpfs")
 	flags.StringVar(&opts.kubeletDir, "kubelet-dir", "/var/lib/kubelet", "kubelet's root `directory`; mounted into the driver at the same path, with mount propagation Bidirectional")
-	flags.StringArrayVar(&roots, "layer-root", nil, "`NAME=PATH` of a directory that dir://NAME/... layers are taken from; repeatable")
+	flags.StringArrayVar(&roots, "layer-root", nil, "`NAME=PATH` of a directory that dir://NAME/... layers and archive://NAME/... archives are taken from; repeatable")
 	flags.StringArrayVar(&rootMounts, "layer-root-mounts", nil, "`NAME` of a layer root in which layers may lie on other mounts beneath it; repeatable")
 	addStoreFlags(flags, &opts, &maxLayerSize)
 	flags.StringSliceVar(&opts.permittedOptions, "permit-mount-option", nil, "mount `options` that volumes may name although they loosen what untrusted layers may do: "+strings.Join(overlay.LooseningOptions(), ", "))
