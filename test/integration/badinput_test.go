@@ -203,7 +203,10 @@ func TestLayerInTheDataRoot(t *testing.T) {
 	publish(t, other, v)
 	must(t, os.Symlink("data/volumes", filepath.Join(node.Dir, "link")))
 	victim := "volumes/" + other.Request(v).GetVolumeId() + "/upper"
+	// What another pod wrote is no archive either.
+	write(t, filepath.Join(node.DataRoot, victim, "evil.tar"), strings.Repeat("x", 1024))
 	for _, ref := range []string{
+		"archive://everything/data/" + victim + "/evil.tar", "archive://everything/data/" + victim, "archive://alias/data/" + victim + "/evil.tar",
 		"dir://everything", "dir://everything/data", "dir://everything/data/" + victim, "dir://everything/link",
 		"dir://alias", "dir://alias/data/" + victim, "dir://alias/link",
 	} {
