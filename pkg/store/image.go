@@ -69,11 +69,14 @@ func (s *Store) hasLocked(image *Image) bool {
 // maxNames is how many of the references that led to an image are remembered.
 const maxNames = 16
 
-// enter writes an image down whose layers are all held.
+// enter writes an image down whose layers are all held, so that no collection forgets it meanwhile.
 func (s *Store) enter(image Image) (*Image, error) {
+	s.enterMu.Lock()
+	defer s.enterMu.Unlock()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if before := s.images[image.Digest]; before != nil {
+	before := s.images[image.Digest]
+	s.mu.Unlock()
+	if before != nil {
 		if image.Archive == nil {
 			image.Archive = before.Archive
 		}
@@ -88,6 +91,8 @@ func (s *Store) enter(image Image) (*Image, error) {
 	if err := writeJSON(s.imagePath(image.Digest), image); err != nil {
 		return nil, fmt.Errorf("write down image %s: %w", image.Digest, err)
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.images[image.Digest] = &image
 	return &image, nil
 }

@@ -117,6 +117,8 @@ type Store struct {
 	kept       map[string]digest.Digest
 	collecting *collection
 	users      users
+	// enterMu lets one image at a time be written down, without publishes of others waiting for the disk.
+	enterMu sync.Mutex
 	// collectMu lets one collection at a time work.
 	collectMu sync.Mutex
 }
