@@ -27,6 +27,8 @@ type options struct {
 	endpoint         string
 	httpEndpoint     string
 	dataRoot         string
+	upperMounts      string
+	overcommit       float64
 	kubeletDir       string
 	kubeconfig       string
 	register         bool
@@ -58,6 +60,8 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 	flags.StringVar(&opts.nodeID, "node-id", "", "`name` of this node in the cluster (default: the host name)")
 	flags.StringVar(&opts.endpoint, "endpoint", "", "CSI `socket`, unix:///path (default <kubelet-dir>/plugins/<driver-name>/csi.sock)")
 	flags.StringVar(&opts.dataRoot, "data-root", "/var/lib/overlay-csi", "`directory` for everything that the driver keeps: ext4, xfs, btrfs or tmpfs")
+	flags.StringVar(&opts.upperMounts, "upper-mounts", "", "`directory` in which the file systems of uppers in disk images and in memory are mounted (default <kubelet-dir>/plugins/<driver-name>/uppers)")
+	flags.Float64Var(&opts.overcommit, "overcommit", 1, "how many `times` the data root's disk may be promised to volumes with a size")
 	flags.StringVar(&opts.kubeletDir, "kubelet-dir", "/var/lib/kubelet", "kubelet's root `directory`; mounted into the driver at the same path, with mount propagation Bidirectional")
 	flags.StringArrayVar(&roots, "layer-root", nil, "`NAME=PATH` of a directory that dir://NAME/... layers and archive://NAME/... archives are taken from; repeatable")
 	flags.StringArrayVar(&rootMounts, "layer-root-mounts", nil, "`NAME` of a layer root in which layers may lie on other mounts beneath it; repeatable")
@@ -154,6 +158,9 @@ func (o *options) complete() error {
 	if o.endpoint == "" {
 		o.endpoint = "unix://" + filepath.Join(o.kubeletDir, "plugins", o.driverName, "csi.sock")
 	}
+	if o.upperMounts == "" {
+		o.upperMounts = filepath.Join(o.kubeletDir, "plugins", o.driverName, "uppers")
+	}
 	if o.adminSocket == "" {
 		o.adminSocket = filepath.Join(o.dataRoot, "overlayctl.sock")
 	}
@@ -170,6 +177,10 @@ func (o *options) complete() error {
 		return fmt.Errorf("--driver-name is empty: name the driver")
 	case !filepath.IsAbs(o.dataRoot) || !filepath.IsAbs(o.kubeletDir):
 		return fmt.Errorf("--data-root %q and --kubelet-dir %q must be absolute paths", o.dataRoot, o.kubeletDir)
+	case !filepath.IsAbs(o.upperMounts) || o.upperMounts == o.dataRoot || strings.HasPrefix(o.upperMounts, o.dataRoot+"/"):
+		return fmt.Errorf("--upper-mounts %q: it is an absolute path, and not in the data root", o.upperMounts)
+	case !(o.overcommit >= 1 && o.overcommit <= 1000):
+		return fmt.Errorf("--overcommit %g: it is a number from 1 to 1000", o.overcommit)
 	case o.podVolumeWait < 0 || o.reconcile <= 0:
 		return fmt.Errorf("--pod-volume-wait %s must not be negative and --reconcile-interval %s must be positive", o.podVolumeWait, o.reconcile)
 	case o.logFormat != "text" && o.logFormat != "json":

@@ -17,6 +17,7 @@ import (
 	"k8s.io/klog/v2"
 	registerapi "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 	mount "k8s.io/mount-utils"
+	"k8s.io/utils/exec"
 
 	"github.com/overlay-csi/overlay-csi/pkg/admin"
 	"github.com/overlay-csi/overlay-csi/pkg/driver"
@@ -24,6 +25,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
@@ -159,8 +161,10 @@ func newManager(root *volume.DataRoot, mounter *overlay.Mounter, opener *overlay
 	if err != nil {
 		return nil, err
 	}
-	config := volume.Config{Node: opts.nodeID, BootID: bootID, ReconcileInterval: opts.reconcile}
-	return volume.NewManager(config, root, mounter, layer.NewResolver(roots, podVolumes, layers), podVolumes, kubeletDir), nil
+	keeper := upper.NewKeeper(upper.Config{Root: root.Dir(), Mounts: opts.upperMounts, Commands: exec.New()})
+	klog.Background().Info("Sizes of volumes are kept to by", "kinds", keeper.Limits())
+	config := volume.Config{Node: opts.nodeID, BootID: bootID, ReconcileInterval: opts.reconcile, Overcommit: opts.overcommit}
+	return volume.NewManager(config, root, mounter, layer.NewResolver(roots, podVolumes, layers), podVolumes, kubeletDir, keeper), nil
 }
 
 // newStore opens the layer store.

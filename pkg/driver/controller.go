@@ -9,6 +9,7 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
@@ -20,7 +21,7 @@ type provisioner interface {
 	Delete(ctx context.Context, id string) error
 	Get(id string) (volume.Volume, error)
 	List(after string, limit int) (volumes []volume.Volume, more bool, err error)
-	Capacity() (int64, error)
+	Capacity(ctx context.Context) (int64, error)
 }
 
 // Controller is the CSI Controller service (CSI spec, "Controller Service RPC"). It is made for external-provisioner's
@@ -174,16 +175,16 @@ func (c *Controller) ListVolumes(ctx context.Context, req *csi.ListVolumesReques
 	return response, nil
 }
 
-// GetCapacity tells how much is free for uppers on this node.
+// GetCapacity tells how much this node can still promise to uppers.
 func (c *Controller) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest) (*csi.GetCapacityResponse, error) {
 	if topology := req.GetAccessibleTopology(); topology != nil && !c.isHere(topology) {
 		return &csi.GetCapacityResponse{}, nil
 	}
-	free, err := c.volumes.Capacity()
+	left, err := c.volumes.Capacity(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return &csi.GetCapacityResponse{AvailableCapacity: free}, nil
+	return &csi.GetCapacityResponse{AvailableCapacity: left, MinimumVolumeSize: wrapperspb.Int64(volume.MinKeptSize)}, nil
 }
 
 // ControllerGetCapabilities tells what the service can do.

@@ -23,6 +23,7 @@ var kinds = []struct {
 	{is: errdefs.IsInvalidArgument, code: codes.InvalidArgument},
 	{is: errdefs.IsNotImplemented, code: codes.InvalidArgument},
 	{is: errdefs.IsAlreadyExists, code: codes.AlreadyExists},
+	{is: errdefs.IsOutOfRange, code: codes.OutOfRange},
 	{is: errdefs.IsAborted, code: codes.Aborted},
 	{is: errdefs.IsDataLoss, code: codes.DataLoss},
 	{is: isA(unix.ENOSPC), code: codes.ResourceExhausted, hint: "free space or inodes there"},

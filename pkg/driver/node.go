@@ -18,6 +18,7 @@ type publisher interface {
 	Publish(ctx context.Context, req volume.PublishRequest) error
 	Unpublish(ctx context.Context, id, target string) error
 	Stats(ctx context.Context, id, path string) (volume.Stats, error)
+	Expand(ctx context.Context, id, path string, required, limit int64) (int64, error)
 }
 
 // Node is the CSI Node service (CSI spec, "Node Service RPC").
@@ -61,7 +62,7 @@ func (n *Node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVo
 	return &csi.NodeUnpublishVolumeResponse{}, nil
 }
 
-// NodeGetVolumeStats measures the file system of the volume's upper, in bytes and inodes.
+// NodeGetVolumeStats measures the volume's upper, in bytes and inodes.
 func (n *Node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
 	if err := volume.CheckID(req.GetVolumeId()); err != nil {
 		return nil, err
@@ -79,11 +80,36 @@ func (n *Node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeSta
 	}}, nil
 }
 
+// NodeExpandVolume makes the limit of a volume larger, while pods write to it.
+func (n *Node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRequest) (*csi.NodeExpandVolumeResponse, error) {
+	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+		return nil, err
+	}
+	if req.GetVolumePath() == "" {
+		return nil, fmt.Errorf("%w: the volume path is missing", errdefs.ErrInvalidArgument)
+	}
+	if req.GetVolumeCapability() != nil {
+		if _, err := accessOf(req.GetVolumeCapability()); err != nil {
+			return nil, err
+		}
+	}
+	required, limit, err := capacityRange(req.GetCapacityRange())
+	if err != nil {
+		return nil, err
+	}
+	size, err := n.volumes.Expand(ctx, req.GetVolumeId(), req.GetVolumePath(), required, limit)
+	if err != nil {
+		return nil, err
+	}
+	return &csi.NodeExpandVolumeResponse{CapacityBytes: size}, nil
+}
+
 // NodeGetCapabilities tells what the service can do. There is no staging: a view is made for the pod in one step.
 func (n *Node) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRequest) (*csi.NodeGetCapabilitiesResponse, error) {
 	response := &csi.NodeGetCapabilitiesResponse{}
 	for _, rpc := range []csi.NodeServiceCapability_RPC_Type{
 		csi.NodeServiceCapability_RPC_GET_VOLUME_STATS,
+		csi.NodeServiceCapability_RPC_EXPAND_VOLUME,
 		csi.NodeServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
 	} {
 		response.Capabilities = append(response.Capabilities, &csi.NodeServiceCapability{

@@ -86,8 +86,10 @@ func publishRequest(req *csi.NodePublishVolumeRequest, permittedOptions []string
 
 // createRequest turns the provisioner's request into the driver's own.
 func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
-	capacity := req.GetCapacityRange()
-	required, limit := capacity.GetRequiredBytes(), capacity.GetLimitBytes()
+	required, limit, err := capacityRange(req.GetCapacityRange())
+	if err != nil {
+		return volume.CreateRequest{}, err
+	}
 	switch {
 	case req.GetName() == "":
 		return volume.CreateRequest{}, fmt.Errorf("%w: the volume name is missing", errdefs.ErrInvalidArgument)
@@ -97,14 +99,30 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 		return volume.CreateRequest{}, fmt.Errorf("%w: a volume is not made from a snapshot or another volume: name what it is to contain as layers", errdefs.ErrInvalidArgument)
 	case len(req.GetMutableParameters()) > 0:
 		return volume.CreateRequest{}, fmt.Errorf("%w: the driver has no mutable parameters: leave the VolumeAttributesClass out", errdefs.ErrInvalidArgument)
-	case required < 0 || limit < 0 || (limit > 0 && required > limit):
-		return volume.CreateRequest{}, fmt.Errorf("%w: capacity of at least %d and at most %d bytes", errdefs.ErrInvalidArgument, required, limit)
 	}
 	access, spec, err := parseCapabilities(userKeys(req.GetParameters()), volume.Usage{Create: true}, req.GetVolumeCapabilities())
 	if err != nil {
 		return volume.CreateRequest{}, err
 	}
+	if required > 0 && (spec.Upper == volume.UpperVolume || spec.Upper == volume.UpperPod) {
+		spec.Size = max(required, volume.MinKeptSize)
+	}
+	if limit > 0 && spec.Size > limit {
+		return volume.CreateRequest{}, fmt.Errorf("%w: capacity of at most %d bytes: a volume has at least %d", errdefs.ErrOutOfRange, limit, spec.Size)
+	}
+	if err := spec.CheckSized(); err != nil {
+		return volume.CreateRequest{}, err
+	}
 	return volume.CreateRequest{Name: req.GetName(), Spec: spec, Access: access, Secrets: req.GetSecrets(), Required: required, Limit: limit}, nil
+}
+
+// capacityRange reads the bounds of a volume's size. Zero is no bound.
+func capacityRange(capacity *csi.CapacityRange) (required, limit int64, err error) {
+	required, limit = capacity.GetRequiredBytes(), capacity.GetLimitBytes()
+	if required < 0 || limit < 0 || (limit > 0 && required > limit) {
+		return 0, 0, fmt.Errorf("%w: capacity of at least %d and at most %d bytes", errdefs.ErrInvalidArgument, required, limit)
+	}
+	return required, limit, nil
 }
 
 // breadth orders access modes by how many may use a volume that has several.

@@ -78,42 +78,80 @@ func Probe(dir string) (Features, error) {
 	if err := probeRequired(dir); err != nil {
 		return Features{}, err
 	}
-	fsFD, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
-	switch {
-	case errors.Is(err, unix.ENODEV):
-		return Features{}, fmt.Errorf("%w: overlayfs: load it with `modprobe overlay`", ErrKernelTooOld)
-	case errors.Is(err, unix.ENOSYS):
-		// Blocked by a seccomp filter that does not know the call: every kernel that passed has it.
-		return Features{}, nil
-	case err != nil:
-		return Features{}, fmt.Errorf("fsopen overlay (is this root, with CAP_SYS_ADMIN?): %w", err)
-	}
-	fsContext := os.NewFile(uintptr(fsFD), "fsopen:overlay")
-	defer fsContext.Close()
-
-	layer, err := os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
-	if err != nil {
-		return Features{}, fmt.Errorf("probe the kernel: %w", err)
-	}
-	defer layer.Close()
-	var features Features
-	features.MountAPI = unix.FsconfigSetString(int(fsContext.Fd()), "lowerdir+", procPath(layer)) == nil
-	features.LayerFD = features.MountAPI && unix.FsconfigSetFd(int(fsContext.Fd()), "lowerdir+", int(layer.Fd())) == nil
-	stat, err := statMount(unix.AT_FDCWD, dir, 0)
-	if err != nil {
-		return Features{}, fmt.Errorf("probe the kernel: %w", err)
+	if err := probeOverlay(); err != nil {
+		return Features{}, err
 	}
 	for _, name := range probeNames {
 		if err := os.MkdirAll(filepath.Join(dir, name), 0o755); err != nil {
 			return Features{}, fmt.Errorf("probe the kernel: %w", err)
 		}
 	}
-	features.DetachedLayer = features.LayerFD && canUseDetachedLayer(dir)
+	base, err := openDir(dir)
+	if err != nil {
+		return Features{}, fmt.Errorf("probe the kernel: %w", err)
+	}
+	defer base.Close()
+	var features Features
+	features.MountAPI = canUseLayers(base, setLayerPath)
+	features.LayerFD = features.MountAPI && canUseLayers(base, setLayerFD)
+	features.DetachedLayer = features.LayerFD && canUseDetachedLayers(dir)
+	stat, err := statMount(unix.AT_FDCWD, dir, 0)
+	if err != nil {
+		return Features{}, fmt.Errorf("probe the kernel: %w", err)
+	}
 	if stat.Mask&unix.STATX_MNT_ID_UNIQUE != 0 {
 		_, err = superMagic(stat.Mnt_id)
 		features.StatMount = err == nil
 	}
 	return features, nil
+}
+
+// probeOverlay tells whether there is overlayfs.
+func probeOverlay() error {
+	fd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	switch {
+	case errors.Is(err, unix.ENODEV):
+		return fmt.Errorf("%w: overlayfs: load it with `modprobe overlay`", ErrKernelTooOld)
+	case errors.Is(err, unix.ENOSYS):
+		// Blocked by a seccomp filter that does not know the call: every kernel that passed has it.
+		return nil
+	case err != nil:
+		return fmt.Errorf("fsopen overlay (is this root, with CAP_SYS_ADMIN?): %w", err)
+	}
+	return unix.Close(fd)
+}
+
+// canUseLayers tries an overlay of the directories that Probe made in base. Nothing less tells: before overlayfs knew
+// the mount API (Linux 6.5), the kernel took any parameter, and found out that it is none when the overlay was created.
+func canUseLayers(base *os.File, set func(fsContext int, key string, dir *os.File) error) bool {
+	fsContext, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fsContext)
+	for _, name := range probeNames {
+		fd, err := unix.Openat(int(base.Fd()), name, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return false
+		}
+		layer := os.NewFile(uintptr(fd), name)
+		err = set(fsContext, "lowerdir+", layer)
+		layer.Close()
+		if err != nil {
+			return false
+		}
+	}
+	return unix.FsconfigCreate(fsContext) == nil
+}
+
+// canUseDetachedLayers tries whether overlayfs takes layers from a mount that is in no namespace.
+func canUseDetachedLayers(dir string) bool {
+	mount, err := detachedCopy(dir)
+	if err != nil {
+		return false
+	}
+	defer mount.Close()
+	return canUseLayers(mount, setLayerFD)
 }
 
 func probeRequired(dir string) error {

@@ -76,16 +76,22 @@ func (m *Mounter) setParameters(fsContext *os.File, spec Spec) error {
 // setLayer hands one directory to overlayfs. By descriptor, the kernel shows the directory's real path in mountinfo;
 // by the descriptor's name in /proc, it shows that.
 func (m *Mounter) setLayer(fsContext *os.File, key string, dir *os.File) error {
-	var err error
+	set := setLayerPath
 	if m.features.LayerFD {
-		err = unix.FsconfigSetFd(int(fsContext.Fd()), key, int(dir.Fd()))
-	} else {
-		err = unix.FsconfigSetString(int(fsContext.Fd()), key, procPath(dir))
+		set = setLayerFD
 	}
-	if err != nil {
+	if err := set(int(fsContext.Fd()), key, dir); err != nil {
 		return contextError(fsContext, "set "+key, dir.Name(), err)
 	}
 	return nil
+}
+
+func setLayerFD(fsContext int, key string, dir *os.File) error {
+	return unix.FsconfigSetFd(fsContext, key, int(dir.Fd()))
+}
+
+func setLayerPath(fsContext int, key string, dir *os.File) error {
+	return unix.FsconfigSetString(fsContext, key, procPath(dir))
 }
 
 // attach puts a detached mount at target, which is an open directory.

@@ -88,29 +88,3 @@ func detachedCopy(path string) (*os.File, error) {
 	}
 	return mount, nil
 }
-
-// canUseDetachedLayer tries whether overlayfs takes layers from a mount that is in no namespace.
-func canUseDetachedLayer(dir string) bool {
-	mount, err := detachedCopy(dir)
-	if err != nil {
-		return false
-	}
-	defer mount.Close()
-	fsFD, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return false
-	}
-	defer unix.Close(fsFD)
-	for _, name := range probeNames {
-		fd, err := unix.Openat(int(mount.Fd()), name, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return false
-		}
-		err = unix.FsconfigSetFd(fsFD, "lowerdir+", fd)
-		unix.Close(fd)
-		if err != nil {
-			return false
-		}
-	}
-	return unix.FsconfigCreate(fsFD) == nil
-}

@@ -1,11 +1,13 @@
 package upper
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -15,39 +17,114 @@ type Dir struct {
 	base string
 }
 
+var _ Place = Dir{}
+
 // NewDir returns the upper that is kept in base, a path beneath root. root is an open directory, on whose mount the
 // upper is used.
 func NewDir(root *os.File, base string) Dir { return Dir{root: root, base: base} }
 
-// Prepare makes the directories where they are missing; see openDirs for like.
-func (d Dir) Prepare(like *os.File) (Dirs, error) {
-	how := unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
-	}
-	fd, err := unix.Openat2(int(d.root.Fd()), d.base, &how)
+// Prepare makes the directories where they are missing.
+func (d Dir) Prepare(_ context.Context, root Root) (Dirs, error) {
+	base, err := d.open(unix.O_PATH)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err := unix.Mkdirat(int(d.root.Fd()), d.base, 0o700); err != nil {
 			return Dirs{}, fmt.Errorf("make the upper's directory %s: %w", d.path(), err)
 		}
-		fd, err = unix.Openat2(int(d.root.Fd()), d.base, &how)
+		base, err = d.open(unix.O_PATH)
 	}
 	if err != nil {
-		return Dirs{}, fmt.Errorf("open the upper's directory %s: %w", d.path(), err)
+		return Dirs{}, err
 	}
-	base := os.NewFile(uintptr(fd), d.path())
 	defer base.Close()
-	dirs, err := openDirs(base, like)
+	dirs, err := openDirs(base, root)
 	if err != nil {
 		return Dirs{}, fmt.Errorf("prepare an upper: %w", err)
 	}
 	return dirs, nil
 }
 
-// Path is the path of the upper directory.
-func (d Dir) Path() string { return d.path() + "/" + upperName }
+// open opens the base directory. No link is followed, nor anything above the root.
+func (d Dir) open(flags uint64) (*os.File, error) {
+	fd, err := unix.Openat2(int(d.root.Fd()), d.base, &unix.OpenHow{
+		Flags:   flags | unix.O_DIRECTORY | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open the upper's directory %s: %w", d.path(), err)
+	}
+	return os.NewFile(uintptr(fd), d.path()), nil
+}
 
-// Work is the path of the work directory, which holds nothing of worth while no overlay is mounted on it.
-func (d Dir) Work() string { return d.path() + "/" + workName }
+// Paths are where the upper and work directories are.
+func (d Dir) Paths() (upper, work string) {
+	return d.path() + "/" + upperName, d.path() + "/" + workName
+}
 
 func (d Dir) path() string { return d.root.Name() + "/" + d.base }
+
+// ClearWork empties the work directory.
+func (d Dir) ClearWork() error { return clearWork(d) }
+
+// Release has nothing to do.
+func (d Dir) Release() error { return nil }
+
+// Discard discards the two directories.
+func (d Dir) Discard(discard func(path string) error) error {
+	upper, work := d.Paths()
+	return errors.Join(discard(upper), discard(work))
+}
+
+// Grow has nothing to do: there is no limit.
+func (d Dir) Grow(context.Context, Limit) error { return nil }
+
+// Usage counts the files of the upper, and what is free beside them.
+func (d Dir) Usage(ctx context.Context) (Usage, error) {
+	path, _ := d.Paths()
+	return usageOf(ctx, path)
+}
+
+// Taken is what the files of the upper take.
+func (d Dir) Taken(ctx context.Context) (int64, error) {
+	path, _ := d.Paths()
+	used, err := countTree(ctx, path)
+	return used.bytes, err
+}
+
+// Check looks whether the upper is there, and can be written to.
+func (d Dir) Check() error {
+	path, _ := d.Paths()
+	return checkDir(path)
+}
+
+// checkDir looks whether an upper directory is there and its file system can be written to.
+func checkDir(path string) error {
+	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: the upper %s is gone", errdefs.ErrNotFound, path)
+	} else if err != nil {
+		return fmt.Errorf("look at the upper: %w", err)
+	}
+	var stat unix.Statfs_t
+	if err := unix.Statfs(path, &stat); err != nil {
+		return fmt.Errorf("statfs %s: %w", path, err)
+	}
+	if stat.Flags&unix.ST_RDONLY != 0 {
+		return fmt.Errorf("%w: the file system of the upper %s is read-only: the kernel log may say why", errdefs.ErrFailedPrecondition, path)
+	}
+	return nil
+}
+
+// clearWork empties the work directory of a place: what overlayfs has left there, and the mark of a volatile view, with
+// which it would not be mounted again.
+func clearWork(place Place) error {
+	_, work := place.Paths()
+	entries, err := os.ReadDir(work)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("clear the work directory: %w", err)
+	}
+	for _, entry := range entries {
+		if err := os.RemoveAll(work + "/" + entry.Name()); err != nil {
+			return fmt.Errorf("clear the work directory: %w", err)
+		}
+	}
+	return nil
+}

@@ -59,7 +59,7 @@ func NewPodVolume(pin Pin, owner Owner, layers []string, alive func(Owner) bool,
 
 // Prepare locks the upper for its owner, sees that the file system can hold one, pins the volume, and makes the
 // directories. It may be done again by the same owner. On an error nothing is held.
-func (p PodVolume) Prepare(ctx context.Context, like *os.File) (dirs Dirs, err error) {
+func (p PodVolume) Prepare(ctx context.Context, root Root) (dirs Dirs, err error) {
 	volume, err := openVolume(p.pin.Volume)
 	if err != nil {
 		return Dirs{}, err
@@ -87,7 +87,7 @@ func (p PodVolume) Prepare(ctx context.Context, like *os.File) (dirs Dirs, err e
 		return Dirs{}, err
 	}
 	defer pinned.Close()
-	dirs, err = openDirs(pinned, like)
+	dirs, err = openDirs(pinned, root)
 	if err != nil {
 		return Dirs{}, p.wrap("prepare the upper", err)
 	}
@@ -118,6 +118,21 @@ func (p PodVolume) Release(ctx context.Context) error {
 	}
 	defer base.Close()
 	return p.unlock(ctx, base)
+}
+
+// Usage counts the files of the upper, and what is free in the volume.
+func (p PodVolume) Usage(ctx context.Context) (Usage, error) {
+	volume, err := openVolume(p.pin.Volume)
+	if err != nil {
+		return Usage{}, err
+	}
+	defer volume.Close()
+	upper, err := p.open(volume, p.pin.Path+"/"+upperName)
+	if err != nil {
+		return Usage{}, err
+	}
+	defer upper.Close()
+	return usageOf(ctx, fmt.Sprintf("/proc/self/fd/%d", upper.Fd()))
 }
 
 // Unpin takes only the pin away, so that kubelet can unmount the volume: for an upper whose overlay is gone, and whose

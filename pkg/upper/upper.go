@@ -31,10 +31,25 @@ func (d Dirs) Close() {
 	d.Work.Close()
 }
 
-// openDirs makes and opens the two directories in base, an open directory. A new upper gets the owner and the mode of
-// like, because the root of a view is the root of its upper: a view then shows the root as its topmost layer has it.
-func openDirs(base, like *os.File) (Dirs, error) {
-	existed, err := makeUpper(base, like)
+// Root is what the root of a new upper is to look like: the root of a view is the root of its upper.
+type Root struct {
+	UID, GID uint32
+	// Mode has the permission bits, with set-group-ID and sticky.
+	Mode uint32
+}
+
+// RootOf is the root as an open directory has it, so that a view shows it as its topmost layer does.
+func RootOf(dir *os.File) (Root, error) {
+	var stat unix.Stat_t
+	if err := unix.Fstat(int(dir.Fd()), &stat); err != nil {
+		return Root{}, fmt.Errorf("stat the topmost layer: %w", err)
+	}
+	return Root{UID: stat.Uid, GID: stat.Gid, Mode: stat.Mode & 0o7777}, nil
+}
+
+// openDirs makes and opens the two directories in base, an open directory.
+func openDirs(base *os.File, root Root) (Dirs, error) {
+	existed, err := makeUpper(base, root)
 	if err != nil {
 		return Dirs{}, err
 	}
@@ -55,14 +70,9 @@ func openDirs(base, like *os.File) (Dirs, error) {
 
 // makeUpper makes the upper in base, with its owner and mode before it has its name: a crash between leaves no upper
 // with a wrong root.
-func makeUpper(base, like *os.File) (existed bool, err error) {
-	var stat unix.Stat_t
-	if err := unix.Fstat(int(like.Fd()), &stat); err != nil {
-		return false, fmt.Errorf("stat the topmost layer: %w", err)
-	}
-	mode := stat.Mode & 0o7777
-	if mode == 0o755 && stat.Uid == 0 && stat.Gid == 0 {
-		err := unix.Mkdirat(int(base.Fd()), upperName, mode)
+func makeUpper(base *os.File, root Root) (existed bool, err error) {
+	if root == (Root{Mode: 0o755}) {
+		err := unix.Mkdirat(int(base.Fd()), upperName, root.Mode)
 		if err != nil && !errors.Is(err, fs.ErrExist) {
 			return false, &os.PathError{Op: "mkdir", Path: base.Name() + "/" + upperName, Err: err}
 		}
@@ -75,22 +85,30 @@ func makeUpper(base, like *os.File) (existed bool, err error) {
 	if err := unix.Mkdirat(int(base.Fd()), temporary, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return false, &os.PathError{Op: "mkdir", Path: base.Name() + "/" + temporary, Err: err}
 	}
-	if err := unix.Fchownat(int(base.Fd()), temporary, int(stat.Uid), int(stat.Gid), unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return false, &os.PathError{Op: "chown", Path: base.Name() + "/" + temporary, Err: err}
-	}
 	dir, err := openIn(base, temporary)
 	if err != nil {
 		return false, err
 	}
 	defer dir.Close()
-	if err := unix.Fchmodat(int(dir.Fd()), ".", mode, 0); err != nil {
-		return false, &os.PathError{Op: "chmod", Path: base.Name() + "/" + temporary, Err: err}
+	if err := root.apply(dir); err != nil {
+		return false, err
 	}
 	err = unix.Renameat2(int(base.Fd()), temporary, int(base.Fd()), upperName, unix.RENAME_NOREPLACE)
 	if err != nil {
 		return false, &os.PathError{Op: "rename", Path: base.Name() + "/" + temporary, Err: err}
 	}
 	return false, nil
+}
+
+// apply gives an open directory (O_PATH) this owner and mode.
+func (r Root) apply(dir *os.File) error {
+	if err := unix.Fchownat(int(dir.Fd()), "", int(r.UID), int(r.GID), unix.AT_EMPTY_PATH); err != nil {
+		return &os.PathError{Op: "chown", Path: dir.Name(), Err: err}
+	}
+	if err := unix.Fchmodat(int(dir.Fd()), ".", r.Mode, 0); err != nil {
+		return &os.PathError{Op: "chmod", Path: dir.Name(), Err: err}
+	}
+	return nil
 }
 
 // openIn opens a directory entry that is a directory, and no link to one (O_PATH).

@@ -1,7 +1,6 @@
 package upper_test
 
 import (
-	"context"
 	"os"
 	"strings"
 	"testing"
@@ -40,7 +39,7 @@ func open(t *testing.T, path string) *os.File {
 func TestDir(t *testing.T) {
 	uppertest.Run(t, func(t *testing.T) (uppertest.Prepare, func() error) {
 		dir := upper.NewDir(open(t, mountAt(t, "tmpfs")), "base")
-		return func(_ context.Context, like *os.File) (upper.Dirs, error) { return dir.Prepare(like) }, func() error { return nil }
+		return dir.Prepare, dir.Release
 	})
 }
 
@@ -76,13 +75,12 @@ func TestLockOfAnother(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			pin := upper.Pin{Volume: mountAt(t, "tmpfs"), Path: "up"}
 			alive := func(upper.Owner) bool { return c.alive }
-			like := open(t, t.TempDir())
-			dirs, err := upper.NewPodVolume(pin, c.other, []string{"l"}, alive, bindPinner{}).Prepare(t.Context(), like)
+			dirs, err := upper.NewPodVolume(pin, c.other, []string{"l"}, alive, bindPinner{}).Prepare(t.Context(), upper.Root{Mode: 0o755})
 			if err != nil {
 				t.Fatal(err)
 			}
 			dirs.Close()
-			dirs, err = upper.NewPodVolume(pin, me, []string{"l"}, alive, bindPinner{}).Prepare(t.Context(), like)
+			dirs, err = upper.NewPodVolume(pin, me, []string{"l"}, alive, bindPinner{}).Prepare(t.Context(), upper.Root{Mode: 0o755})
 			if c.taken && err != nil {
 				t.Errorf("not taken over: %v", err)
 			}

@@ -13,11 +13,13 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"k8s.io/klog/v2"
 	mount "k8s.io/mount-utils"
+	"k8s.io/utils/exec"
 
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
@@ -106,9 +108,10 @@ func newBenchNode(b *testing.B) *benchNode {
 	b.Cleanup(images.Close)
 	kubeletDir := kubelet.Dir(filepath.Join(dir, "kubelet"))
 	podVolumes := layer.NewPodVolumes(kubelet.NewPodVolumes(kubeletDir, nil, 0), forbidden)
-	config := volume.Config{Node: "n", BootID: "b", ReconcileInterval: time.Hour}
+	keeper := upper.NewKeeper(upper.Config{Root: root.Dir(), Mounts: filepath.Join(dir, "mounts"), Commands: exec.New()})
+	config := volume.Config{Node: "n", BootID: "b", ReconcileInterval: time.Hour, Overcommit: 1}
 	klog.SetLogger(logr.Discard())
-	return &benchNode{b: b, dir: dir, certs: certs, manager: volume.NewManager(config, root, mounter, layer.NewResolver(roots, podVolumes, images), podVolumes, kubeletDir)}
+	return &benchNode{b: b, dir: dir, certs: certs, manager: volume.NewManager(config, root, mounter, layer.NewResolver(roots, podVolumes, images), podVolumes, kubeletDir, keeper)}
 }
 
 // dirs is a volume of so many directories.

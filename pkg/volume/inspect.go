@@ -10,15 +10,18 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
 // Description is what there is to know of a volume on this node.
 type Description struct {
 	ID   string
 	Spec Spec
-	// Inline: the volume lives as long as its pod. CapacityBytes is of a claim's.
-	Inline        bool  `json:",omitempty"`
-	CapacityBytes int64 `json:",omitempty"`
+	// Inline: the volume lives as long as its pod.
+	Inline bool `json:",omitempty"`
+	// SizeBytes is the limit of each of its uppers, or what is only reported (limit: none), and Kept how it is kept.
+	SizeBytes int64      `json:",omitempty"`
+	Kept      upper.Kind `json:",omitempty"`
 	// Pins are the images that the references to images and archives stand for, Layers their layers by diff ID.
 	Pins         layer.Pins      `json:",omitempty"`
 	Layers       []digest.Digest `json:",omitempty"`
@@ -46,10 +49,7 @@ func (m *Manager) Describe(id string) (Description, error) {
 	if r == nil {
 		return Description{}, fmt.Errorf("%w: volume %s: there is none of that ID on this node", errdefs.ErrNotFound, id)
 	}
-	d := Description{ID: r.ID, Spec: r.Spec, Inline: r.Inline, Pins: r.Pins, Layers: r.Stored}
-	if r.Provisioned != nil {
-		d.CapacityBytes = r.Provisioned.Capacity
-	}
+	d := Description{ID: r.ID, Spec: r.Spec, Inline: r.Inline, SizeBytes: r.Size, Kept: r.Kept, Pins: r.Pins, Layers: r.Stored}
 	for i := range r.Publications {
 		p := &r.Publications[i]
 		mounted, err := m.isLive(p)
@@ -71,8 +71,7 @@ func (m *Manager) graphDriverData(r *record, p *publication) map[string]string {
 	case p.Pin != nil:
 		data["UpperDir"], data["WorkDir"] = p.Pin.Paths()
 	default:
-		dir := m.dirUpper(r, p.Target)
-		data["UpperDir"], data["WorkDir"] = dir.Path(), dir.Work()
+		data["UpperDir"], data["WorkDir"] = m.place(r, p.Target).Paths()
 	}
 	return data
 }

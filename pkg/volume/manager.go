@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -42,6 +43,12 @@ type podVolumes interface {
 	Root(ctx context.Context, ref layer.Reference, pod layer.Pod) (*os.File, error)
 }
 
+// uppers keeps the uppers of the data root.
+type uppers interface {
+	Choose(want upper.Want) (upper.Kind, error)
+	At(kind upper.Kind, base string, limit upper.Limit, ephemeral bool) upper.Place
+}
+
 // pods knows which pods are on the node.
 type pods interface {
 	// PodUID is the UID of the pod that a target path belongs to, "" where the path does not tell.
@@ -56,6 +63,8 @@ type Config struct {
 	Node, BootID string
 	// ReconcileInterval is the time between two looks at what pods left behind.
 	ReconcileInterval time.Duration
+	// Overcommit is how many times the disk may be promised to volumes: 1 is what there is.
+	Overcommit float64
 }
 
 // Manager manages the volumes of one node.
@@ -66,14 +75,18 @@ type Manager struct {
 	layers     layers
 	podVolumes podVolumes
 	pods       pods
+	uppers     uppers
 	states     states
 	trash      *trash
 	locks      *locks
 	ready      atomic.Bool
+	// promises lets one volume at a time be promised its size.
+	promises sync.Mutex
+	counts   counts
 }
 
 // NewManager returns the manager of the volumes in a data root.
-func NewManager(config Config, root *DataRoot, mounter mounter, layers layers, podVolumes podVolumes, pods pods) *Manager {
+func NewManager(config Config, root *DataRoot, mounter mounter, layers layers, podVolumes podVolumes, pods pods, uppers uppers) *Manager {
 	return &Manager{
 		config:     config,
 		root:       root,
@@ -81,6 +94,7 @@ func NewManager(config Config, root *DataRoot, mounter mounter, layers layers, p
 		layers:     layers,
 		podVolumes: podVolumes,
 		pods:       pods,
+		uppers:     uppers,
 		states:     states{filepath.Join(root.Path(), volumesName)},
 		trash:      root.trash,
 		locks:      newLocks(),
@@ -122,9 +136,9 @@ func (m *Manager) baseDir(r *record, target string) string {
 	return dir
 }
 
-// dirUpper is the upper of a publication whose upper lies in the data root.
-func (m *Manager) dirUpper(r *record, target string) upper.Dir {
-	return upper.NewDir(m.root.dir, m.baseDir(r, target))
+// place is the upper of a publication whose upper lies in the data root.
+func (m *Manager) place(r *record, target string) upper.Place {
+	return m.uppers.At(r.Kept, m.baseDir(r, target), r.limit(), r.Spec.ephemeral())
 }
 
 // podUpper is the upper of a publication whose upper lies in another volume of the pod.

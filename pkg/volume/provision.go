@@ -76,31 +76,20 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error)
 		klog.FromContext(ctx).Info("Layers are pinned", "layers", req.Spec.layerStrings())
 	}
 	if req.Spec.Upper != UpperVolume {
-		return Volume{ID: id, Capacity: req.Required, Spec: req.Spec}, nil
+		return Volume{ID: id, Capacity: max(req.Spec.Size, req.Required), Spec: req.Spec}, nil
 	}
-	if err := m.checkHere(req); err != nil {
+	if err := m.layers.CheckHere(req.Spec.Layers); err != nil {
 		return Volume{}, err
 	}
-	r = &record{ID: id, Spec: req.Spec, Provisioned: &provisioned{Name: req.Name, Capacity: req.Required, Access: req.Access, Asked: asked}}
-	if err := m.states.save(r); err != nil {
+	r = &record{ID: id, Spec: req.Spec, Size: req.Spec.Size, Provisioned: &provisioned{Name: req.Name, Access: req.Access, Asked: asked}}
+	if r.Kept, err = m.chooseKind(r); err != nil {
+		return Volume{}, fmt.Errorf("create volume %s: %w", req.Name, err)
+	}
+	if err := m.promise(ctx, r, r.Size); err != nil {
 		return Volume{}, errors.Join(err, m.trash.put(m.states.volumeDir(id)))
 	}
+	klog.FromContext(ctx).Info("Made a volume", "volume", id, "bytes", r.Size, "kept", r.Kept)
 	return r.volume(), nil
-}
-
-// checkHere refuses a volume that is going to live on this node and could not be published here.
-func (m *Manager) checkHere(req CreateRequest) error {
-	if err := m.layers.CheckHere(req.Spec.Layers); err != nil {
-		return err
-	}
-	free, err := m.Capacity()
-	if err != nil {
-		return err
-	}
-	if req.Required > free {
-		return fmt.Errorf("%w: %d bytes are asked for, and node %s has %d free", errdefs.ErrResourceExhausted, req.Required, m.config.Node, free)
-	}
-	return nil
 }
 
 // Delete removes a volume and its upper. A volume that is not there is deleted already; one that is mounted is in use
@@ -128,6 +117,11 @@ func (m *Manager) Delete(ctx context.Context, id string) error {
 			if err := m.podUpper(r, p).Release(ctx); err != nil {
 				return err
 			}
+		}
+	}
+	if r.keepsUpper() && r.Kept != "" {
+		if err := m.place(r, "").Release(); err != nil {
+			return err
 		}
 	}
 	return m.trash.put(m.states.volumeDir(id))
@@ -171,11 +165,7 @@ func (m *Manager) List(after string, limit int) (volumes []Volume, more bool, er
 }
 
 func (r *record) volume() Volume {
-	v := Volume{ID: r.ID, Spec: r.Spec, OnThisNode: true}
-	if r.Provisioned != nil {
-		v.Capacity = r.Provisioned.Capacity
-	}
-	return v
+	return Volume{ID: r.ID, Capacity: r.Size, Spec: r.Spec, OnThisNode: true}
 }
 
 // matches reports whether a request that came before made this record.
@@ -184,13 +174,15 @@ func (r *record) matches(req CreateRequest) error {
 	if req.ClaimLayers != nil || made == nil || slices.Equal(req.Spec.Layers, made.Asked) {
 		req.Spec.Layers = r.Spec.Layers
 	}
+	// A size is compared with what was asked for now, as it may have grown since.
+	req.Spec.Size = r.Spec.Size
 	switch {
 	case made == nil || made.Name != req.Name:
 		return fmt.Errorf("%w: the ID %s of volume %q is taken by another volume", errdefs.ErrAlreadyExists, r.ID, req.Name)
 	case !r.Spec.Equal(req.Spec) || made.Access != req.Access:
 		return fmt.Errorf("%w: volume %q exists with other layers, another upper policy or another access mode", errdefs.ErrAlreadyExists, req.Name)
-	case made.Capacity < req.Required || (req.Limit > 0 && made.Capacity > req.Limit):
-		return fmt.Errorf("%w: volume %q exists with %d bytes", errdefs.ErrAlreadyExists, req.Name, made.Capacity)
+	case r.Size < req.Required || (req.Limit > 0 && r.Size > req.Limit):
+		return fmt.Errorf("%w: volume %q exists with %d bytes", errdefs.ErrAlreadyExists, req.Name, r.Size)
 	}
 	return nil
 }

@@ -111,7 +111,7 @@ func (m *Manager) loadForPublish(req PublishRequest) (*record, error) {
 		return r, err
 	}
 	dir := m.states.volumeDir(req.VolumeID)
-	if !req.Inline && exists(upper.NewDir(m.root.dir, filepath.Join(volumesName, req.VolumeID)).Path()) {
+	if !req.Inline && upper.Holds(dir) {
 		return nil, fmt.Errorf("%w: volume %s: %s holds an upper without its state, so that its layers are not known: restore %s or move the directory away", errdefs.ErrDataLoss, req.VolumeID, dir, stateName)
 	}
 	if req.Spec.Upper == UpperVolume && req.Provisioned {
@@ -132,11 +132,10 @@ func (m *Manager) discardStale(before, r *record, p *publication) error {
 	if old := before.publication(p.Target); old != nil && old.BootID == p.BootID {
 		return nil
 	}
-	dir := m.dirUpper(r, p.Target)
-	if !exists(dir.Path()) {
+	if !upper.Holds(filepath.Join(m.root.Path(), m.baseDir(r, p.Target))) {
 		return nil
 	}
-	return errors.Join(m.trash.put(dir.Path()), m.trash.put(dir.Work()))
+	return m.place(r, p.Target).Discard(m.trash.put)
 }
 
 // admit compares the request with what the volume is on this node. done says that the volume is mounted at the target
@@ -184,7 +183,7 @@ func (m *Manager) admit(r *record, req PublishRequest) (done bool, err error) {
 func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, stack *layer.Stack) (*record, *publication, error) {
 	r := before
 	if r == nil {
-		r = &record{ID: req.VolumeID, Spec: req.Spec, Inline: req.Inline}
+		r = &record{ID: req.VolumeID, Spec: req.Spec, Inline: req.Inline, Size: req.Spec.Size}
 	}
 	pod := req.Pod
 	if uid := m.pods.PodUID(req.Target); uid != "" {
@@ -204,6 +203,13 @@ func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, 
 	}
 	r = r.with(p)
 	r.Pins, r.Stored = stack.Pins, stack.Stored
+	if r.Kept == "" && r.Spec.hasUpper() {
+		kept, err := m.chooseKind(r)
+		if err != nil {
+			return nil, nil, fmt.Errorf("publish volume %s: %w", r.ID, err)
+		}
+		r.Kept = kept
+	}
 	return r, r.publication(req.Target), nil
 }
 
@@ -217,7 +223,11 @@ func (m *Manager) mountView(ctx context.Context, r *record, p *publication, stac
 	}
 	spec := overlay.Spec{Lowers: stack.Dirs, Attributes: p.Attributes}
 	if r.Spec.Upper != UpperNone {
-		dirs, err := m.prepareUpper(ctx, r, p, stack.Dirs[0], steps)
+		root, err := upper.RootOf(stack.Dirs[0])
+		if err != nil {
+			return err
+		}
+		dirs, err := m.prepareUpper(ctx, r, p, root, steps)
 		if err != nil {
 			return fmt.Errorf("publish volume %s: %w", r.ID, err)
 		}
@@ -260,54 +270,57 @@ func (m *Manager) openShared(r *record, p *publication) (*os.File, error) {
 }
 
 // prepareUpper makes the upper of a view ready, and sure that no other overlay is on it.
-func (m *Manager) prepareUpper(ctx context.Context, r *record, p *publication, like *os.File, steps *[]step) (upper.Dirs, error) {
-	prepare := m.prepareDir
+func (m *Manager) prepareUpper(ctx context.Context, r *record, p *publication, root upper.Root, steps *[]step) (dirs upper.Dirs, err error) {
+	prepare := m.preparePlace
 	if p.Pin != nil {
 		prepare = m.preparePodVolume
 	}
-	dirs, err := prepare(ctx, r, p, like, steps)
+	dirs, err = prepare(ctx, r, p, root, steps)
 	if err != nil || !dirs.Existed {
 		return dirs, err
 	}
-	inUse, err := m.mounter.UpperInUse(dirs.Upper)
-	if err == nil && inUse {
-		err = fmt.Errorf("%w: %w: %s: a container that had the volume may still be going: it is tried again", errdefs.ErrUnavailable, overlay.ErrUpperInUse, dirs.Upper.Name())
-	}
-	if err != nil || !r.Spec.ephemeral() {
+	defer func() {
 		if err != nil {
 			dirs.Close()
 		}
+	}()
+	inUse, err := m.mounter.UpperInUse(dirs.Upper)
+	if err != nil {
 		return dirs, err
 	}
-	// An ephemeral upper of this boot, whose view was unmounted by other hands or never mounted. The kernel marks the
-	// work directory of a volatile view so that it is not mounted again after a crash of the node, which this is not.
-	dirs.Close()
-	if err := m.trash.put(m.dirUpper(r, p.Target).Work()); err != nil {
-		return upper.Dirs{}, err
+	if inUse {
+		return dirs, fmt.Errorf("%w: %w: %s: a container that had the volume may still be going: it is tried again", errdefs.ErrUnavailable, overlay.ErrUpperInUse, dirs.Upper.Name())
 	}
-	return prepare(ctx, r, p, like, steps)
+	if r.Spec.ephemeral() {
+		// Of this boot: its view was unmounted by other hands or never mounted. The kernel marks the work directory of a
+		// volatile view so that it is not mounted again after a crash of the node, which this is not.
+		return dirs, m.place(r, p.Target).ClearWork()
+	}
+	return dirs, nil
 }
 
-func (m *Manager) preparePodVolume(ctx context.Context, r *record, p *publication, like *os.File, steps *[]step) (upper.Dirs, error) {
+func (m *Manager) preparePodVolume(ctx context.Context, r *record, p *publication, root upper.Root, steps *[]step) (upper.Dirs, error) {
 	podUpper := m.podUpper(r, p)
-	dirs, err := podUpper.Prepare(ctx, like)
+	dirs, err := podUpper.Prepare(ctx, root)
 	if err == nil {
 		*steps = append(*steps, step{"prepare the upper", func() error { return podUpper.Release(context.WithoutCancel(ctx)) }})
 	}
 	return dirs, err
 }
 
-func (m *Manager) prepareDir(_ context.Context, r *record, p *publication, like *os.File, steps *[]step) (upper.Dirs, error) {
+func (m *Manager) preparePlace(ctx context.Context, r *record, p *publication, root upper.Root, steps *[]step) (upper.Dirs, error) {
 	if r.Spec.ephemeral() && !r.Inline {
 		base := filepath.Join(m.root.Path(), m.baseDir(r, p.Target))
-		if err := os.MkdirAll(filepath.Dir(base), 0o700); err != nil {
-			return upper.Dirs{}, fmt.Errorf("make the directory of the pods' uppers: %w", err)
-		}
 		if !exists(base) {
 			*steps = append(*steps, step{"make the pod's upper", func() error { return m.trash.put(base) }})
 		}
+		if err := os.MkdirAll(base, 0o700); err != nil {
+			return upper.Dirs{}, fmt.Errorf("make the directory of the pod's upper: %w", err)
+		}
 	}
-	return m.dirUpper(r, p.Target).Prepare(like)
+	place := m.place(r, p.Target)
+	*steps = append(*steps, step{"prepare the upper", place.Release})
+	return place.Prepare(ctx, root)
 }
 
 // restore puts the state back as it was before a publish that failed.

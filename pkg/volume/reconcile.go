@@ -5,6 +5,8 @@ import (
 	"errors"
 
 	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
 // reconcile compares the state with the kernel and with kubelet's directory, and cleans up what no RPC will: publishes
@@ -58,7 +60,7 @@ func (m *Manager) reconcileVolume(ctx context.Context, id string) error {
 // is a state: where there is one, somebody lost the state, and a person must look.
 func (m *Manager) discardStateless(ctx context.Context, id string) error {
 	dir := m.states.volumeDir(id)
-	if exists(dir+"/upper") || exists(dir+"/"+podUppersName) {
+	if upper.Holds(dir) || exists(dir+"/"+podUppersName) {
 		klog.FromContext(ctx).Info("An upper has no state: it is left alone; move it away or restore its "+stateName, "directory", dir)
 		return nil
 	}

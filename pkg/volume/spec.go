@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -22,18 +23,12 @@ const (
 	KeyUpper      = "upper"
 	KeyMedium     = "medium"
 	KeySizeLimit  = "sizeLimit"
+	KeyLimit      = "limit"
 	KeyLayerOwner = "layerOwner"
+	KeyOwnership  = "ownership"
 )
 
-// keys are the known keys, and what stands where a build does not have what one asks for.
-var keys = map[string]struct{ unavailable bool }{
-	KeyLayers:     {},
-	KeyLayersFrom: {},
-	KeyUpper:      {},
-	KeyMedium:     {},
-	KeySizeLimit:  {unavailable: true},
-	KeyLayerOwner: {unavailable: true},
-}
+var keys = []string{KeyLayers, KeyLayersFrom, KeyUpper, KeyMedium, KeySizeLimit, KeyLimit, KeyLayerOwner, KeyOwnership}
 
 // Policy is where the writes to a volume go.
 type Policy string
@@ -53,7 +48,58 @@ type Spec struct {
 	// Upper is the policy; UpperRef names the other volume of the pod for UpperPodVolume, and is zero otherwise.
 	Upper    Policy           `json:"upper"`
 	UpperRef *layer.Reference `json:"upperRef,omitempty"`
+	// Size is the limit of the upper in bytes, 0 for none, and Limit how it is kept. Of a claim it is what was asked for
+	// when it was made: what it has grown to since is not part of what it is made of.
+	Size   int64  `json:"size,omitempty"`
+	Limit  Limit  `json:"limit,omitempty"`
+	Medium Medium `json:"medium,omitempty"`
+	// LayerOwner is whom root's files of the layers appear to belong to, and Ownership how that is done.
+	LayerOwner *Owner    `json:"layerOwner,omitempty"`
+	Ownership  Ownership `json:"ownership,omitempty"`
 }
+
+// Limit is how a size is kept.
+type Limit string
+
+// How a size is kept: in the best way that the node has, or in one that the volume insists on, or not at all.
+const (
+	LimitBest  Limit = ""
+	LimitQuota Limit = "quota"
+	LimitImage Limit = "image"
+	LimitNone  Limit = "none"
+)
+
+// Medium is what an upper is kept on.
+type Medium string
+
+// The media.
+const (
+	MediumDisk   Medium = ""
+	MediumMemory Medium = "memory"
+)
+
+// Ownership is how the layers' files get the owner and group that the volume and the pod ask for.
+type Ownership string
+
+// OwnershipMap has the kernel show other owners (ID-mapped layers), and leaves modes as they are. OwnershipWalk goes over
+// the files once, and changes owners, groups and modes by copying up their metadata alone.
+const (
+	OwnershipMap  Ownership = ""
+	OwnershipWalk Ownership = "walk"
+)
+
+// Owner is a user and a group.
+type Owner struct {
+	UID uint32 `json:"uid"`
+	GID uint32 `json:"gid"`
+}
+
+// MinSize is the smallest size of a volume in bytes, and MinKeptSize that of one whose upper is kept: there is a journal
+// in its disk image.
+const (
+	MinSize     = 1 << 20
+	MinKeptSize = 8 << 20
+)
 
 // LayersFromClaim is the value of KeyLayersFrom with which a claim names its layers itself.
 const LayersFromClaim = "claim"
@@ -69,16 +115,11 @@ type Usage struct {
 }
 
 // ParseSpec reads a volume's keys. It touches nothing: the layers need not exist, and are left out where the claim is
-// to name them (KeyLayersFrom). Every error is an InvalidArgument, or NotImplemented where this build lacks what is
-// asked for, and says what to write instead.
+// to name them (KeyLayersFrom). Every error is an InvalidArgument, and says what to write instead.
 func ParseSpec(parameters map[string]string, usage Usage) (Spec, error) {
 	for _, key := range slices.Sorted(maps.Keys(parameters)) {
-		known, ok := keys[key]
-		if !ok {
-			return Spec{}, fmt.Errorf("%w: unknown key %q: known are %s", errdefs.ErrInvalidArgument, key, strings.Join(slices.Sorted(maps.Keys(keys)), ", "))
-		}
-		if known.unavailable {
-			return Spec{}, fmt.Errorf("%w: key %q is not available in this build: leave it out", errdefs.ErrNotImplemented, key)
+		if !slices.Contains(keys, key) {
+			return Spec{}, fmt.Errorf("%w: unknown key %q: known are %s", errdefs.ErrInvalidArgument, key, strings.Join(slices.Sorted(slices.Values(keys)), ", "))
 		}
 	}
 	var spec Spec
@@ -94,7 +135,7 @@ func ParseSpec(parameters map[string]string, usage Usage) (Spec, error) {
 	if spec.Upper, spec.UpperRef, err = parseUpper(parameters[KeyUpper], usage); err != nil {
 		return Spec{}, fmt.Errorf("key %q: %w", KeyUpper, err)
 	}
-	return spec, checkMedium(parameters[KeyMedium])
+	return spec, spec.parseLimits(parameters, usage)
 }
 
 // ParseLayers reads the references of a volume's layers. Every error is an InvalidArgument.
@@ -160,22 +201,15 @@ func defaultPolicy(usage Usage) (Policy, error) {
 	return UpperVolume, nil
 }
 
-func checkMedium(medium string) error {
-	switch medium {
-	case "", "disk":
-		return nil
-	case "memory":
-		return fmt.Errorf("%w: key %q: memory is not available in this build: use disk", errdefs.ErrNotImplemented, KeyMedium)
-	}
-	return fmt.Errorf("%w: key %q: unknown medium %q: there are disk and memory", errdefs.ErrInvalidArgument, KeyMedium, medium)
-}
-
 // Equal reports whether two volumes are made of the same.
 func (s Spec) Equal(other Spec) bool {
 	if (s.UpperRef == nil) != (other.UpperRef == nil) || (s.UpperRef != nil && *s.UpperRef != *other.UpperRef) {
 		return false
 	}
-	return s.Upper == other.Upper && slices.Equal(s.Layers, other.Layers)
+	if (s.LayerOwner == nil) != (other.LayerOwner == nil) || (s.LayerOwner != nil && *s.LayerOwner != *other.LayerOwner) {
+		return false
+	}
+	return s.Upper == other.Upper && slices.Equal(s.Layers, other.Layers) && s.Size == other.Size && s.Limit == other.Limit && s.Medium == other.Medium && s.Ownership == other.Ownership
 }
 
 // Parameters are the keys that ParseSpec reads back to this spec whatever the usage.
@@ -184,7 +218,19 @@ func (s Spec) Parameters() map[string]string {
 	if s.UpperRef != nil {
 		policy = s.UpperRef.String()
 	}
-	return map[string]string{KeyLayers: strings.Join(s.layerStrings(), "\n"), KeyUpper: policy}
+	parameters := map[string]string{KeyLayers: strings.Join(s.layerStrings(), "\n"), KeyUpper: policy}
+	for key, value := range map[string]string{KeyLimit: string(s.Limit), KeyMedium: string(s.Medium), KeyOwnership: string(s.Ownership)} {
+		if value != "" {
+			parameters[key] = value
+		}
+	}
+	if s.Size > 0 {
+		parameters[KeySizeLimit] = strconv.FormatInt(s.Size, 10)
+	}
+	if s.LayerOwner != nil {
+		parameters[KeyLayerOwner] = fmt.Sprintf("%d:%d", s.LayerOwner.UID, s.LayerOwner.GID)
+	}
+	return parameters
 }
 
 func (s Spec) layerStrings() []string {
@@ -205,3 +251,6 @@ func (s Spec) upperPath() string {
 
 // ephemeral reports whether the upper of a pod goes with the pod.
 func (s Spec) ephemeral() bool { return s.Upper == UpperPod }
+
+// hasUpper reports whether the driver itself keeps the volume's uppers.
+func (s Spec) hasUpper() bool { return s.Upper == UpperPod || s.Upper == UpperVolume }

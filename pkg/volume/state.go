@@ -21,8 +21,8 @@ import (
 // The data root:
 //
 //	volumes/<volume handle>/volume.json       the state below
-//	volumes/<volume handle>/upper/, work/     of an inline volume, and of a claim with upper: volume
-//	volumes/<volume handle>/pods/<pod>/upper/, work/   of a claim with upper: pod
+//	volumes/<volume handle>/...               the upper (package upper) of an inline volume, and of a claim with upper: volume
+//	volumes/<volume handle>/pods/<pod>/...    those of a claim with upper: pod
 //	trash/                                    see trash.go
 //
 // volume.json is written beside and renamed in, and is there before the upper and the mount that it describes. Of a
@@ -47,6 +47,10 @@ type record struct {
 	Inline bool `json:"inline,omitempty"`
 	// Provisioned is set where CreateVolume made the volume, and nil where kubelet brought a static one.
 	Provisioned *provisioned `json:"provisioned,omitempty"`
+	// Kept is how the volume's uppers are kept, "" as long as there was none. Size is their limit in bytes at present, 0
+	// for none: it is Spec's, or what that was grown to.
+	Kept upper.Kind `json:"kept,omitempty"`
+	Size int64      `json:"sizeBytes,omitempty"`
 	// Pins are the images that the references to images and archives stand for, and Stored the layers of those in the
 	// layer store, by diff ID: what is named here is not collected.
 	Pins   layer.Pins      `json:"pins,omitempty"`
@@ -59,9 +63,8 @@ type record struct {
 type provisioned struct {
 	Name string `json:"name"`
 	// Asked are the layers as they were asked for, where their images were pinned since.
-	Asked    []layer.Reference `json:"asked,omitempty"`
-	Capacity int64             `json:"capacityBytes,omitempty"`
-	Access   Access            `json:"access"`
+	Asked  []layer.Reference `json:"asked,omitempty"`
+	Access Access            `json:"access"`
 }
 
 // publication is one target of a volume.
@@ -81,6 +84,14 @@ type publication struct {
 // keepsUpper reports whether the volume has an upper that outlives its pods. Its state does too, and must be found whole
 // after a power cut.
 func (r *record) keepsUpper() bool { return r.Spec.Upper == UpperVolume }
+
+// limit is what each upper of the volume may take.
+func (r *record) limit() upper.Limit {
+	if r.Spec.Limit == LimitNone {
+		return upper.Limit{}
+	}
+	return upper.LimitOf(r.Size)
+}
 
 // pins are those of the volume, none of one that is not here yet.
 func (r *record) pins() layer.Pins {

@@ -3,55 +3,92 @@ package volume
 import (
 	"context"
 	"fmt"
+	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
-// Amount is a quantity of bytes or inodes.
-type Amount struct{ Total, Used, Available int64 }
-
-// Stats is how full the file system is that holds a volume's upper: overlayfs shows that one's numbers. Of a volume
-// without an upper it is the topmost layer's.
-type Stats struct{ Bytes, Inodes Amount }
+// Stats is how much a volume's upper takes, in bytes and inodes, and what is left to it: the upper alone, none of the
+// layers. Of a volume without an upper it is nothing.
+type Stats = upper.Usage
 
 // Stats measures the volume that is published at path. It is of the kind NotFound where the volume is not there.
 func (m *Manager) Stats(ctx context.Context, id, path string) (Stats, error) {
-	r, err := m.states.load(id)
+	r, p, err := m.published(id, path)
 	if err != nil {
 		return Stats{}, err
 	}
-	if r == nil || r.publication(path) == nil {
-		return Stats{}, fmt.Errorf("%w: volume %s is not published at %s", errdefs.ErrNotFound, id, path)
-	}
-	live, err := m.isLive(r.publication(path))
+	live, err := m.isLive(p)
 	if err != nil {
 		return Stats{}, err
 	}
 	if !live {
 		return Stats{}, fmt.Errorf("%w: volume %s is not mounted at %s", errdefs.ErrNotFound, id, path)
 	}
-	return statFS(path)
-}
-
-func statFS(path string) (Stats, error) {
-	var stat unix.Statfs_t
-	if err := unix.Statfs(path, &stat); err != nil {
-		return Stats{}, fmt.Errorf("statfs %s: %w", path, err)
+	switch {
+	case r.Spec.Upper == UpperNone:
+		return Stats{}, nil
+	case p.Pin != nil:
+		return m.counts.of(path, func() (Stats, error) { return m.podUpper(r, p).Usage(ctx) })
+	case r.Kept == upper.Directory:
+		return m.counts.of(path, func() (Stats, error) { return m.place(r, path).Usage(ctx) })
 	}
-	block := int64(stat.Bsize)
-	return Stats{
-		Bytes: Amount{
-			Total:     int64(stat.Blocks) * block,
-			Used:      int64(stat.Blocks-stat.Bfree) * block,
-			Available: int64(stat.Bavail) * block,
-		},
-		Inodes: Amount{Total: int64(stat.Files), Used: int64(stat.Files - stat.Ffree), Available: int64(stat.Ffree)},
-	}, nil
+	return m.place(r, path).Usage(ctx)
 }
 
-// Capacity is how many bytes are free for uppers in the data root.
-func (m *Manager) Capacity() (int64, error) {
-	stats, err := statFS(m.root.Path())
-	return stats.Bytes.Available, err
+// published is the record of a volume and its publication at path.
+func (m *Manager) published(id, path string) (*record, *publication, error) {
+	r, err := m.states.load(id)
+	if err != nil {
+		return nil, nil, err
+	}
+	if r == nil || r.publication(path) == nil {
+		return nil, nil, fmt.Errorf("%w: volume %s is not published at %s", errdefs.ErrNotFound, id, path)
+	}
+	return r, r.publication(path), nil
+}
+
+// counts remembers what was found by counting files, which takes the longer the more there are: of one volume, a
+// twentieth of the time is spent on that at most.
+type counts struct {
+	mu    sync.Mutex
+	found map[string]counted
+}
+
+type counted struct {
+	stats Stats
+	until time.Time
+}
+
+// countedShare is how many times as long as a count took its result is used again.
+const countedShare = 20
+
+func (c *counts) of(path string, count func() (Stats, error)) (Stats, error) {
+	began := time.Now()
+	c.mu.Lock()
+	before, ok := c.found[path]
+	c.mu.Unlock()
+	if ok && began.Before(before.until) {
+		return before.stats, nil
+	}
+	stats, err := count()
+	if err != nil {
+		return Stats{}, err
+	}
+	now := time.Now()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.found == nil {
+		c.found = map[string]counted{}
+	}
+	c.found[path] = counted{stats, now.Add(countedShare * now.Sub(began))}
+	for other, found := range c.found {
+		if now.After(found.until) {
+			delete(c.found, other)
+		}
+	}
+	return stats, nil
 }

@@ -83,6 +83,11 @@ func (m *Manager) forget(ctx context.Context, r *record, target string) error {
 		}
 	}
 	left := r.without(target)
+	if r.Spec.hasUpper() && (r.Spec.ephemeral() || len(left.Publications) == 0) {
+		if err := m.place(r, target).Release(); err != nil {
+			return err
+		}
+	}
 	if len(left.Publications) == 0 && !r.keepsUpper() {
 		return m.trash.put(m.states.volumeDir(r.ID))
 	}

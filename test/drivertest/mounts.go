@@ -33,7 +33,7 @@ func UnmountBeneath(dir string) error {
 }
 
 // Leftovers lists everything that a driver with no volume should not have: mounts in kubelet's directory, and files in
-// the data root beside its own empty directories. Trash does not count, it is on its way out.
+// the data root and mount points beside its own empty directories. Trash does not count, it is on its way out.
 func (n *Node) Leftovers() ([]string, error) {
 	var found []string
 	mounts, err := Mounts(n.KubeletDir)
@@ -43,10 +43,13 @@ func (n *Node) Leftovers() ([]string, error) {
 	for _, mount := range mounts {
 		found = append(found, "mount "+mount.Mountpoint)
 	}
-	for _, dir := range []string{filepath.Join(n.DataRoot, "volumes"), filepath.Join(n.DataRoot, "mounter", "l")} {
+	for _, dir := range []string{filepath.Join(n.DataRoot, "volumes"), filepath.Join(n.DataRoot, "mounter", "l"), n.upperMounts()} {
 		err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
 			if err == nil && path != dir {
 				found = append(found, strings.TrimPrefix(path, n.Dir+"/"))
+			}
+			if path == dir && errors.Is(err, fs.ErrNotExist) {
+				return nil
 			}
 			return err
 		})
@@ -55,6 +58,11 @@ func (n *Node) Leftovers() ([]string, error) {
 		}
 	}
 	return found, nil
+}
+
+// upperMounts is where the driver mounts the file systems of uppers.
+func (n *Node) upperMounts() string {
+	return filepath.Join(n.KubeletDir, "plugins", DriverName, "uppers")
 }
 
 // Options are the overlay options of the view that is mounted at path, as the kernel shows them.

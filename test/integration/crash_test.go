@@ -20,29 +20,43 @@ import (
 // starts it again. Workers try again as kubelet does. In the end no mount, directory or state file is left, and
 // persistent volumes have every byte that was written to them.
 func TestCrash(t *testing.T) {
-	for name, args := range kernels {
-		t.Run(name, func(t *testing.T) { crash(t, startNode(t, args...)) })
-	}
+	onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
+		crash(t, node, 8, 15, []string{"limit", "none"}, func(i int, layers string) []drivertest.Volume {
+			return []drivertest.Volume{claim(fmt.Sprint("own-", i), readWriteOnce, "layers", layers)}
+		})
+	})
 }
 
-func crash(t *testing.T, node *drivertest.Node) {
-	const workers, rounds = 8, 15
+// TestCrashOfLimitedUppers is the same with uppers of every kind that the data root can hold. That they are mounted does
+// not depend on the way in which views are.
+func TestCrashOfLimitedUppers(t *testing.T) {
+	crash(t, startNode(t), 4, 8, nil, func(i int, layers string) []drivertest.Volume {
+		return []drivertest.Volume{
+			inline("layers", layers, "sizeLimit", "8Mi"),
+			inline("layers", layers, "sizeLimit", "8Mi", "medium", "memory"),
+			claim(fmt.Sprint("own-", i), readWriteOnce, "layers", layers, "sizeLimit", "8Mi"),
+			claim(fmt.Sprint("image-", i), readWriteOnce, "layers", layers, "sizeLimit", "8Mi", "limit", "image"),
+		}
+	})
+}
+
+// crash has workers use volumes for so many rounds: these, more of their own, and two claims that are limited as said.
+func crash(t *testing.T, node *drivertest.Node, workers, rounds int, limit []string, own func(i int, layers string) []drivertest.Volume) {
 	layers := layersOf(t, node, map[string]string{"f": "layer"}, map[string]string{"g": "layer"})
-	shared := create(t, node, "shared", readWriteOnce, "layers", layers)
-	each := create(t, node, "each", readWriteMany, "layers", layers, "upper", "pod")
+	shared := create(t, node, "shared", readWriteOnce, append([]string{"layers", layers}, limit...)...)
+	each := create(t, node, "each", readWriteMany, append([]string{"layers", layers, "upper", "pod"}, limit...)...)
 
 	var publishes, kills atomic.Int64
 	stop, stopped := make(chan struct{}), make(chan error, 1)
 	go func() { stopped <- killer(t, node, stop, &kills) }()
 	err := atOnce(workers, func(i int) error {
-		w := worker{t: t, node: node, publishes: &publishes, name: fmt.Sprint("worker-", i), volumes: []drivertest.Volume{
+		w := worker{t: t, node: node, publishes: &publishes, name: fmt.Sprint("worker-", i), volumes: append([]drivertest.Volume{
 			inline("layers", layers),
 			inline("layers", layers, "upper", "none"),
 			inline("layers", layers, "upper", "volume://scratch"),
 			shared,
 			each,
-			claim(fmt.Sprint("own-", i), readWriteOnce, "layers", layers),
-		}}
+		}, own(i, layers)...)}
 		for round := range rounds {
 			if err := w.round(round); err != nil {
 				return err
@@ -53,18 +67,29 @@ func crash(t *testing.T, node *drivertest.Node) {
 	close(stop)
 	must(t, errors.Join(err, <-stopped))
 	t.Logf("%d publishes and as many unpublishes, %d kills", publishes.Load(), kills.Load())
-	if publishes.Load() < 300 || kills.Load() < 20 {
+	if publishes.Load() < int64(workers*rounds*5) || kills.Load() < 20 {
 		t.Errorf("only %d publishes and %d kills", publishes.Load(), kills.Load())
 	}
 
+	pod := newPod(t, node, "reader")
+	view := publish(t, pod, shared)
 	for i := range workers {
-		upper := filepath.Join(node.DataRoot, "volumes", fmt.Sprint("own-", i), "upper")
 		for round := range rounds {
-			wantFile(t, filepath.Join(upper, fmt.Sprint("round-", round)), payload(round))
-			wantFile(t, filepath.Join(node.DataRoot, "volumes/shared/upper", fmt.Sprintf("worker-%d-%d", i, round)), payload(round))
+			wantFile(t, filepath.Join(view, fmt.Sprintf("worker-%d-%d", i, round)), payload(round))
 		}
-		deleteVolume(t, node, claim(fmt.Sprint("own-", i), readWriteOnce))
+		for _, kept := range own(i, layers) {
+			if !kept.Claim {
+				continue
+			}
+			target := publish(t, pod, kept)
+			for round := range rounds {
+				wantFile(t, filepath.Join(target, fmt.Sprint("round-", round)), payload(round))
+			}
+			unpublish(t, pod, kept)
+			deleteVolume(t, node, kept)
+		}
 	}
+	unpublish(t, pod, shared)
 	deleteVolume(t, node, shared)
 	deleteVolume(t, node, each)
 	wantFile(t, filepath.Join(node.LayerDir, "layer-0/f"), "layer")

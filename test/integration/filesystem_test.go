@@ -30,7 +30,13 @@ func mountImage(t *testing.T, kind string, size int64, path, content string) {
 	}
 	runCommand(t, makers[kind](image, content))
 	must(t, os.MkdirAll(path, 0o755))
-	runCommand(t, exec.Command("mount", "-o", "loop", "-t", kind, image, path))
+	mountExisting(t, image, path)
+}
+
+// mountExisting mounts the file system in an image file, and unmounts it at the end of the test.
+func mountExisting(t *testing.T, image, path string) {
+	t.Helper()
+	runCommand(t, exec.Command("mount", "-o", "loop", image, path))
 	t.Cleanup(func() { _ = unix.Unmount(path, unix.MNT_DETACH) })
 }
 

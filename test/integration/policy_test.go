@@ -143,7 +143,6 @@ func TestPersistentVolume(t *testing.T) {
 						start(t, node)
 					}
 				}
-				wantFile(t, filepath.Join(node.DataRoot, "volumes", v.ID, "upper", "f"), "layer+++")
 				wantFile(t, filepath.Join(node.LayerDir, "layer-0", "f"), "layer")
 				deleteVolume(t, node, v)
 			})

@@ -13,14 +13,14 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
-// Prepare makes an upper ready, whose root is to look like an open directory.
-type Prepare func(ctx context.Context, like *os.File) (upper.Dirs, error)
+// Prepare makes an upper ready, with a root that looks like this.
+type Prepare func(ctx context.Context, root upper.Root) (upper.Dirs, error)
 
 // Run runs the suite over one kind. make returns a new upper, on a file system that can hold it, each time.
 func Run(t *testing.T, make func(t *testing.T) (prepare Prepare, release func() error)) {
 	t.Run("root looks like the layer", func(t *testing.T) {
 		prepare, _ := make(t)
-		dirs := mustPrepare(t, prepare, layer(t, 0o2770, 1000, 2000))
+		dirs := mustPrepare(t, prepare, upper.Root{UID: 1000, GID: 2000, Mode: 0o2770})
 		var stat unix.Stat_t
 		if err := unix.Fstat(int(dirs.Upper.Fd()), &stat); err != nil || stat.Mode&0o7777 != 0o2770 || stat.Uid != 1000 || stat.Gid != 2000 {
 			t.Errorf("mode %o, owner %d:%d, %v", stat.Mode&0o7777, stat.Uid, stat.Gid, err)
@@ -31,15 +31,15 @@ func Run(t *testing.T, make func(t *testing.T) (prepare Prepare, release func() 
 	})
 	t.Run("prepared again it has what was written", func(t *testing.T) {
 		prepare, release := make(t)
-		like := layer(t, 0o755, 0, 0)
-		first := mustPrepare(t, prepare, like)
+		first := mustPrepare(t, prepare, plain)
 		write(t, first.Upper, "kept")
 		for range 2 {
 			if err := release(); err != nil {
 				t.Fatal(err)
 			}
 		}
-		second := mustPrepare(t, prepare, like)
+		first.Close()
+		second := mustPrepare(t, prepare, plain)
 		if !second.Existed {
 			t.Error("an upper that was there did not exist")
 		}
@@ -49,10 +49,9 @@ func Run(t *testing.T, make func(t *testing.T) (prepare Prepare, release func() 
 	})
 	t.Run("an overlay mounts on it", func(t *testing.T) {
 		prepare, release := make(t)
-		like := layer(t, 0o755, 0, 0)
-		dirs := mustPrepare(t, prepare, like)
+		dirs := mustPrepare(t, prepare, plain)
 		target := t.TempDir()
-		options := "lowerdir=" + like.Name() + ",upperdir=" + proc(dirs.Upper) + ",workdir=" + proc(dirs.Work)
+		options := "lowerdir=" + t.TempDir() + ",upperdir=" + proc(dirs.Upper) + ",workdir=" + proc(dirs.Work)
 		if err := unix.Mount("overlay", target, "overlay", 0, options); err != nil {
 			t.Fatal(err)
 		}
@@ -69,34 +68,17 @@ func Run(t *testing.T, make func(t *testing.T) (prepare Prepare, release func() 
 	})
 }
 
-func mustPrepare(t *testing.T, prepare Prepare, like *os.File) upper.Dirs {
+// plain is the root that most layers have.
+var plain = upper.Root{Mode: 0o755}
+
+func mustPrepare(t *testing.T, prepare Prepare, root upper.Root) upper.Dirs {
 	t.Helper()
-	dirs, err := prepare(t.Context(), like)
+	dirs, err := prepare(t.Context(), root)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(dirs.Close)
 	return dirs
-}
-
-func layer(t *testing.T, mode uint32, uid, gid int) *os.File {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "layer")
-	if err := os.Mkdir(path, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chown(path, uid, gid); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Chmod(path, mode); err != nil {
-		t.Fatal(err)
-	}
-	dir, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { dir.Close() })
-	return dir
 }
 
 func write(t *testing.T, dir *os.File, name string) {

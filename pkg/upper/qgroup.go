@@ -1,0 +1,120 @@
+package upper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// qgroup is an upper in a subvolume of btrfs, whose qgroup has the limit, of bytes alone: btrfs has no limit of inodes
+// (btrfs-qgroup(8)).
+type qgroup struct {
+	Dir
+	commands commands
+	limit    Limit
+}
+
+const btrfsProgram = "btrfs"
+
+// probeQgroups finds out whether the data root is on btrfs with quotas. The operator switches these on, who knows what
+// they cost there.
+func (k *Keeper) probeQgroups() error {
+	var stat unix.Statfs_t
+	if err := unix.Fstatfs(int(k.config.Root.Fd()), &stat); err != nil {
+		return fmt.Errorf("fstatfs: %w", err)
+	}
+	if stat.Type != unix.BTRFS_SUPER_MAGIC {
+		return errors.New("the file system is not btrfs")
+	}
+	if _, err := runBtrfs(context.Background(), k.config.Commands, "qgroup", "show", k.config.Root.Name()); err != nil {
+		return fmt.Errorf("btrfs has no quotas here (btrfs quota enable): %w", err)
+	}
+	return nil
+}
+
+func runBtrfs(ctx context.Context, commands commands, args ...string) (string, error) {
+	output, err := commands.CommandContext(ctx, btrfsProgram, args...).CombinedOutput()
+	text := strings.TrimSpace(string(output))
+	if err != nil {
+		return "", fmt.Errorf("btrfs %s: %w: %s", strings.Join(args, " "), err, text)
+	}
+	return text, nil
+}
+
+// Prepare makes the subvolume, and gives it its limit before there is an upper in it.
+func (q qgroup) Prepare(ctx context.Context, root Root) (Dirs, error) {
+	if _, err := os.Lstat(q.path()); errors.Is(err, fs.ErrNotExist) {
+		if _, err := runBtrfs(ctx, q.commands, "subvolume", "create", q.path()); err != nil {
+			return Dirs{}, fmt.Errorf("make a subvolume: %w", err)
+		}
+	}
+	if err := q.Grow(ctx, q.limit); err != nil {
+		return Dirs{}, err
+	}
+	return q.Dir.Prepare(ctx, root)
+}
+
+// Grow sets the limit.
+func (q qgroup) Grow(ctx context.Context, limit Limit) error {
+	size := "none"
+	if limit.Bytes > 0 {
+		size = strconv.FormatInt(limit.Bytes, 10)
+	}
+	if _, err := runBtrfs(ctx, q.commands, "qgroup", "limit", size, q.path()); err != nil {
+		return fmt.Errorf("limit a subvolume: %w", err)
+	}
+	return nil
+}
+
+// Discard discards the subvolume.
+func (q qgroup) Discard(discard func(path string) error) error { return discard(q.path()) }
+
+// Usage asks btrfs. df shows all of the file system: btrfs tells it of no limit.
+func (q qgroup) Usage(ctx context.Context) (Usage, error) {
+	used, limit, err := q.counted(ctx)
+	if err != nil {
+		return Usage{}, err
+	}
+	usage, err := FileSystemUsage(q.path())
+	if err != nil {
+		return Usage{}, err
+	}
+	usage.Bytes = within(usage.Bytes, limit, used)
+	return usage, nil
+}
+
+// Taken is what the qgroup refers to.
+func (q qgroup) Taken(ctx context.Context) (int64, error) {
+	used, _, err := q.counted(ctx)
+	return used, err
+}
+
+func (q qgroup) counted(ctx context.Context) (used, limit int64, err error) {
+	output, err := runBtrfs(ctx, q.commands, "qgroup", "show", "--raw", "-r", "-f", q.path())
+	if err != nil {
+		return 0, 0, fmt.Errorf("ask for a qgroup: %w", err)
+	}
+	return parseQgroup(output)
+}
+
+// parseQgroup reads what a qgroup refers to, and its limit (0: none), out of btrfs qgroup show --raw -r.
+func parseQgroup(output string) (used, limit int64, err error) {
+	for line := range strings.Lines(output) {
+		fields := strings.Fields(line)
+		if len(fields) < 4 || !strings.HasPrefix(fields[0], "0/") {
+			continue
+		}
+		if fields[3] != "none" {
+			limit, err = strconv.ParseInt(fields[3], 10, 64)
+		}
+		used, errUsed := strconv.ParseInt(fields[1], 10, 64)
+		return used, limit, errors.Join(err, errUsed)
+	}
+	return 0, 0, fmt.Errorf("btrfs qgroup show: no qgroup in %q", output)
+}

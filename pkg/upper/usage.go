@@ -1,0 +1,96 @@
+package upper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// tally is what a tree takes.
+type tally struct{ bytes, inodes int64 }
+
+// countTree counts what the files beneath path take on the disk, files with several names once. A file that goes away
+// meanwhile is not counted. A pod may be writing: the result is of no one moment, and no link leads out of the tree.
+func countTree(ctx context.Context, path string) (tally, error) {
+	root, err := os.OpenRoot(path)
+	if err != nil {
+		return tally{}, fmt.Errorf("count the files: %w", err)
+	}
+	defer root.Close()
+	var sum tally
+	linked := map[uint64]bool{}
+	err = fs.WalkDir(root.FS(), ".", func(_ string, entry fs.DirEntry, err error) error {
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			return ignoreNotExist(err)
+		}
+		info, err := entry.Info()
+		if err != nil {
+			return ignoreNotExist(err)
+		}
+		stat, ok := info.Sys().(*syscall.Stat_t)
+		if !ok {
+			return nil
+		}
+		if stat.Nlink > 1 && !entry.IsDir() {
+			if linked[stat.Ino] {
+				return nil
+			}
+			linked[stat.Ino] = true
+		}
+		sum.bytes += stat.Blocks * 512
+		sum.inodes++
+		return nil
+	})
+	if err != nil {
+		return tally{}, fmt.Errorf("count the files of %s: %w", path, err)
+	}
+	return sum, nil
+}
+
+// usageOf counts what is beneath path, and what is free on its file system.
+func usageOf(ctx context.Context, path string) (Usage, error) {
+	used, err := countTree(ctx, path)
+	if err != nil {
+		return Usage{}, err
+	}
+	free, err := FileSystemUsage(path)
+	if err != nil {
+		return Usage{}, err
+	}
+	return Usage{
+		Bytes:  Amount{Total: used.bytes + free.Bytes.Available, Used: used.bytes, Available: free.Bytes.Available},
+		Inodes: Amount{Total: used.inodes + free.Inodes.Available, Used: used.inodes, Available: free.Inodes.Available},
+	}, nil
+}
+
+// FileSystemUsage is how full the file system of a path is.
+func FileSystemUsage(path string) (Usage, error) {
+	var stat unix.Statfs_t
+	if err := unix.Statfs(path, &stat); err != nil {
+		return Usage{}, fmt.Errorf("statfs %s: %w", path, err)
+	}
+	block := int64(stat.Bsize)
+	return Usage{
+		Bytes: Amount{
+			Total:     int64(stat.Blocks) * block,
+			Used:      int64(stat.Blocks-stat.Bfree) * block,
+			Available: int64(stat.Bavail) * block,
+		},
+		Inodes: Amount{Total: int64(stat.Files), Used: int64(stat.Files - stat.Ffree), Available: int64(stat.Ffree)},
+	}, nil
+}
+
+func ignoreNotExist(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
