@@ -66,6 +66,10 @@ func publishRequest(req *csi.NodePublishVolumeRequest, permittedOptions []string
 	if err != nil {
 		return volume.PublishRequest{}, err
 	}
+	group, err := groupOf(req.GetVolumeCapability().GetMount().GetVolumeMountGroup())
+	if err != nil {
+		return volume.PublishRequest{}, err
+	}
 	attributes.ReadOnly = attributes.ReadOnly || req.GetReadonly() || spec.Upper == volume.UpperNone
 	return volume.PublishRequest{
 		VolumeID:    req.GetVolumeId(),
@@ -75,6 +79,7 @@ func publishRequest(req *csi.NodePublishVolumeRequest, permittedOptions []string
 		Provisioned: volumeContext[keyProvisioner] != "",
 		Access:      access,
 		Attributes:  attributes,
+		Group:       group,
 		Secrets:     req.GetSecrets(),
 		Pod: layer.Pod{
 			UID:       volumeContext[keyPodUID],
@@ -177,6 +182,16 @@ func accessOf(capability *csi.VolumeCapability) (volume.Access, error) {
 		return "", fmt.Errorf("%w: access mode %s: use ReadWriteOnce, ReadWriteOncePod, ReadOnlyMany or ReadWriteMany", errdefs.ErrInvalidArgument, mode)
 	}
 	return access, nil
+}
+
+// groupOf reads the pod's fsGroup, which kubelet hands to drivers with the capability VOLUME_MOUNT_GROUP. It is nil where
+// there is none.
+func groupOf(text string) (*uint32, error) {
+	if text == "" {
+		return nil, nil
+	}
+	group, err := volume.ParseGroup(text)
+	return &group, err
 }
 
 func parseEphemeral(value string) (bool, error) {

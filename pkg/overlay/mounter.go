@@ -25,6 +25,8 @@ type Mounter struct {
 	empty    *os.File
 	links    string
 	link     atomic.Uint64
+	// namespaces are those of ID-mapped layers.
+	namespaces namespaces
 }
 
 var _ mount.Interface = (*Mounter)(nil)
@@ -37,7 +39,7 @@ func NewMounter(dir string, features Features, commands mount.Interface) (*Mount
 		return nil, fmt.Errorf("make the mounter's directory: %w", err)
 	}
 	links := LinkDir(dir)
-	if err := os.RemoveAll(links); err != nil {
+	if err := clearLinks(links); err != nil {
 		return nil, fmt.Errorf("clear the links of an earlier process: %w", err)
 	}
 	if err := os.Mkdir(links, 0o700); err != nil {
@@ -53,8 +55,29 @@ func NewMounter(dir string, features Features, commands mount.Interface) (*Mount
 // LinkDir is the directory of short links of a mounter in dir.
 func LinkDir(dir string) string { return filepath.Join(dir, "l") }
 
+// clearLinks removes the links that a crash left, and takes away the ID-mapped layers that are mounted among them: what
+// these show must not be removed.
+func clearLinks(dir string) error {
+	left, err := filepath.Glob(filepath.Join(dir, "*", "*"))
+	if err != nil {
+		return err
+	}
+	for _, path := range left {
+		if mounted, err := isMountRoot(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW); err != nil || !mounted {
+			continue
+		}
+		if err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
+			return &os.PathError{Op: "umount", Path: path, Err: err}
+		}
+	}
+	return os.RemoveAll(dir)
+}
+
 // Close lets go of the mounter's directory. Views stay mounted.
-func (m *Mounter) Close() error { return m.empty.Close() }
+func (m *Mounter) Close() error {
+	m.namespaces.close()
+	return m.empty.Close()
+}
 
 // Overlay mounts a view at target, an open directory. It is there whole or not at all. The error is ErrUpperInUse,
 // or of a kind of containerd/errdefs where the cause is known, and has the kernel's own message.
@@ -66,6 +89,21 @@ func (m *Mounter) Overlay(spec Spec, target *os.File) error {
 		// overlayfs wants two lowers where there is no upper. An empty one beneath changes nothing that is seen.
 		spec.Lowers = []*os.File{spec.Lowers[0], m.empty}
 	}
+	if spec.Owner != (Owner{}) {
+		lowers, err := m.mapLowers(spec.Lowers, spec.Owner)
+		if err != nil {
+			return err
+		}
+		spec.Lowers = lowers.dirs
+		defer func() {
+			// What cannot be taken away now goes when the next process begins, and is no reason to take the view away.
+			_ = lowers.close()
+		}()
+	}
+	return m.mount(spec, target)
+}
+
+func (m *Mounter) mount(spec Spec, target *os.File) error {
 	if m.features.MountAPI {
 		return m.mountWithAPI(spec, target)
 	}

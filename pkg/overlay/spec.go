@@ -26,6 +26,10 @@ type Spec struct {
 	// Volatile leaves out every sync to the upper's file system. An upper that was mounted so must not be mounted
 	// again after the machine went down (overlayfs documentation, "Volatile mount").
 	Volatile bool
+	// Owner is whom root's files of the lowers appear to belong to.
+	Owner Owner
+	// Metacopy has changes of owners and modes copy up no content. An upper that was mounted so always must be.
+	Metacopy bool
 	// Attributes are those of the mount itself.
 	Attributes Attributes
 }
@@ -50,11 +54,16 @@ type option struct{ key, value string }
 // upperOptions are the overlayfs features of every view that has an upper. They are set one by one because their
 // defaults differ between distributions' kernels, and an upper must not meet other ones when it is mounted again.
 func (s Spec) upperOptions() []option {
+	metacopy := "off"
+	if s.Metacopy {
+		metacopy = "on"
+	}
 	options := []option{
 		// rename(2) of a directory that comes from a layer works, as programs expect, instead of answering EXDEV.
 		{"redirect_dir", "on"},
-		// Content must not be looked up in a layer by what an upper's metadata says: layers are shared and untrusted.
-		{"metacopy", "off"},
+		// Content is not looked up in a layer by what an upper's metadata says where nothing needs that: a file that was
+		// written to is then whole in the upper, which can be looked at and copied without the layers.
+		{"metacopy", metacopy},
 		// An index would tie the upper to file handles of the lowers, which change when a layer is unpacked again.
 		{"index", "off"},
 		// Inode numbers stay unique and constant over a copy-up wherever the file systems leave bits for it.

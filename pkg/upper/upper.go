@@ -4,7 +4,6 @@ package upper
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 
@@ -38,11 +37,11 @@ type Root struct {
 	Mode uint32
 }
 
-// RootOf is the root as an open directory has it, so that a view shows it as its topmost layer does.
+// RootOf is the root as an open directory has it.
 func RootOf(dir *os.File) (Root, error) {
 	var stat unix.Stat_t
 	if err := unix.Fstat(int(dir.Fd()), &stat); err != nil {
-		return Root{}, fmt.Errorf("stat the topmost layer: %w", err)
+		return Root{}, &os.PathError{Op: "fstat", Path: dir.Name(), Err: err}
 	}
 	return Root{UID: stat.Uid, GID: stat.Gid, Mode: stat.Mode & 0o7777}, nil
 }
@@ -98,6 +97,19 @@ func makeUpper(base *os.File, root Root) (existed bool, err error) {
 		return false, &os.PathError{Op: "rename", Path: base.Name() + "/" + temporary, Err: err}
 	}
 	return false, nil
+}
+
+// GiveTo gives the root of an upper that exists to a group, which may do there what mode says besides.
+func GiveTo(dir *os.File, gid, mode uint32) error {
+	has, err := RootOf(dir)
+	if err != nil {
+		return err
+	}
+	want := Root{UID: has.UID, GID: gid, Mode: has.Mode | mode}
+	if has == want {
+		return nil
+	}
+	return want.apply(dir)
 }
 
 // apply gives an open directory (O_PATH) this owner and mode.

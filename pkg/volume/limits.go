@@ -27,7 +27,7 @@ func (s *Spec) parseLimits(parameters map[string]string, usage Usage) error {
 		}},
 		{KeyLayerOwner, func(text string) (err error) { s.LayerOwner, err = parseOwner(text); return err }},
 		{KeyOwnership, func(text string) error {
-			return oneOf(text, &s.Ownership, map[string]Ownership{"map": OwnershipMap, "walk": OwnershipWalk})
+			return oneOf(text, &s.Ownership, map[string]Ownership{"map": OwnershipMap, "walk": OwnershipWalk, "none": OwnershipNone})
 		}},
 	} {
 		text, given := parameters[read.key]
@@ -61,6 +61,8 @@ func (s *Spec) checkTogether(usage Usage) error {
 		return refuse(KeyLimit, "the volume has no upper of its own: leave it out")
 	case s.Ownership == OwnershipWalk && s.Upper == UpperNone:
 		return refuse(KeyOwnership, "nothing is written to a volume that is only read: write map, or leave it out")
+	case s.Ownership == OwnershipNone && s.LayerOwner != nil:
+		return refuse(KeyOwnership, "none leaves the layers' owners as they are: leave layerOwner out, or write map or walk")
 	case usage.Create:
 		return nil
 	}

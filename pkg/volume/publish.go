@@ -28,6 +28,8 @@ type PublishRequest struct {
 	Access      Access
 	Attributes  overlay.Attributes
 	Pod         layer.Pod
+	// Group is the pod's fsGroup, nil where it has none.
+	Group *uint32
 	// Secrets have the credentials for registries.
 	Secrets map[string]string
 }
@@ -55,6 +57,9 @@ func (m *Manager) Publish(ctx context.Context, req PublishRequest) (err error) {
 		return err
 	}
 	if done, err := m.admit(before, req); err != nil || done {
+		return err
+	}
+	if err := m.unmountUnfinished(before, req); err != nil {
 		return err
 	}
 	stack, err := m.layers.Resolve(ctx, req.Spec.Layers, layer.Request{Pod: req.Pod, Secrets: req.Secrets, Pins: before.pins()})
@@ -154,10 +159,10 @@ func (m *Manager) admit(r *record, req PublishRequest) (done bool, err error) {
 			return false, err
 		}
 		if live {
-			if p.Attributes != req.Attributes || p.Access != req.Access {
-				return false, fmt.Errorf("%w: volume %s is published at %s with other mount options or another access mode", errdefs.ErrAlreadyExists, r.ID, req.Target)
+			if p.Attributes != req.Attributes || p.Access != req.Access || !sameGroup(p.Group, req.Group) {
+				return false, fmt.Errorf("%w: volume %s is published at %s with other mount options, another access mode or another group", errdefs.ErrAlreadyExists, r.ID, req.Target)
 			}
-			return true, nil
+			return r.isWalked(p)
 		}
 	}
 	if req.Access != SinglePod && !req.Inline {
@@ -189,7 +194,7 @@ func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, 
 	if uid := m.pods.PodUID(req.Target); uid != "" {
 		pod.UID = uid
 	}
-	p := publication{Target: req.Target, Pod: pod, Access: req.Access, Attributes: req.Attributes, BootID: m.config.BootID, LowerDirs: stack.Paths()}
+	p := publication{Target: req.Target, Pod: pod, Access: req.Access, Attributes: req.Attributes, Group: req.Group, BootID: m.config.BootID, LowerDirs: stack.Paths()}
 	if req.Spec.Upper == UpperPodVolume {
 		root, err := m.podVolumes.Root(ctx, *req.Spec.UpperRef, req.Pod)
 		if err != nil {
@@ -221,9 +226,9 @@ func (m *Manager) mountView(ctx context.Context, r *record, p *publication, stac
 		defer shared.Close()
 		return m.mounter.Bind(shared, target, p.Attributes)
 	}
-	spec := overlay.Spec{Lowers: stack.Dirs, Attributes: p.Attributes}
+	spec := overlay.Spec{Lowers: stack.Dirs, Owner: r.shownOwner(p), Metacopy: r.Spec.Ownership == OwnershipWalk, Attributes: p.Attributes}
 	if r.Spec.Upper != UpperNone {
-		root, err := upper.RootOf(stack.Dirs[0])
+		root, err := r.root(p, stack.Dirs[0])
 		if err != nil {
 			return err
 		}
@@ -232,6 +237,11 @@ func (m *Manager) mountView(ctx context.Context, r *record, p *publication, stac
 			return fmt.Errorf("publish volume %s: %w", r.ID, err)
 		}
 		defer dirs.Close()
+		if dirs.Existed && p.Group != nil {
+			if err := upper.GiveTo(dirs.Upper, *p.Group, groupDirMode); err != nil {
+				return fmt.Errorf("publish volume %s: %w", r.ID, err)
+			}
+		}
 		spec.Upper, spec.Work, spec.Volatile = dirs.Upper, dirs.Work, r.Spec.ephemeral()
 	}
 	if err := ctx.Err(); err != nil {
@@ -239,6 +249,9 @@ func (m *Manager) mountView(ctx context.Context, r *record, p *publication, stac
 	}
 	if err := m.mounter.Overlay(spec, target); err != nil {
 		return fmt.Errorf("publish volume %s: %w", r.ID, err)
+	}
+	if err := r.walk(ctx, p); err != nil {
+		return errors.Join(fmt.Errorf("publish volume %s: %w", r.ID, err), m.unmount(p.Target))
 	}
 	return nil
 }
@@ -257,6 +270,9 @@ func (m *Manager) openShared(r *record, p *publication) (*os.File, error) {
 		live, err := m.isLive(other)
 		if err != nil {
 			return nil, err
+		}
+		if live && !sameGroup(other.Group, p.Group) {
+			return nil, fmt.Errorf("%w: volume %s is published at %s for another fsGroup: pods that share an upper at the same time have the same one", errdefs.ErrFailedPrecondition, r.ID, other.Target)
 		}
 		if live {
 			view, err := os.OpenFile(other.Target, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)

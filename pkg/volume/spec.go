@@ -82,10 +82,12 @@ const (
 type Ownership string
 
 // OwnershipMap has the kernel show other owners (ID-mapped layers), and leaves modes as they are. OwnershipWalk goes over
-// the files once, and changes owners, groups and modes by copying up their metadata alone.
+// the files once, and changes owners, groups and modes by copying up their metadata alone. OwnershipNone leaves the layers'
+// files as they are.
 const (
 	OwnershipMap  Ownership = ""
 	OwnershipWalk Ownership = "walk"
+	OwnershipNone Ownership = "none"
 )
 
 // Owner is a user and a group.
@@ -212,7 +214,7 @@ func (s Spec) Equal(other Spec) bool {
 	return s.Upper == other.Upper && slices.Equal(s.Layers, other.Layers) && s.Size == other.Size && s.Limit == other.Limit && s.Medium == other.Medium && s.Ownership == other.Ownership
 }
 
-// Parameters are the keys that ParseSpec reads back to this spec whatever the usage.
+// Parameters are the keys that ParseSpec reads back to this spec, however the volume is used.
 func (s Spec) Parameters() map[string]string {
 	policy := string(s.Upper)
 	if s.UpperRef != nil {

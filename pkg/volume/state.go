@@ -73,6 +73,8 @@ type publication struct {
 	Pod        layer.Pod          `json:"pod"`
 	Access     Access             `json:"access,omitempty"`
 	Attributes overlay.Attributes `json:"attributes"`
+	// Group is the pod's fsGroup, nil where it has none.
+	Group *uint32 `json:"group,omitempty"`
 	// BootID is that of the boot in which it was published.
 	BootID string `json:"bootID"`
 	// LowerDirs are the directories that the layers were resolved to, the topmost first.

@@ -77,6 +77,13 @@ func WorkDir() (dir string, remove func() error, err error) {
 	return dir, remove, nil
 }
 
+// LacksResource reports whether root here is without CAP_SYS_RESOURCE, as in some sandboxes: ext4 wants it of whoever makes
+// a file system larger.
+func LacksResource() bool {
+	bounding, err := unix.PrctlRetInt(unix.PR_CAPBSET_READ, unix.CAP_SYS_RESOURCE, 0, 0, 0)
+	return err == nil && bounding == 0
+}
+
 // Node is the directories of one node and the driver that runs on it.
 type Node struct {
 	Dir, KubeletDir, DataRoot, LayerDir, Socket string

@@ -34,6 +34,8 @@ type Volume struct {
 	Mode     csi.VolumeCapability_AccessMode_Mode
 	Options  []string
 	ReadOnly bool
+	// Group is the pod's fsGroup, "" for none.
+	Group string
 	// Secrets are those of the volume's nodePublishSecretRef.
 	Secrets map[string]string
 }
@@ -87,12 +89,14 @@ func (p *Pod) Request(v Volume) *csi.NodePublishVolumeRequest {
 	if mode == csi.VolumeCapability_AccessMode_UNKNOWN {
 		mode = csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER
 	}
+	capability := Capability(mode, v.Options...)
+	capability.GetMount().VolumeMountGroup = v.Group
 	return &csi.NodePublishVolumeRequest{
 		VolumeId:         id,
 		TargetPath:       p.Target(v.Name),
 		VolumeContext:    volumeContext,
 		Readonly:         v.ReadOnly,
-		VolumeCapability: Capability(mode, v.Options...),
+		VolumeCapability: capability,
 		Secrets:          v.Secrets,
 	}
 }

@@ -163,7 +163,7 @@ func TestVolumesGrowWhileTheyAreWrittenTo(t *testing.T) {
 				wantCode(t, err, codes.OutOfRange, "does not become smaller")
 			}
 			err := expand(t, node, pod, v, 64<<20, 0)
-			if err != nil && lacksResource() && strings.Contains(err.Error(), "Permission denied to resize") {
+			if err != nil && drivertest.LacksResource() && strings.Contains(err.Error(), "Permission denied to resize") {
 				t.Skip("this machine's root lacks CAP_SYS_RESOURCE, which ext4 wants of whoever makes it larger")
 			}
 			must(t, err)
@@ -195,12 +195,6 @@ func expand(t *testing.T, node *drivertest.Node, pod *drivertest.Pod, v driverte
 		VolumeId: pod.Request(v).GetVolumeId(), VolumePath: pod.Target(v.Name), CapacityRange: &csi.CapacityRange{RequiredBytes: size, LimitBytes: limit},
 	})
 	return err
-}
-
-// lacksResource reports whether root here is without CAP_SYS_RESOURCE, as in some sandboxes.
-func lacksResource() bool {
-	bounding, err := unix.PrctlRetInt(unix.PR_CAPBSET_READ, unix.CAP_SYS_RESOURCE, 0, 0, 0)
-	return err == nil && bounding == 0
 }
 
 // TestCapacityCountsWhatIsPromised: a promise that nobody has written to yet is not free.
