@@ -213,11 +213,7 @@ func TestLayerInTheDataRoot(t *testing.T) {
 	other := newPod(t, node, "other")
 	publish(t, other, v)
 	must(t, os.Symlink("data/volumes", filepath.Join(node.Dir, "link")))
-	victim := "volumes/" + other.Request(v).GetVolumeId() + "/upper"
-	if _, err := os.Stat(filepath.Join(node.DataRoot, victim)); err != nil {
-		// Where the data root has project quotas.
-		victim = "volumes/" + other.Request(v).GetVolumeId() + "/data/upper"
-	}
+	victim := strings.TrimPrefix(upperDir(node, other, v), node.DataRoot+"/")
 	// What another pod wrote is no archive either.
 	write(t, filepath.Join(node.DataRoot, victim, "evil.tar"), strings.Repeat("x", 1024))
 	for _, ref := range []string{

@@ -230,5 +230,10 @@ func eventually(t *testing.T, what string, done func() bool) {
 }
 
 func upperDir(node *drivertest.Node, pod *drivertest.Pod, v drivertest.Volume) string {
-	return filepath.Join(node.DataRoot, "volumes", pod.Request(v).GetVolumeId(), "upper")
+	base := filepath.Join(node.DataRoot, "volumes", pod.Request(v).GetVolumeId())
+	if _, err := os.Lstat(filepath.Join(base, "data")); err == nil {
+		// Where the data root has project quotas.
+		base = filepath.Join(base, "data")
+	}
+	return filepath.Join(base, "upper")
 }

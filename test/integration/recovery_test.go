@@ -83,7 +83,7 @@ func TestPodDeletedWhileTheNodeReboots(t *testing.T) {
 		entries, err := os.ReadDir(volumesDir)
 		return err == nil && len(entries) == 1
 	})
-	wantFile(t, filepath.Join(volumesDir, "kept/upper/f"), "kept")
+	wantFile(t, filepath.Join(upperDir(node, later, kept), "f"), "kept")
 }
 
 // TestMissingKubeletDirectoryIsNoProof: where kubelet's directory itself is gone, pods are not.
