@@ -31,6 +31,10 @@ test: ## Run all tests with real mounts, csi-sanity and crash tests included (ro
 test-race: ## The same tests with the race detector, in the driver's process too (root, a C compiler)
 	CGO_ENABLED=1 OVERLAY_CSI_BUILD_FLAGS=-race go test -race -count=1 -timeout 40m ./...
 
+.PHONY: test-kernels
+test-kernels: ## The integration tests on Debian's 6.1 and 6.12 kernels in qemu (root, Debian; see test/kernel/run; hours)
+	test/kernel/run 6.1 6.12
+
 # Before Go 1.27 the fuzzer now and then fails when its time is over, with nothing found (go.dev/issue/75804).
 .PHONY: fuzz
 fuzz: export GOTOOLCHAIN = go1.27.4

@@ -98,11 +98,16 @@ func crash(t *testing.T, node *drivertest.Node, workers, rounds int, limit []str
 
 // killer kills the driver until stop is closed, sometimes before it is ready. It leaves it running.
 func killer(t *testing.T, node *drivertest.Node, stop chan struct{}, kills *atomic.Int64) error {
+	pause := 150 * time.Millisecond
+	if os.Getenv("OVERLAY_CSI_TEST_NATIVE") != "" {
+		// Under emulation the driver takes longer than that to start.
+		pause = 3 * time.Second
+	}
 	for {
 		select {
 		case <-stop:
 			return nil
-		case <-time.After(time.Duration(rand.Int64N(int64(150 * time.Millisecond)))):
+		case <-time.After(time.Duration(rand.Int64N(int64(pause)))):
 		}
 		if err := node.Kill(); err != nil {
 			return err
