@@ -16,6 +16,10 @@ import (
 // chooseKind chooses how a volume's uppers are kept on this node. Where its size cannot be kept to, the error says why;
 // where it is more than the node may ever promise, it is of the kind ResourceExhausted.
 func (m *Manager) chooseKind(r *record) (upper.Kind, error) {
+	if exists(filepath.Join(m.states.volumeDir(r.ID), "upper")) {
+		// Of a driver that knew no other kind.
+		return upper.Directory, nil
+	}
 	want := upper.Want{Bytes: r.Size, Unlimited: r.Spec.Limit == LimitNone}
 	switch {
 	case r.Spec.Medium == MediumMemory:

@@ -351,3 +351,17 @@ func TestInterruptedImageIsMadeAgain(t *testing.T) {
 	}
 	unpublish(t, pod, v)
 }
+
+// TestUpperOfAnEarlierDriverStays: the state of a volume did not always say how its upper is kept.
+func TestUpperOfAnEarlierDriverStays(t *testing.T) {
+	node := startNode(t)
+	v := claim("kept", readWriteOnce, "layers", layersOf(t, node, map[string]string{"f": "layer"}), "limit", "none")
+	pod := newPod(t, node, "pod")
+	dir := filepath.Join(node.DataRoot, "volumes", v.ID)
+	must(t, os.MkdirAll(filepath.Join(dir, "upper"), 0o755))
+	write(t, filepath.Join(dir, "upper", "f"), "written")
+	must(t, os.WriteFile(filepath.Join(dir, "volume.json"), fmt.Appendf(nil, `{"version":1,"id":%q,"spec":{"layers":["dir://layers/layer-0"],"upper":"volume","limit":"none"}}`, v.ID), 0o600))
+	wantFile(t, filepath.Join(publish(t, pod, v), "f"), "written")
+	unpublish(t, pod, v)
+	deleteVolume(t, node, v)
+}
