@@ -29,6 +29,7 @@ type options struct {
 	dataRoot         string
 	upperMounts      string
 	overcommit       float64
+	volumeHealth     bool
 	kubeletDir       string
 	kubeconfig       string
 	register         bool
@@ -62,6 +63,7 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 	flags.StringVar(&opts.dataRoot, "data-root", "/var/lib/overlay-csi", "`directory` for everything that the driver keeps: ext4, xfs, btrfs or tmpfs")
 	flags.StringVar(&opts.upperMounts, "upper-mounts", "", "`directory` in which the file systems of uppers in disk images and in memory are mounted (default <kubelet-dir>/plugins/<driver-name>/uppers)")
 	flags.Float64Var(&opts.overcommit, "overcommit", 1, "how many `times` the data root's disk may be promised to volumes with a size")
+	flags.BoolVar(&opts.volumeHealth, "volume-health", false, "answer the health RPCs, which are alpha in CSI 1.13: NodeGetVolumeHealth, NodeGetStorageHealth, ControllerGetVolumeHealth, ControllerListVolumeHealth")
 	flags.StringVar(&opts.kubeletDir, "kubelet-dir", "/var/lib/kubelet", "kubelet's root `directory`; mounted into the driver at the same path, with mount propagation Bidirectional")
 	flags.StringArrayVar(&roots, "layer-root", nil, "`NAME=PATH` of a directory that dir://NAME/... layers and archive://NAME/... archives are taken from; repeatable")
 	flags.StringArrayVar(&rootMounts, "layer-root-mounts", nil, "`NAME` of a layer root in which layers may lie on other mounts beneath it; repeatable")

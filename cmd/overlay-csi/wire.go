@@ -75,7 +75,7 @@ func run(ctx context.Context, opts options) error {
 	}
 	csi.RegisterIdentityServer(server, driver.NewIdentity(opts.driverName, version, manager.Ready))
 	csi.RegisterControllerServer(server, newController(manager, specs, opts))
-	csi.RegisterNodeServer(server, driver.NewNode(opts.driverName, opts.nodeID, manager, opts.permittedOptions))
+	csi.RegisterNodeServer(server, driver.NewNode(opts.driverName, opts.nodeID, manager, opts.permittedOptions, opts.volumeHealth))
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { manager.Run(ctx); return nil })
@@ -203,9 +203,9 @@ func newPodVolumes(dir kubelet.Dir, specs *kubelet.PodSpecs, opts options) *kube
 
 func newController(manager *volume.Manager, specs *kubelet.PodSpecs, opts options) *driver.Controller {
 	if specs == nil {
-		return driver.NewController(opts.driverName, opts.nodeID, manager, nil)
+		return driver.NewController(opts.driverName, opts.nodeID, manager, nil, opts.volumeHealth)
 	}
-	return driver.NewController(opts.driverName, opts.nodeID, manager, specs)
+	return driver.NewController(opts.driverName, opts.nodeID, manager, specs, opts.volumeHealth)
 }
 
 // clientConfig is nil where there is no API server.

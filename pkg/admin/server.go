@@ -48,7 +48,7 @@ type layers interface {
 
 // volumes is what is asked of the volumes.
 type volumes interface {
-	Describe(id string) (volume.Description, error)
+	Describe(ctx context.Context, id string) (volume.Description, error)
 	IDs() ([]string, error)
 	LayerUsers() (map[digest.Digest][]string, error)
 }
@@ -104,7 +104,7 @@ func (h *handler) listImages(*http.Request) ([]store.Image, error) {
 func (h *handler) listVolumes(*http.Request) ([]string, error) { return h.volumes.IDs() }
 
 func (h *handler) describe(r *http.Request) (volume.Description, error) {
-	return h.volumes.Describe(r.PathValue("id"))
+	return h.volumes.Describe(r.Context(), r.PathValue("id"))
 }
 
 func (h *handler) collect(r *http.Request) (store.Collected, error) {

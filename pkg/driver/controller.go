@@ -22,6 +22,7 @@ type provisioner interface {
 	Get(id string) (volume.Volume, error)
 	List(after string, limit int) (volumes []volume.Volume, more bool, err error)
 	Capacity(ctx context.Context) (int64, error)
+	Health(ctx context.Context, id, target string) ([]volume.Condition, error)
 }
 
 // Controller is the CSI Controller service (CSI spec, "Controller Service RPC"). It is made for external-provisioner's
@@ -32,6 +33,7 @@ type Controller struct {
 	claims     claims
 	annotation string
 	topology   *csi.Topology
+	health     bool
 }
 
 // claims reads claims from the API server.
@@ -40,9 +42,9 @@ type claims interface {
 }
 
 // NewController returns the service of a node. claims may be nil, where there is no API server: then no claim can name
-// its layers.
-func NewController(driverName, nodeID string, volumes provisioner, claims claims) *Controller {
-	return &Controller{volumes: volumes, claims: claims, annotation: driverName + "/layers", topology: nodeTopology(driverName, nodeID)}
+// its layers. health switches the health RPCs on.
+func NewController(driverName, nodeID string, volumes provisioner, claims claims, health bool) *Controller {
+	return &Controller{volumes: volumes, claims: claims, annotation: driverName + "/layers", topology: nodeTopology(driverName, nodeID), health: health}
 }
 
 // CreateVolume makes a volume on this node.
@@ -152,14 +154,29 @@ func (c *Controller) ValidateVolumeCapabilities(ctx context.Context, req *csi.Va
 // tokenPrefix begins a token of ListVolumes; the ID of the last volume that was listed follows.
 const tokenPrefix = "after:"
 
-// ListVolumes lists the volumes of this node, by ID.
-func (c *Controller) ListVolumes(ctx context.Context, req *csi.ListVolumesRequest) (*csi.ListVolumesResponse, error) {
+// pageRequest asks for a part of a list.
+type pageRequest interface {
+	GetMaxEntries() int32
+	GetStartingToken() string
+}
+
+// parsePage reads behind which volume a part of a list begins.
+func parsePage(req pageRequest) (after string, err error) {
 	if req.GetMaxEntries() < 0 {
-		return nil, fmt.Errorf("%w: max_entries is %d", errdefs.ErrInvalidArgument, req.GetMaxEntries())
+		return "", fmt.Errorf("%w: max_entries is %d", errdefs.ErrInvalidArgument, req.GetMaxEntries())
 	}
 	after, isToken := strings.CutPrefix(req.GetStartingToken(), tokenPrefix)
 	if req.GetStartingToken() != "" && !isToken {
-		return nil, fmt.Errorf("%w: starting token %q is none of this driver's: list again from the beginning", errdefs.ErrAborted, req.GetStartingToken())
+		return "", fmt.Errorf("%w: starting token %q is none of this driver's: list again from the beginning", errdefs.ErrAborted, req.GetStartingToken())
+	}
+	return after, nil
+}
+
+// ListVolumes lists the volumes of this node, by ID.
+func (c *Controller) ListVolumes(ctx context.Context, req *csi.ListVolumesRequest) (*csi.ListVolumesResponse, error) {
+	after, err := parsePage(req)
+	if err != nil {
+		return nil, err
 	}
 	volumes, more, err := c.volumes.List(after, int(req.GetMaxEntries()))
 	if err != nil {
@@ -190,12 +207,16 @@ func (c *Controller) GetCapacity(ctx context.Context, req *csi.GetCapacityReques
 // ControllerGetCapabilities tells what the service can do.
 func (c *Controller) ControllerGetCapabilities(context.Context, *csi.ControllerGetCapabilitiesRequest) (*csi.ControllerGetCapabilitiesResponse, error) {
 	response := &csi.ControllerGetCapabilitiesResponse{}
-	for _, rpc := range []csi.ControllerServiceCapability_RPC_Type{
+	rpcs := []csi.ControllerServiceCapability_RPC_Type{
 		csi.ControllerServiceCapability_RPC_CREATE_DELETE_VOLUME,
 		csi.ControllerServiceCapability_RPC_LIST_VOLUMES,
 		csi.ControllerServiceCapability_RPC_GET_CAPACITY,
 		csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
-	} {
+	}
+	if c.health {
+		rpcs = append(rpcs, csi.ControllerServiceCapability_RPC_GET_VOLUME_HEALTH, csi.ControllerServiceCapability_RPC_LIST_VOLUME_HEALTH)
+	}
+	for _, rpc := range rpcs {
 		response.Capabilities = append(response.Capabilities, &csi.ControllerServiceCapability{
 			Type: &csi.ControllerServiceCapability_Rpc{Rpc: &csi.ControllerServiceCapability_RPC{Type: rpc}},
 		})

@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"fmt"
+	"regexp"
 	"runtime/debug"
 	"time"
 
@@ -55,7 +56,7 @@ func withLog(logger klog.Logger) grpc.UnaryServerInterceptor {
 		switch {
 		case err != nil:
 			logger.Error(err, "RPC", values...)
-		case changes(req):
+		case !asking.MatchString(info.FullMethod):
 			logger.Info("RPC", values...)
 		default:
 			logger.V(verbosityAsking).Info("RPC", values...)
@@ -64,15 +65,8 @@ func withLog(logger klog.Logger) grpc.UnaryServerInterceptor {
 	}
 }
 
-// changes reports whether a request is for a target, or makes or removes a volume.
-func changes(req any) bool {
-	_, publishes := req.(interface{ GetTargetPath() string })
-	_, creates := req.(interface{ GetName() string })
-	_, isVolume := req.(interface{ GetVolumeId() string })
-	_, asks := req.(interface{ GetVolumePath() string })
-	_, validates := req.(interface{ GetParameters() map[string]string })
-	return publishes || creates || (isVolume && !asks && !validates)
-}
+// asking begins the names of RPCs that change nothing, behind the name of their service.
+var asking = regexp.MustCompile(`/(Get|NodeGet|ControllerGet|Validate|List|ControllerList|Probe)[^/]*$`)
 
 // about is what a request says of volume, pod and target, as log values.
 func about(req any) []any {

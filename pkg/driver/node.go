@@ -19,6 +19,8 @@ type publisher interface {
 	Unpublish(ctx context.Context, id, target string) error
 	Stats(ctx context.Context, id, path string) (volume.Stats, error)
 	Expand(ctx context.Context, id, path string, required, limit int64) (int64, error)
+	Health(ctx context.Context, id, target string) ([]volume.Condition, error)
+	StorageHealth() []volume.Condition
 }
 
 // Node is the CSI Node service (CSI spec, "Node Service RPC").
@@ -28,12 +30,13 @@ type Node struct {
 	nodeID           string
 	topology         *csi.Topology
 	permittedOptions []string
+	health           bool
 }
 
 // NewNode returns the service of a node. permittedOptions are the mount options beyond the safe ones that volumes may
-// name.
-func NewNode(driverName, nodeID string, volumes publisher, permittedOptions []string) *Node {
-	return &Node{volumes: volumes, nodeID: nodeID, topology: nodeTopology(driverName, nodeID), permittedOptions: permittedOptions}
+// name. health switches the health RPCs on.
+func NewNode(driverName, nodeID string, volumes publisher, permittedOptions []string, health bool) *Node {
+	return &Node{volumes: volumes, nodeID: nodeID, topology: nodeTopology(driverName, nodeID), permittedOptions: permittedOptions, health: health}
 }
 
 // NodePublishVolume mounts a view of the volume at the target path.
@@ -107,12 +110,16 @@ func (n *Node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRe
 // NodeGetCapabilities tells what the service can do. There is no staging: a view is made for the pod in one step.
 func (n *Node) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRequest) (*csi.NodeGetCapabilitiesResponse, error) {
 	response := &csi.NodeGetCapabilitiesResponse{}
-	for _, rpc := range []csi.NodeServiceCapability_RPC_Type{
+	rpcs := []csi.NodeServiceCapability_RPC_Type{
 		csi.NodeServiceCapability_RPC_GET_VOLUME_STATS,
 		csi.NodeServiceCapability_RPC_EXPAND_VOLUME,
 		csi.NodeServiceCapability_RPC_VOLUME_MOUNT_GROUP,
 		csi.NodeServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
-	} {
+	}
+	if n.health {
+		rpcs = append(rpcs, csi.NodeServiceCapability_RPC_GET_VOLUME_HEALTH, csi.NodeServiceCapability_RPC_GET_STORAGE_HEALTH)
+	}
+	for _, rpc := range rpcs {
 		response.Capabilities = append(response.Capabilities, &csi.NodeServiceCapability{
 			Type: &csi.NodeServiceCapability_Rpc{Rpc: &csi.NodeServiceCapability_RPC{Type: rpc}},
 		})

@@ -2,7 +2,11 @@ package layer
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"maps"
 	"os"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 
@@ -29,6 +33,8 @@ type Request struct {
 // resolved whatever is renamed or collected meanwhile.
 type Stack struct {
 	Dirs []*os.File
+	// Marks tell of each directory whether it was changed since.
+	Marks []Mark
 	// Pins are the request's, and those of the references that had none.
 	Pins Pins
 	// Stored are the layers of the stack that are in the layer store.
@@ -58,15 +64,26 @@ func (s *Stack) Paths() []string {
 	return paths
 }
 
-// addDir puts a directory below the others.
-func (s *Stack) addDir(dir *os.File) {
+// addDir puts a directory below the others. mayChange: it is no sign of a fault when it does.
+func (s *Stack) addDir(dir *os.File, mayChange bool) error {
 	s.own = append(s.own, dir)
 	s.Dirs = append(s.Dirs, dir)
+	if mayChange {
+		s.Marks = append(s.Marks, "")
+		return nil
+	}
+	return s.mark(dir)
+}
+
+func (s *Stack) mark(dir *os.File) error {
+	mark, err := markOf(dir)
+	s.Marks = append(s.Marks, mark)
+	return err
 }
 
 // addImage puts the layers of an image below the others. One that is there already, as the layers are that two images
 // have in common, would show nothing that it does not show where it is higher, and overlayfs takes a directory once.
-func (s *Stack) addImage(ref Reference, use *store.Use) {
+func (s *Stack) addImage(ref Reference, use *store.Use) error {
 	s.uses = append(s.uses, use)
 	s.Pins[ref.String()] = use.Image.Digest
 	for _, layer := range use.Image.Layers {
@@ -76,8 +93,12 @@ func (s *Stack) addImage(ref Reference, use *store.Use) {
 		if !s.seen[dir.Name()] {
 			s.seen[dir.Name()] = true
 			s.Dirs = append(s.Dirs, dir)
+			if err := s.mark(dir); err != nil {
+				return err
+			}
 		}
 	}
+	return nil
 }
 
 // Resolver resolves references of every scheme.
@@ -129,11 +150,9 @@ func (r *Resolver) resolve(ctx context.Context, ref Reference, req Request, cred
 	case err != nil:
 		return err
 	case use != nil:
-		stack.addImage(ref, use)
-	default:
-		stack.addDir(dir)
+		return stack.addImage(ref, use)
 	}
-	return nil
+	return stack.addDir(dir, ref.Scheme() == Volume)
 }
 
 // Check refuses what could never be resolved, whatever node and pod: an unknown layer root.
@@ -171,4 +190,18 @@ func (r *Resolver) CheckHere(refs []Reference) error {
 		file.Close()
 	}
 	return nil
+}
+
+// CheckRoots tells of the layer roots that are not there on this node. It is nil where all are.
+func (r *Resolver) CheckRoots() error {
+	var missing error
+	for _, name := range slices.Sorted(maps.Keys(r.roots.roots)) {
+		root, err := r.roots.openRoot(r.roots.roots[name])
+		if err != nil {
+			missing = errors.Join(missing, fmt.Errorf("layer root %s: %w", name, err))
+			continue
+		}
+		openedRoots{name: root}.close()
+	}
+	return missing
 }

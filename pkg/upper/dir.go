@@ -90,25 +90,46 @@ func (d Dir) Taken(ctx context.Context) (int64, error) {
 	return used.bytes, err
 }
 
-// Check looks whether the upper is there, and can be written to.
-func (d Dir) Check() error {
+// Exists reports whether the upper has been made.
+func (d Dir) Exists() (bool, error) {
 	path, _ := d.Paths()
-	return checkDir(path)
+	return isThere(path)
 }
 
-// checkDir looks whether an upper directory is there and its file system can be written to.
-func checkDir(path string) error {
-	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%w: the upper %s is gone", errdefs.ErrNotFound, path)
-	} else if err != nil {
-		return fmt.Errorf("look at the upper: %w", err)
+// Check looks whether the upper is there, and can be written to.
+func (d Dir) Check() error { return checkDirs(d) }
+
+// Free is what is left on the file system.
+func (d Dir) Free(context.Context) (Usage, error) { return FileSystemUsage(d.path()) }
+
+func isThere(path string) (bool, error) {
+	_, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
 	}
-	var stat unix.Statfs_t
-	if err := unix.Statfs(path, &stat); err != nil {
-		return fmt.Errorf("statfs %s: %w", path, err)
+	return err == nil, err
+}
+
+// checkDirs looks whether the directories of an upper are there, and by doing whether their file system can be written
+// to: one that the kernel has given up on need not say that it is read-only (ext4 from Linux 6.12 on).
+func checkDirs(place interface{ Paths() (upper, work string) }) error {
+	upper, work := place.Paths()
+	for _, path := range []string{upper, work} {
+		there, err := isThere(path)
+		if err != nil {
+			return fmt.Errorf("look at the upper: %w", err)
+		}
+		if !there {
+			return fmt.Errorf("%w: the upper's directory %s is gone", errdefs.ErrNotFound, path)
+		}
 	}
-	if stat.Flags&unix.ST_RDONLY != 0 {
-		return fmt.Errorf("%w: the file system of the upper %s is read-only: the kernel log may say why", errdefs.ErrFailedPrecondition, path)
+	// Nobody minds the time of the work directory. That there is no room for it is for Free to tell.
+	err := unix.UtimesNanoAt(unix.AT_FDCWD, work, nil, unix.AT_SYMLINK_NOFOLLOW)
+	if errors.Is(err, unix.EROFS) {
+		return fmt.Errorf("%w: the file system of the upper %s is read-only: the kernel log may say why", errdefs.ErrFailedPrecondition, upper)
+	}
+	if err != nil && !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
+		return fmt.Errorf("write to the upper's file system: %w", &os.PathError{Op: "utimensat", Path: work, Err: err})
 	}
 	return nil
 }

@@ -303,17 +303,21 @@ func (d diskImage) Taken(context.Context) (int64, error) {
 	return stat.Blocks * 512, nil
 }
 
+// Exists reports whether the image has been made.
+func (d diskImage) Exists() (bool, error) { return isThere(d.file()) }
+
 // Check looks whether the image is there and, where it is mounted, can be written to.
 func (d diskImage) Check() error {
-	if _, err := os.Stat(d.file()); errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%w: the disk image %s is gone", errdefs.ErrNotFound, d.file())
-	} else if err != nil {
+	there, err := d.Exists()
+	if err != nil {
 		return fmt.Errorf("look at the disk image: %w", err)
+	}
+	if !there {
+		return fmt.Errorf("%w: the disk image %s is gone", errdefs.ErrNotFound, d.file())
 	}
 	mounted, err := d.isMounted()
 	if err != nil || !mounted {
 		return err
 	}
-	path, _ := d.Paths()
-	return checkDir(path)
+	return checkDirs(d)
 }

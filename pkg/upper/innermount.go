@@ -93,3 +93,6 @@ func (m innerMount) Release() error {
 
 // Usage is how full the file system is: nothing else is in it.
 func (m innerMount) Usage(context.Context) (Usage, error) { return FileSystemUsage(m.path) }
+
+// Free is what is left in the file system.
+func (m innerMount) Free(ctx context.Context) (Usage, error) { return m.Usage(ctx) }

@@ -59,6 +59,9 @@ func (m memory) Grow(_ context.Context, limit Limit) error {
 // Taken is nothing: memory is not of the disk.
 func (m memory) Taken(context.Context) (int64, error) { return 0, nil }
 
+// Exists reports whether the tmpfs is there.
+func (m memory) Exists() (bool, error) { return m.isMounted() }
+
 // Check looks whether the tmpfs is there.
 func (m memory) Check() error {
 	mounted, err := m.isMounted()
@@ -68,6 +71,5 @@ func (m memory) Check() error {
 	if err != nil {
 		return err
 	}
-	path, _ := m.Paths()
-	return checkDir(path)
+	return checkDirs(m)
 }

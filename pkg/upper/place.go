@@ -56,9 +56,14 @@ type Place interface {
 	Usage(ctx context.Context) (Usage, error)
 	// Taken is how many bytes of the data root's disk it takes.
 	Taken(ctx context.Context) (int64, error)
+	// Exists reports whether the upper has been made.
+	Exists() (bool, error)
 	// Check tells what is wrong with an upper that should be there: of the kind NotFound where it is lost, FailedPrecondition
-	// where it is read-only.
+	// where it cannot be written to. What is only there while the upper is in use is looked at where it is.
 	Check() error
+	// Free is what there is and what is left, of bytes and of inodes: of the upper where it has a limit, else of its file
+	// system. It takes the same time however many files there are.
+	Free(ctx context.Context) (Usage, error)
 	// Paths are where the upper and work directories are, while the upper is in use.
 	Paths() (upper, work string)
 }

@@ -135,6 +135,42 @@ func (p PodVolume) Usage(ctx context.Context) (Usage, error) {
 	return usageOf(ctx, fmt.Sprintf("/proc/self/fd/%d", upper.Fd()))
 }
 
+// Check looks whether the upper is there, and can be written to.
+func (p PodVolume) Check() error {
+	volume, err := openVolume(p.pin.Volume)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: %w", errdefs.ErrNotFound, err)
+	}
+	if err != nil {
+		return err
+	}
+	defer volume.Close()
+	base, err := p.open(volume, p.pin.Path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: %w", errdefs.ErrNotFound, err)
+	}
+	if err != nil {
+		return err
+	}
+	defer base.Close()
+	if err := checkDirs(openBase{base}); err != nil {
+		return p.wrap("look at the upper", err)
+	}
+	return nil
+}
+
+// openBase is the base directory of an upper, open: what the pod renames above it leads nowhere else.
+type openBase struct{ dir *os.File }
+
+// Paths are where the upper and work directories are, as long as it is open.
+func (b openBase) Paths() (upper, work string) {
+	base := fmt.Sprintf("/proc/self/fd/%d/", b.dir.Fd())
+	return base + upperName, base + workName
+}
+
+// Free is what is left in the volume.
+func (p PodVolume) Free(context.Context) (Usage, error) { return FileSystemUsage(p.pin.Volume) }
+
 // Unpin takes only the pin away, so that kubelet can unmount the volume: for an upper whose overlay is gone, and whose
 // publish or unpublish is not finished.
 func (p PodVolume) Unpin() error {

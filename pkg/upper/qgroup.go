@@ -89,6 +89,9 @@ func (q qgroup) Usage(ctx context.Context) (Usage, error) {
 	return usage, nil
 }
 
+// Free is what Usage says: nothing is counted for it.
+func (q qgroup) Free(ctx context.Context) (Usage, error) { return q.Usage(ctx) }
+
 // Taken is what the qgroup refers to.
 func (q qgroup) Taken(ctx context.Context) (int64, error) {
 	used, _, err := q.counted(ctx)

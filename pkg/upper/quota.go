@@ -59,6 +59,9 @@ func (q quota) Usage(ctx context.Context) (Usage, error) {
 	return usage, nil
 }
 
+// Free is what Usage says: nothing is counted for it.
+func (q quota) Free(ctx context.Context) (Usage, error) { return q.Usage(ctx) }
+
 // within is what a limit leaves of a file system's amount.
 func within(all Amount, limit, used int64) Amount {
 	if limit == 0 {

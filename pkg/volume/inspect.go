@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -26,6 +27,8 @@ type Description struct {
 	Pins         layer.Pins      `json:",omitempty"`
 	Layers       []digest.Digest `json:",omitempty"`
 	Publications []Publication
+	// Conditions are what is wrong with it.
+	Conditions []Condition `json:",omitempty"`
 }
 
 // Publication is one target of a volume. Data has the form of docker image inspect's GraphDriver.Data.
@@ -38,7 +41,7 @@ type Publication struct {
 }
 
 // Describe describes a volume. It is of the kind NotFound where there is none.
-func (m *Manager) Describe(id string) (Description, error) {
+func (m *Manager) Describe(ctx context.Context, id string) (Description, error) {
 	if err := CheckID(id); err != nil {
 		return Description{}, err
 	}
@@ -60,7 +63,8 @@ func (m *Manager) Describe(id string) (Description, error) {
 			Target: p.Target, Pod: p.Pod, Mounted: mounted, Options: p.Attributes.String(), Data: m.graphDriverData(r, p),
 		})
 	}
-	return d, nil
+	d.Conditions, err = m.health(ctx, r, "")
+	return d, err
 }
 
 // graphDriverData are the directories of a view.

@@ -36,6 +36,7 @@ type layers interface {
 	Pin(ctx context.Context, refs []layer.Reference, secrets map[string]string) ([]layer.Reference, error)
 	Check(refs []layer.Reference) error
 	CheckHere(refs []layer.Reference) error
+	CheckRoots() error
 }
 
 // podVolumes opens the root of another volume of a pod.

@@ -194,7 +194,7 @@ func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, 
 	if uid := m.pods.PodUID(req.Target); uid != "" {
 		pod.UID = uid
 	}
-	p := publication{Target: req.Target, Pod: pod, Access: req.Access, Attributes: req.Attributes, Group: req.Group, BootID: m.config.BootID, LowerDirs: stack.Paths()}
+	p := publication{Target: req.Target, Pod: pod, Access: req.Access, Attributes: req.Attributes, Group: req.Group, BootID: m.config.BootID, LowerDirs: stack.Paths(), LowerMarks: stack.Marks}
 	if req.Spec.Upper == UpperPodVolume {
 		root, err := m.podVolumes.Root(ctx, *req.Spec.UpperRef, req.Pod)
 		if err != nil {
@@ -335,8 +335,24 @@ func (m *Manager) preparePlace(ctx context.Context, r *record, p *publication, r
 		}
 	}
 	place := m.place(r, p.Target)
+	if r.Made {
+		if there, err := place.Exists(); err != nil {
+			return upper.Dirs{}, fmt.Errorf("look for the upper: %w", err)
+		} else if !there {
+			return upper.Dirs{}, fmt.Errorf("%w: the upper in %s is gone, with what was written to it: an empty one is not put in its place: restore it, or delete the claim", errdefs.ErrDataLoss, m.states.volumeDir(r.ID))
+		}
+	}
 	*steps = append(*steps, step{"prepare the upper", place.Release})
-	return place.Prepare(ctx, root)
+	dirs, err := place.Prepare(ctx, root)
+	if err != nil || !r.keepsUpper() || r.Made {
+		return dirs, err
+	}
+	r.Made = true
+	if err := m.states.save(r); err != nil {
+		dirs.Close()
+		return upper.Dirs{}, err
+	}
+	return dirs, nil
 }
 
 // restore puts the state back as it was before a publish that failed.

@@ -51,6 +51,8 @@ type record struct {
 	// for none: it is Spec's, or what that was grown to.
 	Kept upper.Kind `json:"kept,omitempty"`
 	Size int64      `json:"sizeBytes,omitempty"`
+	// Made: there was a view of the upper that the volume keeps. If that is not there now, it is lost.
+	Made bool `json:"made,omitempty"`
 	// Pins are the images that the references to images and archives stand for, and Stored the layers of those in the
 	// layer store, by diff ID: what is named here is not collected.
 	Pins   layer.Pins      `json:"pins,omitempty"`
@@ -77,8 +79,10 @@ type publication struct {
 	Group *uint32 `json:"group,omitempty"`
 	// BootID is that of the boot in which it was published.
 	BootID string `json:"bootID"`
-	// LowerDirs are the directories that the layers were resolved to, the topmost first.
-	LowerDirs []string `json:"lowerDirs,omitempty"`
+	// LowerDirs are the directories that the layers were resolved to, the topmost first, and LowerMarks what these looked
+	// like.
+	LowerDirs  []string     `json:"lowerDirs,omitempty"`
+	LowerMarks []layer.Mark `json:"lowerMarks,omitempty"`
 	// Pin is set where the upper lies in another volume of the pod.
 	Pin *upper.Pin `json:"pin,omitempty"`
 }

@@ -26,7 +26,7 @@ func TestSanity(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	node, err := drivertest.NewNode(dir, binary)
+	node, err := drivertest.NewNode(dir, binary, "--volume-health")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,115 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/volume"
+)
+
+// severities are the CSI names of what is wrong with a volume. The RPCs that tell it are alpha in CSI 1.13, and answered
+// where they are switched on.
+var severities = map[volume.Severity]csi.VolumeHealthErrorType{
+	volume.Degraded:     csi.VolumeHealthErrorType_DEGRADED,
+	volume.Inaccessible: csi.VolumeHealthErrorType_INACCESSIBLE,
+	volume.Lost:         csi.VolumeHealthErrorType_DATA_LOSS,
+}
+
+func volumeHealth(id string, conditions []volume.Condition) *csi.VolumeHealth {
+	health := &csi.VolumeHealth{VolumeId: id}
+	for _, c := range conditions {
+		health.HealthStatuses = append(health.HealthStatuses, &csi.VolumeHealth_VolumeHealthEntry{Status: severities[c.Severity], Reason: c.Reason, Message: c.Message})
+	}
+	return health
+}
+
+// NodeGetVolumeHealth tells what is wrong with a volume on this node (CSI spec, "NodeGetVolumeHealth").
+func (n *Node) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVolumeHealthRequest) (*csi.NodeGetVolumeHealthResponse, error) {
+	if !n.health {
+		return n.UnimplementedNodeServer.NodeGetVolumeHealth(ctx, req)
+	}
+	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+		return nil, err
+	}
+	if path := req.GetVolumePublishPath(); path != "" {
+		if err := volume.CheckTarget(path); err != nil {
+			return nil, err
+		}
+	}
+	conditions, err := n.volumes.Health(ctx, req.GetVolumeId(), req.GetVolumePublishPath())
+	if err != nil {
+		return nil, err
+	}
+	return &csi.NodeGetVolumeHealthResponse{VolumeHealth: volumeHealth(req.GetVolumeId(), conditions)}, nil
+}
+
+// NodeGetStorageHealth tells what is wrong with what all volumes of this node need (CSI spec, "NodeGetStorageHealth").
+func (n *Node) NodeGetStorageHealth(ctx context.Context, req *csi.NodeGetStorageHealthRequest) (*csi.NodeGetStorageHealthResponse, error) {
+	if !n.health {
+		return n.UnimplementedNodeServer.NodeGetStorageHealth(ctx, req)
+	}
+	response := &csi.NodeGetStorageHealthResponse{}
+	for _, c := range n.volumes.StorageHealth() {
+		status := csi.StorageHealthErrorType_STORAGE_DEGRADED
+		if c.Severity == volume.Inaccessible {
+			status = csi.StorageHealthErrorType_STORAGE_UNREACHABLE
+		}
+		response.BackendHealth = append(response.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{Status: status, Reason: c.Reason, Message: c.Message})
+	}
+	return response, nil
+}
+
+// ControllerGetVolumeHealth tells what is wrong with a volume whose upper is kept on this node (CSI spec,
+// "ControllerGetVolumeHealth"): it can be used nowhere else.
+func (c *Controller) ControllerGetVolumeHealth(ctx context.Context, req *csi.ControllerGetVolumeHealthRequest) (*csi.ControllerGetVolumeHealthResponse, error) {
+	if !c.health {
+		return c.UnimplementedControllerServer.ControllerGetVolumeHealth(ctx, req)
+	}
+	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+		return nil, err
+	}
+	conditions, err := c.volumes.Health(ctx, req.GetVolumeId(), "")
+	if err != nil {
+		return nil, err
+	}
+	return &csi.ControllerGetVolumeHealthResponse{VolumeHealth: volumeHealth(req.GetVolumeId(), conditions)}, nil
+}
+
+// ControllerListVolumeHealth lists the volumes whose upper is kept on this node and with which something is wrong (CSI
+// spec, "ControllerListVolumeHealth").
+func (c *Controller) ControllerListVolumeHealth(ctx context.Context, req *csi.ControllerListVolumeHealthRequest) (*csi.ControllerListVolumeHealthResponse, error) {
+	if !c.health {
+		return c.UnimplementedControllerServer.ControllerListVolumeHealth(ctx, req)
+	}
+	after, err := parsePage(req)
+	if err != nil {
+		return nil, err
+	}
+	volumes, _, err := c.volumes.List(after, 0)
+	if err != nil {
+		return nil, err
+	}
+	response := &csi.ControllerListVolumeHealthResponse{}
+	for _, v := range volumes {
+		conditions, err := c.volumes.Health(ctx, v.ID, "")
+		if errdefs.IsNotFound(err) {
+			// It was deleted meanwhile.
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("look at volume %s: %w", v.ID, err)
+		}
+		if len(conditions) == 0 {
+			continue
+		}
+		if limit := int(req.GetMaxEntries()); limit > 0 && len(response.Entries) == limit {
+			response.NextToken = tokenPrefix + response.Entries[limit-1].GetVolumeId()
+			break
+		}
+		response.Entries = append(response.Entries, volumeHealth(v.ID, conditions))
+	}
+	return response, nil
+}

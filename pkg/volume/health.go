@@ -1,0 +1,221 @@
+package volume
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
+)
+
+// Condition is something that is wrong with a volume on this node, or with what all of the node's volumes need.
+type Condition struct {
+	Severity Severity
+	// Reason is the same word for the same fault, Message says where it is and what to do.
+	Reason, Message string
+}
+
+// Severity is how much of a volume can be used.
+type Severity string
+
+// The severities (CSI spec, VolumeHealthErrorType).
+const (
+	Degraded     Severity = "Degraded"     // it can be used, and is not as it should be
+	Inaccessible Severity = "Inaccessible" // it cannot be used
+	Lost         Severity = "Lost"         // something that was written is gone
+)
+
+// The reasons of conditions.
+const (
+	reasonStateDamaged  = "StateDamaged"
+	reasonNotMounted    = "NotMounted"
+	reasonUpperLost     = "UpperLost"
+	reasonUpperReadOnly = "UpperReadOnly"
+	reasonUpperFails    = "UpperFails"
+	reasonOutOfSpace    = "OutOfSpace"
+	reasonLayerMissing  = "LayerMissing"
+	reasonLayerChanged  = "LayerChanged"
+	reasonLayerFails    = "LayerFails"
+
+	reasonDataRootReadOnly = "DataRootReadOnly"
+	reasonDataRootFails    = "DataRootFails"
+	reasonDataRootFull     = "DataRootFull"
+	reasonLayerRootMissing = "LayerRootMissing"
+)
+
+// findings collects conditions. Of one reason there is one condition, which has the messages of all.
+type findings []Condition
+
+func (f *findings) add(severity Severity, reason, message string) {
+	for i, found := range *f {
+		if found.Severity != severity || found.Reason != reason {
+			continue
+		}
+		if !strings.Contains(found.Message, message) {
+			(*f)[i].Message += "; " + message
+		}
+		return
+	}
+	*f = append(*f, Condition{severity, reason, message})
+}
+
+// addError adds an error by its kind: gone, not as it should be, or anything else.
+func (f *findings) addError(err error, gone, bad, other Condition) {
+	condition := other
+	switch {
+	case err == nil:
+		return
+	case errdefs.IsNotFound(err):
+		condition = gone
+	case errdefs.IsFailedPrecondition(err):
+		condition = bad
+	}
+	f.add(condition.Severity, condition.Reason, err.Error())
+}
+
+// Health tells what is wrong with a volume on this node, and with its view at target where that is not "": nothing where
+// it is as it should be. It is of the kind NotFound where the volume is not here.
+func (m *Manager) Health(ctx context.Context, id, target string) ([]Condition, error) {
+	unlock, err := m.locks.acquire(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	r, err := m.states.load(id)
+	if errdefs.IsDataLoss(err) {
+		return []Condition{{Inaccessible, reasonStateDamaged, err.Error()}}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if r == nil {
+		dir := m.states.volumeDir(id)
+		if upper.Holds(dir) {
+			return []Condition{{Inaccessible, reasonStateDamaged, fmt.Sprintf("%s holds an upper without its state: restore %s", dir, stateName)}}, nil
+		}
+		return nil, fmt.Errorf("%w: volume %s: there is none of that ID on this node", errdefs.ErrNotFound, id)
+	}
+	return m.health(ctx, r, target)
+}
+
+// health is of a volume of which nobody else changes anything meanwhile.
+func (m *Manager) health(ctx context.Context, r *record, target string) ([]Condition, error) {
+	var found findings
+	mounted := false
+	for i := range r.Publications {
+		p := &r.Publications[i]
+		if target != "" && p.Target != target {
+			continue
+		}
+		live, err := m.isLive(p)
+		if err != nil {
+			found.add(Inaccessible, reasonNotMounted, err.Error())
+			continue
+		}
+		if !live {
+			found.add(Inaccessible, reasonNotMounted, fmt.Sprintf("nothing is mounted at %s: kubelet mounts it when it starts the pod again", p.Target))
+			continue
+		}
+		mounted = true
+		for i, mark := range p.LowerMarks {
+			found.addError(mark.Check(p.LowerDirs[i]), Condition{Severity: Degraded, Reason: reasonLayerMissing},
+				Condition{Severity: Degraded, Reason: reasonLayerChanged}, Condition{Severity: Degraded, Reason: reasonLayerFails})
+		}
+		if p.Pin != nil {
+			m.upperHealth(ctx, &found, m.podUpper(r, p))
+		} else if r.Spec.hasUpper() {
+			m.upperHealth(ctx, &found, m.place(r, p.Target))
+		}
+	}
+	if mounted {
+		return found, nil
+	}
+	// A pod that is to have it would meet these.
+	found.addError(m.layers.CheckHere(r.Spec.Layers), Condition{Severity: Inaccessible, Reason: reasonLayerMissing},
+		Condition{Severity: Inaccessible, Reason: reasonLayerFails}, Condition{Severity: Inaccessible, Reason: reasonLayerFails})
+	if r.Made {
+		place := m.place(r, "")
+		if there, err := place.Exists(); err != nil || !there {
+			found.addError(place.Check(), Condition{Severity: Lost, Reason: reasonUpperLost},
+				Condition{Severity: Inaccessible, Reason: reasonUpperFails}, Condition{Severity: Inaccessible, Reason: reasonUpperFails})
+		}
+	}
+	return found, nil
+}
+
+// usedUpper is an upper that a view is mounted on.
+type usedUpper interface {
+	Check() error
+	Free(ctx context.Context) (upper.Usage, error)
+}
+
+func (m *Manager) upperHealth(ctx context.Context, found *findings, used usedUpper) {
+	if err := used.Check(); err != nil {
+		found.addError(err, Condition{Severity: Lost, Reason: reasonUpperLost},
+			Condition{Severity: Degraded, Reason: reasonUpperReadOnly}, Condition{Severity: Inaccessible, Reason: reasonUpperFails})
+		return
+	}
+	usage, err := used.Free(ctx)
+	if err != nil {
+		found.add(Inaccessible, reasonUpperFails, err.Error())
+		return
+	}
+	if what := lacking(usage); what != "" {
+		found.add(Degraded, reasonOutOfSpace, "the upper is full: "+what+": expand the volume or delete files")
+	}
+}
+
+// Few is what is as good as nothing: writes of the usual size fail.
+const (
+	fewBytes  = 1 << 20
+	fewInodes = 16
+	fewShare  = 16
+)
+
+// lacking says of what next to nothing is left, "" where there is enough. A file system without inodes to count has none.
+func lacking(usage upper.Usage) string {
+	var lacks []string
+	for _, amount := range []struct {
+		upper.Amount
+		few  int64
+		unit string
+	}{{usage.Bytes, fewBytes, "bytes"}, {usage.Inodes, fewInodes, "inodes"}} {
+		if amount.Total > 0 && amount.Available < min(amount.few, amount.Total/fewShare) {
+			lacks = append(lacks, fmt.Sprintf("%d of %d %s are left", amount.Available, amount.Total, amount.unit))
+		}
+	}
+	return strings.Join(lacks, ", ")
+}
+
+// StorageHealth tells what is wrong with what all volumes of this node need: the data root and the layer roots.
+func (m *Manager) StorageHealth() []Condition {
+	var found findings
+	volumes := filepath.Join(m.root.Path(), volumesName)
+	// By doing: a file system that the kernel has given up on need not say that it is read-only.
+	now := unix.NsecToTimespec(time.Now().UnixNano())
+	err := unix.UtimesNanoAt(unix.AT_FDCWD, volumes, []unix.Timespec{now, now}, unix.AT_SYMLINK_NOFOLLOW)
+	full := err == unix.ENOSPC || err == unix.EDQUOT
+	switch {
+	case err == unix.EROFS:
+		found.add(Degraded, reasonDataRootReadOnly, fmt.Sprintf("the file system of the data root %s is read-only: nothing can be published: the kernel log may say why", m.root.Path()))
+	case err != nil && !full:
+		found.add(Inaccessible, reasonDataRootFails, fmt.Sprintf("write to %s: %v", volumes, err))
+	}
+	usage, err := upper.FileSystemUsage(m.root.Path())
+	if err != nil {
+		found.add(Inaccessible, reasonDataRootFails, err.Error())
+	} else if what := lacking(usage); what != "" || full {
+		found.add(Degraded, reasonDataRootFull, fmt.Sprintf("the file system of the data root %s is full: %s", m.root.Path(), what))
+	}
+	if err := m.layers.CheckRoots(); err != nil {
+		found.add(Degraded, reasonLayerRootMissing, err.Error())
+	}
+	slices.SortFunc(found, func(a, b Condition) int { return strings.Compare(a.Reason, b.Reason) })
+	return found
+}
