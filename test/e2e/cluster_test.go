@@ -190,9 +190,9 @@ func (c *kindCluster) leftovers() ([]string, error) {
 	return left, nil
 }
 
-// nothingWasForbidden looks for rights that the driver and the provisioner lack: the API server's answers are in their logs.
+// nothingWasForbidden looks for rights that the driver and its sidecars lack: the API server's answers are in their logs.
 func (c *kindCluster) nothingWasForbidden() error {
-	for _, container := range []string{"driver", "provisioner"} {
+	for _, container := range []string{"driver", "provisioner", "resizer"} {
 		log, err := command("kubectl", "--namespace", driverNamespace, "logs", "--selector=app.kubernetes.io/name=overlay-csi", "--container", container, "--tail=-1")
 		if err != nil {
 			return err

@@ -44,3 +44,17 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- . -}}
 {{- end -}}
 {{- end -}}
+
+{{- /* What the containers of Kubernetes' sidecars end with. */ -}}
+{{- define "overlay-csi.sidecarTail" -}}
+securityContext:
+  # root is the owner of the socket, and that is all that it is root for.
+  runAsUser: 0
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+  seccompProfile: {type: RuntimeDefault}
+volumeMounts:
+  - name: socket
+    mountPath: /csi
+{{- end -}}
