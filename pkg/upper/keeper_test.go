@@ -3,7 +3,6 @@ package upper_test
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -14,48 +13,22 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 	"github.com/overlay-csi/overlay-csi/pkg/upper/uppertest"
+	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
-
-// dataRoots are the file systems that uppers are kept on, and how each is made in an image file and mounted.
-var dataRoots = map[string]struct {
-	make    func(image string) *exec.Cmd
-	options string
-}{
-	"ext4 with project quota": {func(image string) *exec.Cmd {
-		return exec.Command("mkfs.ext4", "-q", "-F", "-O", "project,quota", "-E", "quotatype=prjquota", image)
-	}, "prjquota"},
-	"xfs with project quota": {func(image string) *exec.Cmd { return exec.Command("mkfs.xfs", "-q", "-f", image) }, "prjquota"},
-	"btrfs with quota":       {func(image string) *exec.Cmd { return exec.Command("mkfs.btrfs", "-q", "-f", "-R", "quota", image) }, ""},
-	"ext4":                   {func(image string) *exec.Cmd { return exec.Command("mkfs.ext4", "-q", "-F", image) }, ""},
-	"tmpfs":                  {nil, ""},
-}
 
 // newDataRoot mounts a file system of that name. It skips where this kernel has no quotas, which is proved by the mount
 // that it refuses.
 func newDataRoot(t *testing.T, name string) *os.File {
 	t.Helper()
-	root := dataRoots[name]
-	if root.make == nil {
+	if name == "tmpfs" {
 		return open(t, mountAt(t, "tmpfs"))
 	}
-	image := filepath.Join(t.TempDir(), "image")
-	if err := os.WriteFile(image, nil, 0o600); err != nil {
-		t.Fatal(err)
+	image, dir := filepath.Join(t.TempDir(), "image"), t.TempDir()
+	if err := drivertest.MakeImage(name, image, 2<<30, ""); err != nil {
+		t.Skipf("no %s can be made here: %v", name, err)
 	}
-	if err := os.Truncate(image, 2<<30); err != nil {
-		t.Fatal(err)
-	}
-	kind, _, _ := strings.Cut(name, " ")
-	if output, err := root.make(image).CombinedOutput(); err != nil {
-		t.Skipf("no %s can be made here: %v: %s", name, err, output)
-	}
-	dir := t.TempDir()
-	options := "loop"
-	if root.options != "" {
-		options += "," + root.options
-	}
-	if output, err := exec.Command("mount", "-t", kind, "-o", options, image, dir).CombinedOutput(); err != nil {
-		t.Skipf("this kernel does not mount %s: %s", name, output)
+	if err := drivertest.MountImage(name, image, dir); err != nil {
+		t.Skipf("this kernel does not mount %s: %v", name, err)
 	}
 	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
 	return open(t, dir)

@@ -30,14 +30,23 @@ func TestCrash(t *testing.T) {
 // TestCrashOfLimitedUppers is the same with uppers of every kind that the data root can hold. That they are mounted does
 // not depend on the way in which views are.
 func TestCrashOfLimitedUppers(t *testing.T) {
-	crash(t, startNode(t), 4, 8, nil, func(i int, layers string) []drivertest.Volume {
-		return []drivertest.Volume{
-			inline("layers", layers, "sizeLimit", "8Mi"),
-			inline("layers", layers, "sizeLimit", "8Mi", "medium", "memory"),
-			claim(fmt.Sprint("own-", i), readWriteOnce, "layers", layers, "sizeLimit", "8Mi"),
-			claim(fmt.Sprint("image-", i), readWriteOnce, "layers", layers, "sizeLimit", "8Mi", "limit", "image"),
-		}
-	})
+	for system, rounds := range map[string]int{"the node's own": 8, "btrfs with quota": 4} {
+		t.Run(system, func(t *testing.T) {
+			node := newNode(t)
+			if system != "the node's own" {
+				mountImage(t, system, 2<<30, node.DataRoot, "")
+			}
+			start(t, node)
+			crash(t, node, 4, rounds, nil, func(i int, layers string) []drivertest.Volume {
+				return []drivertest.Volume{
+					inline("layers", layers, "sizeLimit", "8Mi"),
+					inline("layers", layers, "sizeLimit", "8Mi", "medium", "memory"),
+					claim(fmt.Sprint("own-", i), readWriteOnce, "layers", layers, "sizeLimit", "8Mi"),
+					claim(fmt.Sprint("image-", i), readWriteOnce, "layers", layers, "sizeLimit", "8Mi", "limit", "image"),
+				}
+			})
+		})
+	}
 }
 
 // crash has workers use volumes for so many rounds: these, more of their own, and two claims that are limited as said.

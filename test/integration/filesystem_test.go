@@ -1,58 +1,53 @@
 package integration
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
 
-// makers are the programs that make a file system of each kind in an image file. For those that are written once,
-// content is a directory that goes in.
-var makers = map[string]func(image, content string) *exec.Cmd{
-	"ext4":     func(image, _ string) *exec.Cmd { return exec.Command("mkfs.ext4", "-q", "-F", image) },
-	"xfs":      func(image, _ string) *exec.Cmd { return exec.Command("mkfs.xfs", "-q", "-f", image) },
-	"btrfs":    func(image, _ string) *exec.Cmd { return exec.Command("mkfs.btrfs", "-q", "-f", image) },
-	"erofs":    func(image, content string) *exec.Cmd { return exec.Command("mkfs.erofs", "-Enosbcrc", image, content) },
-	"squashfs": func(image, content string) *exec.Cmd { return exec.Command("mksquashfs", content, image, "-quiet") },
-}
-
-// mountImage mounts a new file system of that kind and size at a directory that it makes, and unmounts it at the end
-// of the test.
-func mountImage(t *testing.T, kind string, size int64, path, content string) {
+// mountImage mounts a new file system of that name and size at a directory that it makes, and unmounts it at the end
+// of the test. Those that are written once have content in them.
+func mountImage(t *testing.T, name string, size int64, path, content string) {
 	t.Helper()
-	image := path + ".img"
-	if kind != "erofs" && kind != "squashfs" {
-		must(t, os.WriteFile(image, nil, 0o600))
-		must(t, os.Truncate(image, size))
-	}
-	runCommand(t, makers[kind](image, content))
-	must(t, os.MkdirAll(path, 0o755))
-	mountExisting(t, image, path)
+	makeImage(t, name, path+".img", size, content)
+	mountExisting(t, name, path+".img", path)
 }
 
-// mountExisting mounts the file system in an image file, and unmounts it at the end of the test.
-func mountExisting(t *testing.T, image, path string) {
+// makeImage makes a file system in an image file.
+func makeImage(t *testing.T, name, image string, size int64, content string) {
 	t.Helper()
-	runCommand(t, exec.Command("mount", "-o", "loop", image, path))
-	t.Cleanup(func() { _ = unix.Unmount(path, unix.MNT_DETACH) })
+	mustRun(t, drivertest.MakeImage(name, image, size, content))
 }
 
-// runCommand runs a program that the test needs. Where it is not installed the test is skipped, which says what to
+// mustRun is must for a program that the test needs. Where it is not installed the test is skipped, which says what to
 // install; with OVERLAY_CSI_TEST_ALL, as in CI, it fails.
-func runCommand(t *testing.T, command *exec.Cmd) {
+func mustRun(t *testing.T, err error) {
 	t.Helper()
-	if _, err := exec.LookPath(command.Path); err != nil {
-		if os.Getenv("OVERLAY_CSI_TEST_ALL") != "" {
-			t.Fatalf("%s is not installed", command.Args[0])
-		}
-		t.Skipf("%s is not installed", command.Args[0])
+	if errors.Is(err, exec.ErrNotFound) && os.Getenv("OVERLAY_CSI_TEST_ALL") == "" {
+		t.Skip(err)
 	}
-	if output, err := command.CombinedOutput(); err != nil {
-		t.Fatalf("%s: %v\n%s", command, err, output)
+	must(t, err)
+}
+
+// mountExisting mounts the file system in an image file, and unmounts it at the end of the test. Where this kernel has no
+// quotas for it, which is proved by the mount that it refuses, the test is skipped.
+func mountExisting(t *testing.T, name, image, path string) {
+	t.Helper()
+	must(t, os.MkdirAll(path, 0o755))
+	if err := drivertest.MountImage(name, image, path); err != nil && strings.Contains(name, "quota") {
+		t.Skipf("this kernel does not mount it: %v", err)
+	} else {
+		must(t, err)
 	}
+	t.Cleanup(func() { _ = unix.Unmount(path, unix.MNT_DETACH) })
 }
 
 // fill writes files to a directory.

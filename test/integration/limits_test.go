@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -83,6 +84,10 @@ func TestVolumesKeepToTheirSize(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			pod := newPod(t, node, "pod")
 			target := publish(t, pod, v)
+			unharmed := writeBeside(t, beside)
+			fillByDD(t, filepath.Join(target, "dd"))
+			unharmed()
+			must(t, os.Remove(filepath.Join(target, "dd")))
 			written := writeUntilFull(t, filepath.Join(target, "big"))
 			if written > 16<<20 || written < 8<<20 {
 				t.Errorf("%d bytes went into 16 MiB", written)
@@ -90,7 +95,6 @@ func TestVolumesKeepToTheirSize(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(target, "f"), make([]byte, 1<<20), 0o644); !isFull(err) {
 				t.Errorf("a file of a layer was copied up and grew in a full volume: %v", err)
 			}
-			write(t, filepath.Join(beside, name), "the neighbour can write")
 			bytes, _ := stats(t, node, pod, v)
 			if bytes.GetUsed() < written || bytes.GetTotal() > 16<<20 || bytes.GetAvailable() > 1<<20 {
 				t.Errorf("after %d bytes the driver says %v", written, bytes)
@@ -111,6 +115,46 @@ func TestVolumesKeepToTheirSize(t *testing.T) {
 	unpublish(t, pod, neighbour)
 	wantNothingLeft(t, node)
 	wantNoLoops(t, node)
+}
+
+// fillByDD has dd write until there is no room.
+func fillByDD(t *testing.T, path string) {
+	t.Helper()
+	output, err := exec.Command("dd", "if=/dev/zero", "of="+path, "bs=64k", "count=1024").CombinedOutput()
+	if err == nil || !strings.Contains(string(output), "No space left") && !strings.Contains(string(output), "quota exceeded") {
+		t.Errorf("dd of 64 MiB into 16: %v: %s", err, output)
+	}
+}
+
+// writeBeside writes and reads in a view until the returned function is called, which fails the test where one of that
+// did not work.
+func writeBeside(t *testing.T, view string) (unharmed func()) {
+	stop, stopped := make(chan struct{}), make(chan error, 1)
+	go func() { stopped <- writeUntil(stop, filepath.Join(view, "beside")) }()
+	return func() {
+		t.Helper()
+		close(stop)
+		if err := <-stopped; err != nil {
+			t.Errorf("another volume, while this one was filled: %v", err)
+		}
+	}
+}
+
+func writeUntil(stop <-chan struct{}, path string) error {
+	for n := 0; ; n++ {
+		content := strings.Repeat(fmt.Sprint(n, " "), 10000)
+		if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+			return err
+		}
+		if got, err := os.ReadFile(path); err != nil || string(got) != content {
+			return errors.Join(err, fmt.Errorf("%d bytes were written, and %d others read back", len(content), len(got)))
+		}
+		select {
+		case <-stop:
+			return nil
+		default:
+		}
+	}
 }
 
 // stats are what NodeGetVolumeStats says of bytes and inodes.
@@ -237,46 +281,79 @@ func TestCapacityCountsWhatIsPromised(t *testing.T) {
 // TestKeptVolumeSurvivesAPowerCut cuts the power as far as a file can: the data root is copied as its disk has it at that
 // moment, mounted anew, and has all that was synced.
 func TestKeptVolumeSurvivesAPowerCut(t *testing.T) {
-	for _, limit := range []string{"image", "none"} {
-		t.Run(limit, func(t *testing.T) {
-			node := newNode(t)
-			disk := node.DataRoot + ".img"
-			mountImage(t, "ext4", 256<<20, node.DataRoot, "")
-			start(t, node)
-			layers := layersOf(t, node, map[string]string{"f": "layer"})
-			v := createSized(t, node, "kept", readWriteOnce, 32<<20, "layers", layers, "limit", limit)
-			pod := newPod(t, node, "pod")
-			target := publish(t, pod, v)
-			for n := range 20 {
-				path := filepath.Join(target, fmt.Sprint("synced-", n))
-				write(t, path, strings.Repeat("s", 1000*n))
-				file, err := os.Open(path)
-				must(t, err)
-				must(t, errors.Join(file.Sync(), file.Close()))
-				write(t, filepath.Join(target, fmt.Sprint("lost-", n)), "perhaps")
-			}
-			after := newNode(t)
-			// What no sync has reached is in the page cache of the file system, and not in its image.
-			content, err := os.ReadFile(disk)
-			must(t, err)
-			must(t, os.WriteFile(after.DataRoot+".img", content, 0o600))
-			unpublish(t, pod, v)
-			must(t, node.Stop())
+	for _, c := range []struct{ system, limit, kept string }{
+		{"ext4", "none", "directory"},
+		{"ext4", "image", "disk-image"},
+		{"btrfs with quota", "", "btrfs-qgroup"},
+		{"ext4 with project quota", "quota", "project-quota"},
+		{"xfs with project quota", "quota", "project-quota"},
+	} {
+		t.Run(c.kept+" on "+c.system, func(t *testing.T) { cutPower(t, c.system, c.limit, c.kept) })
+	}
+}
 
-			must(t, os.MkdirAll(after.DataRoot, 0o755))
-			mountExisting(t, after.DataRoot+".img", after.DataRoot)
-			must(t, os.RemoveAll(after.LayerDir))
-			must(t, os.CopyFS(after.LayerDir, os.DirFS(node.LayerDir)))
-			start(t, after)
-			pod = newPod(t, after, "pod")
-			target = publish(t, pod, v)
-			for n := range 20 {
-				wantFile(t, filepath.Join(target, fmt.Sprint("synced-", n)), strings.Repeat("s", 1000*n))
-			}
-			write(t, filepath.Join(target, "new"), "x")
-			unpublish(t, pod, v)
-			deleteVolume(t, after, v)
-		})
+func cutPower(t *testing.T, system, limit, kept string) {
+	node := newNode(t)
+	disk := node.DataRoot + ".img"
+	mountImage(t, system, 512<<20, node.DataRoot, "")
+	start(t, node)
+	layers := layersOf(t, node, map[string]string{"f": "layer"})
+	attributes := []string{"layers", layers}
+	if limit != "" {
+		attributes = append(attributes, "limit", limit)
+	}
+	v := createSized(t, node, "kept", readWriteOnce, 32<<20, attributes...)
+	wantKept(t, node, v, kept)
+	pod := newPod(t, node, "pod")
+	target := publish(t, pod, v)
+	for n := range 20 {
+		path := filepath.Join(target, fmt.Sprint("synced-", n))
+		write(t, path, strings.Repeat("s", 1000*n))
+		file, err := os.Open(path)
+		must(t, err)
+		must(t, errors.Join(file.Sync(), file.Close()))
+		write(t, filepath.Join(target, fmt.Sprint("lost-", n)), "perhaps")
+	}
+	after := newNode(t)
+	// What no sync has reached is in the page cache of the file system, and not in its image.
+	runProgram(t, "cp", "--sparse=always", disk, after.DataRoot+".img")
+	unpublish(t, pod, v)
+	must(t, node.Stop())
+	// Not two of one UUID at a time: btrfs and xfs refuse that.
+	must(t, unix.Unmount(node.DataRoot, 0))
+
+	mountExisting(t, system, after.DataRoot+".img", after.DataRoot)
+	must(t, os.RemoveAll(after.LayerDir))
+	must(t, os.CopyFS(after.LayerDir, os.DirFS(node.LayerDir)))
+	start(t, after)
+	pod = newPod(t, after, "pod")
+	target = publish(t, pod, v)
+	for n := range 20 {
+		wantFile(t, filepath.Join(target, fmt.Sprint("synced-", n)), strings.Repeat("s", 1000*n))
+	}
+	write(t, filepath.Join(target, "new"), "x")
+	if written := writeUntilFull(t, filepath.Join(target, "big")); written > 32<<20 && limit != "none" {
+		t.Errorf("%d bytes went into 32 MiB after the power cut", written)
+	}
+	unpublish(t, pod, v)
+	deleteVolume(t, after, v)
+}
+
+// wantKept checks how the driver keeps a volume's upper.
+func wantKept(t *testing.T, node *drivertest.Node, v drivertest.Volume, kept string) {
+	t.Helper()
+	description, err := node.Admin().Volume(timeout(t), v.ID)
+	must(t, err)
+	if string(description.Kept) != kept {
+		t.Errorf("volume %s is kept as %s, want %s", v.ID, description.Kept, kept)
+	}
+}
+
+func runProgram(t *testing.T, name string, args ...string) {
+	t.Helper()
+	output, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %q: %v\n%s", name, args, err, output)
 	}
 }
 

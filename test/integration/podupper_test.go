@@ -78,12 +78,9 @@ func TestUpperInAnotherVolumeIsKeptForTheNextPod(t *testing.T) {
 		volume, err := pod.CSIVolume("data", "Ephemeral")
 		must(t, err)
 		if turn == 0 {
-			must(t, os.WriteFile(image, nil, 0o600))
-			must(t, os.Truncate(image, 64<<20))
-			runCommand(t, makers["ext4"](image, ""))
+			makeImage(t, "ext4", image, 64<<20, "")
 		}
-		runCommand(t, exec.Command("mount", "-o", "loop", image, volume))
-		t.Cleanup(func() { _ = unix.Unmount(volume, unix.MNT_DETACH) })
+		mountExisting(t, "ext4", image, volume)
 		target := publish(t, pod, v)
 		wantFile(t, filepath.Join(target, "f"), want)
 		write(t, filepath.Join(target, "f"), "pod")
@@ -168,7 +165,7 @@ func TestFileSystemsThatCannotHoldAnUpperAreRefused(t *testing.T) {
 		"ramfs":    {func(t *testing.T, path string) { must(t, unix.Mount("ramfs", path, "ramfs", 0, "")) }, "ramfs"},
 		"squashfs": {func(t *testing.T, path string) { mountImage(t, "squashfs", 0, path, content) }, "read-only"},
 		// FUSE is how most network file systems that are not in the kernel come.
-		"fuse":    {func(t *testing.T, path string) { runCommand(t, exec.Command("bindfs", content, path)) }, "fuse"},
+		"fuse":    {func(t *testing.T, path string) { mustRun(t, exec.Command("bindfs", content, path).Run()) }, "fuse"},
 		"overlay": {mountOverlay, "overlay"},
 	} {
 		t.Run(name, func(t *testing.T) {

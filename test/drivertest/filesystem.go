@@ -1,0 +1,63 @@
+package drivertest
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+)
+
+// fileSystem is how a file system is made in an image file and mounted. Of one that is only read, content is a directory
+// that goes in.
+type fileSystem struct {
+	make    func(image, content string) *exec.Cmd
+	options string
+	reads   bool
+}
+
+// fileSystems are by what they are called in tests: the type, and what it is made with.
+var fileSystems = map[string]fileSystem{
+	"ext4":     {make: func(image, _ string) *exec.Cmd { return exec.Command("mkfs.ext4", "-q", "-F", image) }},
+	"xfs":      {make: func(image, _ string) *exec.Cmd { return exec.Command("mkfs.xfs", "-q", "-f", image) }},
+	"btrfs":    {make: func(image, _ string) *exec.Cmd { return exec.Command("mkfs.btrfs", "-q", "-f", image) }},
+	"erofs":    {make: func(image, content string) *exec.Cmd { return exec.Command("mkfs.erofs", "-Enosbcrc", image, content) }, reads: true},
+	"squashfs": {make: func(image, content string) *exec.Cmd { return exec.Command("mksquashfs", content, image, "-quiet") }, reads: true},
+	"ext4 with project quota": {make: func(image, _ string) *exec.Cmd {
+		return exec.Command("mkfs.ext4", "-q", "-F", "-O", "project,quota", "-E", "quotatype=prjquota", image)
+	}, options: "prjquota"},
+	"xfs with project quota": {make: func(image, _ string) *exec.Cmd { return exec.Command("mkfs.xfs", "-q", "-f", image) }, options: "prjquota"},
+	"btrfs with quota":       {make: func(image, _ string) *exec.Cmd { return exec.Command("mkfs.btrfs", "-q", "-f", "-R", "quota", image) }},
+}
+
+// MakeImage makes the file system of that name in an image file, of so many bytes or with what is in the directory content.
+// The error is exec.ErrNotFound where its program is not installed.
+func MakeImage(name, image string, size int64, content string) error {
+	system := fileSystems[name]
+	if !system.reads {
+		if err := os.WriteFile(image, nil, 0o600); err != nil {
+			return err
+		}
+		if err := os.Truncate(image, size); err != nil {
+			return err
+		}
+	}
+	return run(system.make(image, content))
+}
+
+// MountImage mounts the file system of that name that is in an image file. The error says what the kernel lacks of it.
+func MountImage(name, image, dir string) error {
+	fsType, _, _ := strings.Cut(name, " ")
+	options := "loop"
+	if more := fileSystems[name].options; more != "" {
+		options += "," + more
+	}
+	return run(exec.Command("mount", "-t", fsType, "-o", options, image, dir))
+}
+
+func run(command *exec.Cmd) error {
+	output, err := command.CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s: %w\n%s", command, err, output)
+	}
+	return nil
+}
