@@ -128,7 +128,7 @@ func probeKernel(dataRoot string, opts options) (overlay.Features, error) {
 	if features, err = features.Without(opts.withoutFeatures...); err != nil {
 		return overlay.Features{}, fmt.Errorf("--without-kernel-features: %w", err)
 	}
-	klog.Background().Info("Probed the kernel", "features", features.String())
+	klog.Background().Info("Probed the kernel", "features", features.String(), "fallbacks", features.Fallbacks())
 	return features, nil
 }
 

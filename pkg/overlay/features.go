@@ -39,6 +39,25 @@ var featureNames = map[string]func(*Features) *bool{
 	"detached-layer": func(f *Features) *bool { return &f.DetachedLayer },
 }
 
+// fallbacks are what is done on a kernel that lacks a feature.
+var fallbacks = map[string]string{
+	"mount-api":      "views are mounted by mount(8)",
+	"layer-fd":       "directories are handed over by their names in /proc/self/fd",
+	"statmount":      "the file system of a mount is asked itself what it is (statfs)",
+	"detached-layer": "layers and uppers are used on the mounts that they are on, and ID-mapped layers are attached while a view is mounted",
+}
+
+// Fallbacks say, of each feature that is not there, what is done instead.
+func (f Features) Fallbacks() []string {
+	var said []string
+	for _, name := range FeatureNames() {
+		if !*featureNames[name](&f) {
+			said = append(said, "no "+name+": "+fallbacks[name])
+		}
+	}
+	return said
+}
+
 // FeatureNames are the names that Without takes, sorted.
 func FeatureNames() []string { return slices.Sorted(maps.Keys(featureNames)) }
 

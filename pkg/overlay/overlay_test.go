@@ -241,3 +241,19 @@ func TestPinAndDetach(t *testing.T) {
 		})
 	}
 }
+
+func TestEveryFeatureHasAFallback(t *testing.T) {
+	said := Features{}.Fallbacks()
+	if len(said) != len(FeatureNames()) {
+		t.Errorf("%d features, %d fallbacks", len(FeatureNames()), len(said))
+	}
+	for _, fallback := range said {
+		if _, what, _ := strings.Cut(fallback, ": "); what == "" {
+			t.Errorf("%q says nothing", fallback)
+		}
+	}
+	all := Features{MountAPI: true, LayerFD: true, StatMount: true, DetachedLayer: true}
+	if said := all.Fallbacks(); len(said) > 0 {
+		t.Errorf("fallbacks where nothing is lacking: %q", said)
+	}
+}

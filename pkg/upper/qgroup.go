@@ -113,11 +113,22 @@ func parseQgroup(output string) (used, limit int64, err error) {
 		if len(fields) < 4 || !strings.HasPrefix(fields[0], "0/") {
 			continue
 		}
-		if fields[3] != "none" {
-			limit, err = strconv.ParseInt(fields[3], 10, 64)
+		if used, err = parseBytes(fields[1]); err != nil {
+			return 0, 0, err
 		}
-		used, errUsed := strconv.ParseInt(fields[1], 10, 64)
-		return used, limit, errors.Join(err, errUsed)
+		if fields[3] != "none" {
+			limit, err = parseBytes(fields[3])
+		}
+		return used, limit, err
 	}
 	return 0, 0, fmt.Errorf("btrfs qgroup show: no qgroup in %q", output)
+}
+
+func parseBytes(text string) (int64, error) {
+	// There is no negative number of bytes.
+	bytes, err := strconv.ParseUint(text, 10, 63)
+	if err != nil {
+		return 0, fmt.Errorf("btrfs qgroup show: %w", err)
+	}
+	return int64(bytes), nil
 }

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
 
@@ -45,7 +46,26 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
+	if os.Getenv("OVERLAY_CSI_TEST_NATIVE") != "" {
+		if err := printFeatures(dir); err != nil {
+			fmt.Fprintln(os.Stderr, "probe the kernel:", err)
+			return 1
+		}
+	}
 	return m.Run()
+}
+
+// printFeatures prints what this kernel has, and what the driver does in place of what it lacks.
+func printFeatures(dir string) error {
+	features, err := overlay.Probe(dir)
+	if err != nil {
+		return err
+	}
+	fmt.Println("features of this kernel:", features)
+	for _, fallback := range features.Fallbacks() {
+		fmt.Println("fallback,", fallback)
+	}
+	return nil
 }
 
 // kernels are what the driver is made to believe of the kernel: every way to mount is tested as really as the others.
