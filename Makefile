@@ -2,6 +2,7 @@ SHELL := /bin/bash
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 IMAGE ?= overlay-csi:$(VERSION)
 FUZZTIME ?= 30s
+KERNELS ?= 6.1 6.12
 
 export CGO_ENABLED ?= 0
 
@@ -32,8 +33,11 @@ test-race: ## The same tests with the race detector, in the driver's process too
 	CGO_ENABLED=1 OVERLAY_CSI_BUILD_FLAGS=-race go test -race -count=1 -timeout 40m ./...
 
 .PHONY: test-kernels
-test-kernels: ## The integration tests on Debian's 6.1 and 6.12 kernels in qemu (root, Debian; see test/kernel/run; hours)
-	test/kernel/run 6.1 6.12
+test-kernels: export KERNEL_DISKS := $(KERNEL_DISKS)
+test-kernels: export KERNEL_FLAGS := $(KERNEL_FLAGS)
+test-kernels: export KERNEL_RUN := $(KERNEL_RUN)
+test-kernels: ## The integration tests on Debian's kernels KERNELS (6.1 6.12) in qemu (root, Debian; see test/kernel/run; hours)
+	test/kernel/run $(KERNELS)
 
 # Before Go 1.27 the fuzzer now and then fails when its time is over, with nothing found (go.dev/issue/75804).
 .PHONY: fuzz

@@ -20,6 +20,7 @@ import (
 // starts it again. Workers try again as kubelet does. In the end no mount, directory or state file is left, and
 // persistent volumes have every byte that was written to them.
 func TestCrash(t *testing.T) {
+	takesMinutes(t)
 	onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
 		crash(t, node, 8, 15, []string{"limit", "none"}, func(i int, layers string) []drivertest.Volume {
 			return []drivertest.Volume{claim(fmt.Sprint("own-", i), readWriteOnce, "layers", layers)}
@@ -30,6 +31,7 @@ func TestCrash(t *testing.T) {
 // TestCrashOfLimitedUppers is the same with uppers of every kind that the data root can hold. That they are mounted does
 // not depend on the way in which views are.
 func TestCrashOfLimitedUppers(t *testing.T) {
+	takesMinutes(t)
 	for system, rounds := range map[string]int{"the node's own": 8, "btrfs with quota": 4} {
 		t.Run(system, func(t *testing.T) {
 			node := newNode(t)

@@ -29,6 +29,7 @@ func contextWithTimeout(t *testing.T, timeout time.Duration) (context.Context, c
 
 // TestKillsDuringPulls kills the driver 100 times while it pulls and unpacks. What is in the store then is whole.
 func TestKillsDuringPulls(t *testing.T) {
+	takesMinutes(t)
 	node := newNode(t, "--layer-gc-min-age=0s")
 	r := startRegistry(t, node, registrytest.Options{})
 	want := map[string]string{}
@@ -133,6 +134,7 @@ func hashTree(t *testing.T, root string) string {
 // TestCollectUnderLoad has pods come and go for a minute while every layer that is not used is collected all the time. No
 // view ever loses a file.
 func TestCollectUnderLoad(t *testing.T) {
+	takesMinutes(t)
 	node := startNode(t, "--layer-gc-min-age=0s")
 	r := startRegistry(t, node, registrytest.Options{})
 	var images []string

@@ -380,6 +380,7 @@ func TestDamagedDiskImageIsNotMadeAnew(t *testing.T) {
 
 // TestManyDiskImages makes and removes a thousand of them.
 func TestManyDiskImages(t *testing.T) {
+	takesMinutes(t)
 	count, at := 1000, 16
 	if os.Getenv("OVERLAY_CSI_TEST_NATIVE") != "" || os.Getenv("OVERLAY_CSI_BUILD_FLAGS") != "" {
 		// In a virtual machine, and with the race detector, that takes minutes.

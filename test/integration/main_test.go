@@ -175,6 +175,14 @@ func removePod(t *testing.T, pod *drivertest.Pod) {
 	}
 }
 
+// takesMinutes skips a test of much load where only a short run is asked for, as in the virtual machine that CI boots.
+func takesMinutes(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("it takes minutes (-test.short)")
+	}
+}
+
 // timeout is kubelet's patience, two minutes.
 func timeout(t *testing.T) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)

@@ -213,6 +213,7 @@ func TestOwnershipWalk(t *testing.T) {
 
 // TestInterruptedWalkIsFinished: a view whose files have not all been gone over is no published volume.
 func TestInterruptedWalkIsFinished(t *testing.T) {
+	takesMinutes(t)
 	node := startNode(t)
 	files := map[string]string{}
 	for n := range 3000 {
