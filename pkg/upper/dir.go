@@ -110,8 +110,7 @@ func isThere(path string) (bool, error) {
 	return err == nil, err
 }
 
-// checkDirs looks whether the directories of an upper are there, and by doing whether their file system can be written
-// to: one that the kernel has given up on need not say that it is read-only (ext4 from Linux 6.12 on).
+// checkDirs looks whether the directories of an upper are there, and can be written to.
 func checkDirs(place interface{ Paths() (upper, work string) }) error {
 	upper, work := place.Paths()
 	for _, path := range []string{upper, work} {
@@ -123,15 +122,24 @@ func checkDirs(place interface{ Paths() (upper, work string) }) error {
 			return fmt.Errorf("%w: the upper's directory %s is gone", errdefs.ErrNotFound, path)
 		}
 	}
-	// Nobody minds the time of the work directory. That there is no room for it is for Free to tell.
-	err := unix.UtimesNanoAt(unix.AT_FDCWD, work, nil, unix.AT_SYMLINK_NOFOLLOW)
-	if errors.Is(err, unix.EROFS) {
-		return fmt.Errorf("%w: the file system of the upper %s is read-only: the kernel log may say why", errdefs.ErrFailedPrecondition, upper)
+	return CheckWritable(work)
+}
+
+// writtenName is the attribute that CheckWritable sets. Nobody reads it.
+const writtenName = "trusted.overlay-csi.written"
+
+// CheckWritable finds out whether the file system of a directory can be written to, by writing: one that the kernel has given
+// up on need not say that it is read-only (ext4 from Linux 6.12 on), and takes new times for files without a word (ext4 before
+// that). The error is of the kind FailedPrecondition where it is read-only. That there is no room is none.
+func CheckWritable(dir string) error {
+	err := unix.Lsetxattr(dir, writtenName, []byte("y"), 0)
+	switch {
+	case err == nil, errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		return nil
+	case errors.Is(err, unix.EROFS):
+		return fmt.Errorf("%w: the file system of %s is read-only: the kernel log may say why", errdefs.ErrFailedPrecondition, dir)
 	}
-	if err != nil && !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
-		return fmt.Errorf("write to the upper's file system: %w", &os.PathError{Op: "utimensat", Path: work, Err: err})
-	}
-	return nil
+	return fmt.Errorf("write to a file system: %w", &os.PathError{Op: "setxattr", Path: dir, Err: err})
 }
 
 // clearWork empties the work directory of a place: what overlayfs has left there, and the mark of a volatile view, with

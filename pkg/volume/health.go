@@ -4,12 +4,9 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
-	"slices"
 	"strings"
-	"time"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
 
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
@@ -196,26 +193,16 @@ func lacking(usage upper.Usage) string {
 // StorageHealth tells what is wrong with what all volumes of this node need: the data root and the layer roots.
 func (m *Manager) StorageHealth() []Condition {
 	var found findings
-	volumes := filepath.Join(m.root.Path(), volumesName)
-	// By doing: a file system that the kernel has given up on need not say that it is read-only.
-	now := unix.NsecToTimespec(time.Now().UnixNano())
-	err := unix.UtimesNanoAt(unix.AT_FDCWD, volumes, []unix.Timespec{now, now}, unix.AT_SYMLINK_NOFOLLOW)
-	full := err == unix.ENOSPC || err == unix.EDQUOT
-	switch {
-	case err == unix.EROFS:
-		found.add(Degraded, reasonDataRootReadOnly, fmt.Sprintf("the file system of the data root %s is read-only: nothing can be published: the kernel log may say why", m.root.Path()))
-	case err != nil && !full:
-		found.add(Inaccessible, reasonDataRootFails, fmt.Sprintf("write to %s: %v", volumes, err))
-	}
+	found.addError(upper.CheckWritable(filepath.Join(m.root.Path(), volumesName)), Condition{Severity: Inaccessible, Reason: reasonDataRootFails},
+		Condition{Severity: Degraded, Reason: reasonDataRootReadOnly}, Condition{Severity: Inaccessible, Reason: reasonDataRootFails})
 	usage, err := upper.FileSystemUsage(m.root.Path())
 	if err != nil {
 		found.add(Inaccessible, reasonDataRootFails, err.Error())
-	} else if what := lacking(usage); what != "" || full {
+	} else if what := lacking(usage); what != "" {
 		found.add(Degraded, reasonDataRootFull, fmt.Sprintf("the file system of the data root %s is full: %s", m.root.Path(), what))
 	}
 	if err := m.layers.CheckRoots(); err != nil {
 		found.add(Degraded, reasonLayerRootMissing, err.Error())
 	}
-	slices.SortFunc(found, func(a, b Condition) int { return strings.Compare(a.Reason, b.Reason) })
 	return found
 }

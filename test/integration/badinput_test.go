@@ -274,6 +274,39 @@ func TestFullDisk(t *testing.T) {
 	unpublish(t, pod, kept)
 }
 
+// TestUnpublishOnAFullDisk: a pod must not stay Terminating because its volume's state cannot be written.
+func TestUnpublishOnAFullDisk(t *testing.T) {
+	node := newNode(t, "--reconcile-interval=100ms")
+	mountImage(t, "ext4", 16<<20, node.DataRoot, "")
+	start(t, node)
+	layers := layersOf(t, node, map[string]string{"f": "f"})
+	kept := claim("kept", readWriteOnce, "layers", layers)
+	each := claim("each", readWriteMany, "layers", layers, "upper", "pod")
+	pod, other := newPod(t, node, "pod"), newPod(t, node, "other")
+	for _, v := range []drivertest.Volume{kept, each} {
+		write(t, filepath.Join(publish(t, pod, v), "f"), "kept")
+		publish(t, other, v)
+	}
+	filler := fillUp(t, node.DataRoot)
+	for _, v := range []drivertest.Volume{kept, each} {
+		unpublish(t, pod, v)
+		unpublish(t, pod, v)
+		unpublish(t, other, v)
+	}
+	removePod(t, pod)
+	removePod(t, other)
+	for _, path := range filler {
+		must(t, os.Remove(path))
+	}
+	eventually(t, "no publication is left", func() bool {
+		description, err := node.Admin().Volume(timeout(t), kept.ID)
+		must(t, err)
+		_, err = os.Lstat(filepath.Join(node.DataRoot, "volumes", each.ID))
+		return len(description.Publications) == 0 && os.IsNotExist(err)
+	})
+	wantFile(t, filepath.Join(publish(t, newPod(t, node, "later"), kept), "f"), "kept")
+}
+
 // fillUp takes every block and every inode.
 func fillUp(t *testing.T, dir string) (files []string) {
 	t.Helper()
