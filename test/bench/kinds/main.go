@@ -16,8 +16,6 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
-	"golang.org/x/sys/unix"
-
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
 
@@ -33,17 +31,7 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, rounds, files int) error {
-	for _, system := range []string{"", "btrfs with quota", "ext4 with project quota", "xfs with project quota"} {
-		if err := onSystem(ctx, system, rounds, files); err != nil {
-			return fmt.Errorf("%s: %w", system, err)
-		}
-	}
-	return nil
-}
-
-// onSystem measures with a data root on that file system, "" for the one of temporary files.
-func onSystem(ctx context.Context, system string, rounds, files int) (err error) {
+func run(ctx context.Context, rounds, files int) (err error) {
 	dir, remove, err := drivertest.WorkDir()
 	if err != nil {
 		return err
@@ -53,52 +41,62 @@ func onSystem(ctx context.Context, system string, rounds, files int) (err error)
 	if err != nil {
 		return err
 	}
-	node, err := drivertest.NewNode(dir, binary)
-	if err != nil {
+	b := &bench{dir: dir, binary: binary}
+	defer func() { err = errors.Join(err, b.stop()) }()
+	if err := b.own(ctx, rounds, files); err != nil {
 		return err
 	}
-	if system != "" {
-		image := node.DataRoot + ".img"
-		if err := errors.Join(os.MkdirAll(node.DataRoot, 0o755), drivertest.MakeImage(system, image, 4<<30, "")); err != nil {
-			return err
+	for _, fsType := range []string{"btrfs", "ext4", "xfs"} {
+		if err := b.quotas(ctx, fsType, rounds); err != nil {
+			return fmt.Errorf("%s: %w", fsType, err)
 		}
-		if err := drivertest.MountImage(system, image, node.DataRoot); err != nil {
-			fmt.Printf("\nNot measured on %s, which this kernel does not have.\n", system)
-			return nil
-		}
-		defer unix.Unmount(node.DataRoot, unix.MNT_DETACH)
 	}
-	if err := node.Start(ctx); err != nil {
-		return err
-	}
-	defer node.Stop()
-	if _, err := node.Layer("small", map[string]string{"file": "small"}); err != nil {
-		return err
-	}
-	b := bench{node: node}
-	kinds, err := b.kinds(ctx, system)
-	if err != nil {
-		return err
-	}
-	where := system
-	if where == "" {
-		where = "the file system of temporary files"
-	}
-	fmt.Printf("\nData root on %s, %d rounds:\n\n", where, rounds)
-	if err := b.compare(ctx, rounds, kinds); err != nil || system != "" {
-		return err
-	}
-	return b.owners(ctx, rounds, files)
+	return nil
 }
 
 type bench struct {
-	node   *drivertest.Node
-	serial int
+	dir, binary string
+	serial      int
+	nodes       []*drivertest.Node
+}
+
+// start starts a driver whose data root is on a new file system of that name, or "" for the one of temporary files. It is
+// nil where this kernel does not have that.
+func (b *bench) start(ctx context.Context, system string) (*drivertest.Node, error) {
+	dir := filepath.Join(b.dir, strconv.Itoa(len(b.nodes)))
+	node, err := drivertest.NewNode(dir, b.binary)
+	if err != nil {
+		return nil, err
+	}
+	if system != "" {
+		image := node.DataRoot + ".img"
+		if err := errors.Join(os.MkdirAll(node.DataRoot, 0o755), drivertest.MakeImage(system, image, 2<<30, "")); err != nil {
+			return nil, err
+		}
+		if drivertest.MountImage(system, image, node.DataRoot) != nil {
+			return nil, nil
+		}
+	}
+	if err := node.Start(ctx); err != nil {
+		return nil, err
+	}
+	b.nodes = append(b.nodes, node)
+	_, err = node.Layer("small", map[string]string{"file": "small"})
+	return node, err
+}
+
+func (b *bench) stop() error {
+	var failed error
+	for _, node := range b.nodes {
+		failed = errors.Join(failed, node.Stop())
+	}
+	return failed
 }
 
 // kind is a kind of volume that is measured: the first of a comparison is what the others are compared with.
 type kind struct {
 	name   string
+	node   *drivertest.Node
 	volume drivertest.Volume
 	// rounds are fewer than the others', where it takes long.
 	rounds             int
@@ -113,34 +111,65 @@ func inline(keys ...string) drivertest.Volume {
 	return v
 }
 
-// kinds are those of one data root.
-func (b *bench) kinds(ctx context.Context, system string) ([]*kind, error) {
+// own compares the kinds that every file system has, and the ways to give owners.
+func (b *bench) own(ctx context.Context, rounds, files int) error {
+	node, err := b.start(ctx, "")
+	if err != nil {
+		return err
+	}
 	layers := drivertest.Layers("small")
-	plain := &kind{name: "plain: no size", volume: inline("layers", layers)}
-	if system != "" {
-		return []*kind{plain, {name: "`sizeLimit: 64Mi`, kept by quota", volume: inline("layers", layers, "sizeLimit", "64Mi")}}, nil
-	}
-	kept, err := b.claim(ctx, "kept", "layers", layers, "limit", "none")
+	kept, err := claim(ctx, node, "kept", "layers", layers, "limit", "none")
 	if err != nil {
-		return nil, err
+		return err
 	}
-	image, err := b.claim(ctx, "image", "layers", layers, "limit", "image")
+	image, err := claim(ctx, node, "image", "layers", layers, "limit", "image")
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return []*kind{
-		plain,
-		{name: "claim without a limit", volume: kept},
-		{name: "`medium: memory`", volume: inline("layers", layers, "sizeLimit", "64Mi", "medium", "memory")},
-		{name: "disk image, made for the pod", volume: inline("layers", layers, "sizeLimit", "64Mi", "limit", "image")},
-		{name: "disk image of a claim, made before", volume: image},
-	}, nil
+	fmt.Printf("%d rounds:\n\n", rounds)
+	err = b.compare(ctx, rounds, []*kind{
+		{name: "plain: no size", node: node, volume: inline("layers", layers)},
+		{name: "claim without a limit", node: node, volume: kept},
+		{name: "`medium: memory`", node: node, volume: inline("layers", layers, "sizeLimit", "64Mi", "medium", "memory")},
+		{name: "disk image, made for the pod", node: node, volume: inline("layers", layers, "sizeLimit", "64Mi", "limit", "image")},
+		{name: "disk image of a claim, made before", node: node, volume: image},
+	})
+	if err != nil {
+		return err
+	}
+	return b.owners(ctx, node, rounds, files)
+}
+
+// quotas compares a file system's quotas with a plain volume on another file system of that type, which has none.
+func (b *bench) quotas(ctx context.Context, fsType string, rounds int) error {
+	quotas := map[string]string{"btrfs": "btrfs with quota"}[fsType]
+	if quotas == "" {
+		quotas = fsType + " with project quota"
+	}
+	limited, err := b.start(ctx, quotas)
+	if err != nil {
+		return err
+	}
+	if limited == nil {
+		fmt.Printf("\nNot measured on %s, which this kernel does not have.\n", quotas)
+		return nil
+	}
+	plain, err := b.start(ctx, fsType)
+	if err != nil {
+		return err
+	}
+	layers := drivertest.Layers("small")
+	fmt.Printf("\n%s, %d rounds:\n\n", quotas, rounds)
+	return b.compare(ctx, rounds, []*kind{
+		{name: "plain, on " + fsType, node: plain, volume: inline("layers", layers)},
+		{name: "`sizeLimit: 64Mi`, on " + quotas, node: limited, volume: inline("layers", layers, "sizeLimit", "64Mi")},
+	})
 }
 
 // claim has the driver make a claim's volume.
-func (b *bench) claim(ctx context.Context, name string, keys ...string) (drivertest.Volume, error) {
+func claim(ctx context.Context, node *drivertest.Node, name string, keys ...string) (drivertest.Volume, error) {
 	mode := csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER
-	response, err := b.node.Controller().CreateVolume(ctx, &csi.CreateVolumeRequest{
+	response, err := node.Controller().CreateVolume(ctx, &csi.CreateVolumeRequest{
 		Name: name, Parameters: inline(keys...).Attributes, VolumeCapabilities: []*csi.VolumeCapability{drivertest.Capability(mode)},
 		CapacityRange: &csi.CapacityRange{RequiredBytes: 64 << 20},
 	})
@@ -151,8 +180,8 @@ func (b *bench) claim(ctx context.Context, name string, keys ...string) (drivert
 }
 
 // owners compares the ways to give the files of a large layer an owner.
-func (b *bench) owners(ctx context.Context, rounds, files int) error {
-	path, err := b.node.Layer("large", nil)
+func (b *bench) owners(ctx context.Context, node *drivertest.Node, rounds, files int) error {
+	path, err := node.Layer("large", nil)
 	if err != nil {
 		return err
 	}
@@ -172,10 +201,10 @@ func (b *bench) owners(ctx context.Context, rounds, files int) error {
 	group.Group, walk.Group = "2000", "2000"
 	fmt.Printf("\nA layer of %d files, %d rounds:\n\n", files, rounds)
 	return b.compare(ctx, rounds, []*kind{
-		{name: "plain", volume: inline("layers", layers)},
-		{name: "`fsGroup`", volume: group},
-		{name: "`layerOwner`", volume: inline("layers", layers, "layerOwner", "1000:1000")},
-		{name: "`fsGroup`, `ownership: walk`", volume: walk, rounds: 3},
+		{name: "plain", node: node, volume: inline("layers", layers)},
+		{name: "`fsGroup`", node: node, volume: group},
+		{name: "`layerOwner`", node: node, volume: inline("layers", layers, "layerOwner", "1000:1000")},
+		{name: "`fsGroup`, `ownership: walk`", node: node, volume: walk, rounds: 3},
 	})
 }
 
@@ -203,7 +232,7 @@ func (b *bench) compare(ctx context.Context, rounds int, kinds []*kind) error {
 
 func (b *bench) measure(ctx context.Context, k *kind) error {
 	b.serial++
-	pod, err := b.node.NewPod("bench-" + strconv.Itoa(b.serial))
+	pod, err := k.node.NewPod("bench-" + strconv.Itoa(b.serial))
 	if err != nil {
 		return err
 	}
