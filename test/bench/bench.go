@@ -17,6 +17,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 
+	"github.com/overlay-csi/overlay-csi/test/bench/durations"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
 
@@ -90,7 +91,7 @@ func (b *bench) run(ctx context.Context) error {
 	fewPublish := slices.Concat(few.driver.publish, again.driver.publish)
 	fewUnpublish := slices.Concat(few.driver.unpublish, again.driver.unpublish)
 	fmt.Printf("\nWith %d views beside it, p50 of a publish is %.2f times, of an unpublish %.2f times that with 10.\n", b.opts.views,
-		ratio(quantile(many.driver.publish, 50), quantile(fewPublish, 50)), ratio(quantile(many.driver.unpublish, 50), quantile(fewUnpublish, 50)))
+		durations.Ratio(durations.Quantile(many.driver.publish, 50), durations.Quantile(fewPublish, 50)), durations.Ratio(durations.Quantile(many.driver.unpublish, 50), durations.Quantile(fewUnpublish, 50)))
 	fmt.Printf("Resident memory of the driver with %d views: %.1f MiB.\n", b.opts.views, float64(resident)/(1<<20))
 	return b.throughput(ctx)
 }
@@ -151,8 +152,8 @@ func (c comparison) print(views int) {
 	}{{"NodePublishVolume", c.raw.publish, c.driver.publish}, {"NodeUnpublishVolume", c.raw.unpublish, c.driver.unpublish}} {
 		fmt.Printf("| %s | %d |", row.name, views)
 		for _, p := range []int{50, 99} {
-			raw, driver := quantile(row.raw, p), quantile(row.driver, p)
-			fmt.Printf(" %s | %s | %.2f |", milliseconds(raw), milliseconds(driver), ratio(driver, raw))
+			raw, driver := durations.Quantile(row.raw, p), durations.Quantile(row.driver, p)
+			fmt.Printf(" %s | %s | %.2f |", durations.Milliseconds(raw), durations.Milliseconds(driver), durations.Ratio(driver, raw))
 		}
 		fmt.Println()
 	}
@@ -335,17 +336,6 @@ func (r raw) unmount(name string) error {
 // empty removes what the raw calls left, as the driver does in the background.
 func (r raw) empty() error {
 	return errors.Join(os.RemoveAll(r.dir), os.MkdirAll(filepath.Join(r.dir, "trash"), 0o755))
-}
-
-func quantile(samples []time.Duration, percent int) time.Duration {
-	sorted := slices.Sorted(slices.Values(samples))
-	return sorted[min(len(sorted)-1, len(sorted)*percent/100)]
-}
-
-func ratio(a, b time.Duration) float64 { return float64(a) / float64(b) }
-
-func milliseconds(d time.Duration) string {
-	return fmt.Sprintf("%.2f ms", float64(d.Microseconds())/1000)
 }
 
 // residentMemory is VmRSS of a process in bytes (proc(5)).

@@ -11,11 +11,11 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/overlay-csi/overlay-csi/test/bench/durations"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
 
@@ -223,9 +223,9 @@ func (b *bench) compare(ctx context.Context, rounds int, kinds []*kind) error {
 	fmt.Println("| volume | publish p50 | ratio | p99 | unpublish p50 | ratio |")
 	fmt.Println("| --- | ---: | ---: | ---: | ---: | ---: |")
 	for _, k := range kinds {
-		publish, unpublish := quantile(k.publish, 50), quantile(k.unpublish, 50)
-		fmt.Printf("| %s | %s | %.2f | %s | %s | %.2f |\n", k.name, milliseconds(publish), ratio(publish, quantile(kinds[0].publish, 50)),
-			milliseconds(quantile(k.publish, 99)), milliseconds(unpublish), ratio(unpublish, quantile(kinds[0].unpublish, 50)))
+		publish, unpublish := durations.Quantile(k.publish, 50), durations.Quantile(k.unpublish, 50)
+		fmt.Printf("| %s | %s | %.2f | %s | %s | %.2f |\n", k.name, durations.Milliseconds(publish), durations.Ratio(publish, durations.Quantile(kinds[0].publish, 50)),
+			durations.Milliseconds(durations.Quantile(k.publish, 99)), durations.Milliseconds(unpublish), durations.Ratio(unpublish, durations.Quantile(kinds[0].unpublish, 50)))
 	}
 	return nil
 }
@@ -247,15 +247,4 @@ func (b *bench) measure(ctx context.Context, k *kind) error {
 	}
 	k.unpublish = append(k.unpublish, time.Since(begin))
 	return os.RemoveAll(pod.Dir())
-}
-
-func quantile(samples []time.Duration, percent int) time.Duration {
-	sorted := slices.Sorted(slices.Values(samples))
-	return sorted[min(len(sorted)-1, len(sorted)*percent/100)]
-}
-
-func ratio(a, b time.Duration) float64 { return float64(a) / float64(b) }
-
-func milliseconds(d time.Duration) string {
-	return fmt.Sprintf("%.2f ms", float64(d.Microseconds())/1000)
 }
