@@ -85,11 +85,8 @@ func (m *Manager) Health(ctx context.Context, id, target string) ([]Condition, e
 	}
 	defer unlock()
 	r, err := m.states.load(id)
-	if errdefs.IsDataLoss(err) {
-		return []Condition{{Inaccessible, reasonStateDamaged, err.Error()}}, nil
-	}
 	if err != nil {
-		return nil, err
+		return []Condition{{Inaccessible, reasonStateDamaged, err.Error()}}, nil
 	}
 	if r == nil {
 		dir := m.states.volumeDir(id)

@@ -162,31 +162,50 @@ func TestHealthOfAFileSystemThatFailed(t *testing.T) {
 	if len(inner) != 1 {
 		t.Fatalf("file systems of disk images: %q", inner)
 	}
-	abort(t, inner[0])
-	wantHealth(t, node, pod, image, degraded, "UpperReadOnly")
+	of := abort(t, inner[0])
+	wantHealth(t, node, pod, image, of.severity, of.upper)
 	wantHealth(t, node, pod, kept, 0, "")
-	abort(t, node.DataRoot)
-	wantHealth(t, node, pod, kept, degraded, "UpperReadOnly")
+	of = abort(t, node.DataRoot)
+	if of.code == codes.Internal {
+		// Nor can the state be read.
+		of.upper = "StateDamaged"
+	}
+	wantHealth(t, node, pod, kept, of.severity, of.upper)
 	must(t, os.Rename(node.LayerDir, node.LayerDir+".away"))
-	if reasons := storageHealth(t, node); !slices.Equal(reasons, []string{"STORAGE_DEGRADED DataRootReadOnly", "STORAGE_DEGRADED LayerRootMissing"}) {
+	if reasons := storageHealth(t, node); !slices.Equal(reasons, []string{of.dataRoot, "STORAGE_DEGRADED LayerRootMissing"}) {
 		t.Errorf("%q", reasons)
 	}
 	must(t, os.Rename(node.LayerDir+".away", node.LayerDir))
 	for _, v := range []drivertest.Volume{kept, image} {
 		// The view goes; the state cannot be written.
-		wantCode(t, pod.Unpublish(timeout(t), v), codes.FailedPrecondition, "read-only")
+		wantCode(t, pod.Unpublish(timeout(t), v), of.code, of.word)
 	}
 }
 
-// abort does what the kernel does when it finds an ext4 damaged (ext4(5), "abort").
-func abort(t *testing.T, path string) {
+// failure is what is to be told of a file system that failed.
+type failure struct {
+	severity        csi.VolumeHealthErrorType
+	upper, dataRoot string
+	code            codes.Code
+	word            string
+}
+
+// abort does what the kernel does when it finds an ext4 damaged (ext4(5), "abort"). Of what it then answers to writes,
+// kernels have different opinions.
+func abort(t *testing.T, path string) failure {
 	t.Helper()
 	if output, err := exec.Command("mount", "-o", "remount,abort", path).CombinedOutput(); err != nil {
 		t.Logf("remount,abort %s: %v: %s", path, err, output)
 	}
-	if err := os.WriteFile(filepath.Join(path, "written"), []byte("x"), 0o600); !isErrno(err, unix.EROFS) {
-		t.Fatalf("the file system at %s was to fail: %v", path, err)
+	err := os.WriteFile(filepath.Join(path, "written"), []byte("x"), 0o600)
+	switch {
+	case isErrno(err, unix.EROFS):
+		return failure{degraded, "UpperReadOnly", "STORAGE_DEGRADED DataRootReadOnly", codes.FailedPrecondition, "read-only"}
+	case isErrno(err, unix.EIO):
+		return failure{inaccessible, "UpperFails", "STORAGE_UNREACHABLE DataRootFails", codes.Internal, "input/output error"}
 	}
+	t.Fatalf("the file system at %s was to fail: %v", path, err)
+	return failure{}
 }
 
 func TestHealthOfFullUppers(t *testing.T) {
