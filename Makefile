@@ -36,6 +36,7 @@ test-race: ## The same tests with the race detector, in the driver's process too
 test-kernels: export KERNEL_DISKS := $(KERNEL_DISKS)
 test-kernels: export KERNEL_FLAGS := $(KERNEL_FLAGS)
 test-kernels: export KERNEL_RUN := $(KERNEL_RUN)
+test-kernels: export KERNEL_BENCH := $(KERNEL_BENCH)
 test-kernels: ## The integration tests on Debian's kernels KERNELS (6.1 6.12) in qemu (root, Debian; see test/kernel/run; hours)
 	test/kernel/run $(KERNELS)
 
