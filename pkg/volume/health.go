@@ -95,11 +95,11 @@ func (m *Manager) Health(ctx context.Context, id, target string) ([]Condition, e
 		}
 		return nil, fmt.Errorf("%w: volume %s: there is none of that ID on this node", errdefs.ErrNotFound, id)
 	}
-	return m.health(ctx, r, target)
+	return m.health(ctx, r, target), nil
 }
 
-// health is of a volume of which nobody else changes anything meanwhile.
-func (m *Manager) health(ctx context.Context, r *record, target string) ([]Condition, error) {
+// health is as Health, of a record. Without the volume's lock it may tell of a view that is being mounted or unmounted.
+func (m *Manager) health(ctx context.Context, r *record, target string) []Condition {
 	var found findings
 	mounted := false
 	for i := range r.Publications {
@@ -128,7 +128,7 @@ func (m *Manager) health(ctx context.Context, r *record, target string) ([]Condi
 		}
 	}
 	if mounted {
-		return found, nil
+		return found
 	}
 	// A pod that is to have it would meet these.
 	found.addError(m.layers.CheckHere(r.Spec.Layers), Condition{Severity: Inaccessible, Reason: reasonLayerMissing},
@@ -140,7 +140,7 @@ func (m *Manager) health(ctx context.Context, r *record, target string) ([]Condi
 				Condition{Severity: Inaccessible, Reason: reasonUpperFails}, Condition{Severity: Inaccessible, Reason: reasonUpperFails})
 		}
 	}
-	return found, nil
+	return found
 }
 
 // usedUpper is an upper that a view is mounted on.

@@ -63,8 +63,8 @@ func (m *Manager) Describe(ctx context.Context, id string) (Description, error) 
 			Target: p.Target, Pod: p.Pod, Mounted: mounted, Options: p.Attributes.String(), Data: m.graphDriverData(r, p),
 		})
 	}
-	d.Conditions, err = m.health(ctx, r, "")
-	return d, err
+	d.Conditions = m.health(ctx, r, "")
+	return d, nil
 }
 
 // graphDriverData are the directories of a view.
