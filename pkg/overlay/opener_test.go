@@ -6,12 +6,12 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
 func TestOpener(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root")
-	}
+	needs.Root(t)
 	features, err := Probe(t.TempDir())
 	if err != nil {
 		t.Fatal(err)

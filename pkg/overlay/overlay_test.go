@@ -13,6 +13,8 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 	mount "k8s.io/mount-utils"
+
+	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
 func TestParseMountOptions(t *testing.T) {
@@ -55,9 +57,7 @@ func TestFeaturesWithout(t *testing.T) {
 
 // mounters are one for each way to mount that this kernel has.
 func mounters(t *testing.T) map[string]*Mounter {
-	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root")
-	}
+	needs.Root(t)
 	features, err := Probe(t.TempDir())
 	if err != nil {
 		t.Fatal(err)

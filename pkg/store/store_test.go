@@ -22,6 +22,7 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
+	"github.com/overlay-csi/overlay-csi/test/needs"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
 
@@ -41,6 +42,7 @@ func (n *node) LayerUsers() (map[digest.Digest][]string, error) { return n.used,
 // newNode makes a store in a directory of its own, on a file system that can hold layers.
 func newNode(t *testing.T, change ...func(*store.Config)) *node {
 	t.Helper()
+	needs.Root(t)
 	dir, remove, err := drivertest.WorkDir()
 	must(t, err)
 	t.Cleanup(func() { must(t, remove()) })

@@ -10,14 +10,13 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 	"github.com/overlay-csi/overlay-csi/pkg/upper/uppertest"
+	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
 // mountAt mounts a file system of that type on a new directory.
 func mountAt(t *testing.T, fsType string) string {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root")
-	}
+	needs.Root(t)
 	dir := t.TempDir()
 	if err := unix.Mount(fsType, dir, fsType, 0, ""); err != nil {
 		t.Fatal(err)

@@ -29,13 +29,18 @@ const DriverName = "overlay-csi.github.io"
 const LayerRoot = "layers"
 
 // Build compiles the driver into dir and returns the binary's path. OVERLAY_CSI_BUILD_FLAGS adds flags, such as -race.
+//
+// OVERLAY_CSI_BINARY names a driver that is built already: make builds it once for all packages, and a virtual machine has no
+// Go. The other commands are beside it.
 func Build(dir string) (string, error) { return BuildCommand(dir, "overlay-csi") }
 
-// BuildCommand compiles one of the project's commands. Where OVERLAY_CSI_TEST_BINARIES names a directory, as on a machine
-// without Go, it is there already.
+// BuildCommand is Build for one of the project's other commands.
 func BuildCommand(dir, name string) (string, error) {
-	if built := os.Getenv("OVERLAY_CSI_TEST_BINARIES"); built != "" {
-		return filepath.Join(built, name), nil
+	if built := os.Getenv("OVERLAY_CSI_BINARY"); built != "" {
+		if !filepath.IsAbs(built) {
+			return "", fmt.Errorf("OVERLAY_CSI_BINARY=%s: the path must be absolute", built)
+		}
+		return filepath.Join(filepath.Dir(built), name), nil
 	}
 	binary := filepath.Join(dir, name)
 	args := []string{"build", "-o", binary}

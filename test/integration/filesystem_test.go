@@ -1,9 +1,7 @@
 package integration
 
 import (
-	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -11,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
+	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
 // mountImage mounts a new file system of that name and size at a directory that it makes, and unmounts it at the end
@@ -27,13 +26,10 @@ func makeImage(t *testing.T, name, image string, size int64, content string) {
 	mustRun(t, drivertest.MakeImage(name, image, size, content))
 }
 
-// mustRun is must for a program that the test needs. Where it is not installed the test is skipped, which says what to
-// install; with OVERLAY_CSI_TEST_ALL, as in CI, it fails.
+// mustRun is must for a program that may not be installed.
 func mustRun(t *testing.T, err error) {
 	t.Helper()
-	if errors.Is(err, exec.ErrNotFound) && os.Getenv("OVERLAY_CSI_TEST_ALL") == "" {
-		t.Skip(err)
-	}
+	needs.Program(t, err)
 	must(t, err)
 }
 

@@ -341,7 +341,7 @@ func TestOverlayctl(t *testing.T) {
 	pushImage(t, r, "b:1", map[string]string{"h": "h"})
 	run := func(args ...string) string {
 		t.Helper()
-		output, err := exec.Command(overlayctlBinary, append([]string{"--socket", node.AdminSocket()}, args...)...).CombinedOutput()
+		output, err := exec.Command(overlayctlBinary(t), append([]string{"--socket", node.AdminSocket()}, args...)...).CombinedOutput()
 		if err != nil {
 			t.Fatalf("overlayctl %v: %v\n%s", args, err, output)
 		}
@@ -395,7 +395,7 @@ func TestOverlayctl(t *testing.T) {
 		"no such form":    {[]string{"--socket", node.AdminSocket(), "layers", "-o", "xml"}, "table and json"},
 		"no such command": {[]string{"fly"}, "fly"},
 	} {
-		output, err := exec.Command(overlayctlBinary, c.args...).CombinedOutput()
+		output, err := exec.Command(overlayctlBinary(t), c.args...).CombinedOutput()
 		if err == nil || !strings.Contains(string(output), c.word) {
 			t.Errorf("%s: %v: %s", name, err, output)
 		}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -18,9 +19,8 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
+	"github.com/overlay-csi/overlay-csi/test/needs"
 )
-
-var driverBinary, overlayctlBinary string
 
 func TestMain(m *testing.M) {
 	flag.Parse()
@@ -28,24 +28,14 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
-	dir, remove, err := drivertest.WorkDir()
+	dir, err := os.MkdirTemp("", "overlay-csi-commands-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "integration tests:", err)
 		return 1
 	}
-	defer func() {
-		if err := remove(); err != nil {
-			fmt.Fprintln(os.Stderr, "clean up:", err)
-		}
-	}()
-	if driverBinary, err = drivertest.Build(dir); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	if overlayctlBinary, err = drivertest.BuildCommand(dir, "overlayctl"); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
+	defer os.RemoveAll(dir)
+	buildDriver = sync.OnceValues(func() (string, error) { return drivertest.Build(dir) })
+	buildOverlayctl = sync.OnceValues(func() (string, error) { return drivertest.BuildCommand(dir, "overlayctl") })
 	if os.Getenv("OVERLAY_CSI_TEST_NATIVE") != "" {
 		if err := printFeatures(dir); err != nil {
 			fmt.Fprintln(os.Stderr, "probe the kernel:", err)
@@ -53,6 +43,23 @@ func run(m *testing.M) int {
 		}
 	}
 	return m.Run()
+}
+
+// buildDriver and buildOverlayctl compile a command when the first test needs it, and return its path.
+var buildDriver, buildOverlayctl func() (string, error)
+
+func driverBinary(t *testing.T) string {
+	t.Helper()
+	path, err := buildDriver()
+	must(t, err)
+	return path
+}
+
+func overlayctlBinary(t *testing.T) string {
+	t.Helper()
+	path, err := buildOverlayctl()
+	must(t, err)
+	return path
 }
 
 // printFeatures prints what this kernel has, and what the driver does in place of what it lacks.
@@ -92,11 +99,12 @@ func onEachKernel(t *testing.T, test func(t *testing.T, node *drivertest.Node)) 
 // stopped, and what is mounted is unmounted. A driver that logged a panic or a data race fails the test.
 func newNode(t *testing.T, args ...string) *drivertest.Node {
 	t.Helper()
+	needs.Root(t)
 	dir, remove, err := drivertest.WorkDir()
 	if err != nil {
 		t.Fatal(err)
 	}
-	node, err := drivertest.NewNode(dir, driverBinary, args...)
+	node, err := drivertest.NewNode(dir, driverBinary(t), args...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -106,7 +106,7 @@ func TestCommandLine(t *testing.T) {
 		"mount option":     {[]string{"--permit-mount-option=exec"}, 2, "dev, suid"},
 		"endpoint":         {[]string{"--data-root=" + t.TempDir(), "--endpoint=tcp://1.2.3.4:5"}, 1, "unix://"},
 	} {
-		output, err := exec.Command(driverBinary, c.args...).CombinedOutput()
+		output, err := exec.Command(driverBinary(t), c.args...).CombinedOutput()
 		code := 0
 		if exit, ok := err.(*exec.ExitError); ok {
 			code = exit.ExitCode()

@@ -10,9 +10,11 @@ import (
 	"github.com/kubernetes-csi/csi-test/v5/pkg/sanity"
 
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
+	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
 func TestSanity(t *testing.T) {
+	needs.Root(t)
 	dir, remove, err := drivertest.WorkDir()
 	if err != nil {
 		t.Fatal(err)
