@@ -1,0 +1,111 @@
+package linux
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	loopControl = "/dev/loop-control"
+	// loopTries is how often a free loop device is looked for, while others take them.
+	loopTries = 100
+)
+
+// HasLoopDevices returns an error where the machine has no loop devices (loop(4)).
+func HasLoopDevices() error {
+	_, err := os.Stat(loopControl)
+	return err
+}
+
+// AttachLoop binds an open file to a free loop device (loop(4), LOOP_CONFIGURE, Linux 5.8). The device is released with its last user
+// (LO_FLAGS_AUTOCLEAR). Its I/O is direct where the file system of the file can do that, so that what is in the page cache of the file
+// system on the device need not be in that of the file too.
+func AttachLoop(file *os.File) (*os.File, error) {
+	control, err := Open(nil, loopControl, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer control.Close()
+	config := unix.LoopConfig{Fd: uint32(file.Fd()), Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_AUTOCLEAR | unix.LO_FLAGS_DIRECT_IO}}
+	// The kernel shows it in /sys/block/loopN/loop/backing_file; the array ends with a zero.
+	copy(config.Info.File_name[:len(config.Info.File_name)-1], file.Name())
+	for range loopTries {
+		var number int
+		err = call("LOOP_CTL_GET_FREE", control, func(fd int) (err error) {
+			number, err = unix.IoctlRetInt(fd, unix.LOOP_CTL_GET_FREE)
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+		var loop *os.File
+		if loop, err = openLoop(fmt.Sprintf("loop%d", number)); err != nil {
+			return nil, err
+		}
+		if err = call("LOOP_CONFIGURE", loop, func(fd int) error { return unix.IoctlLoopConfigure(fd, &config) }); err == nil {
+			return loop, nil
+		}
+		loop.Close()
+		if !errors.Is(err, unix.EBUSY) {
+			return nil, err
+		}
+	}
+	return nil, err
+}
+
+// FindLoop opens the loop device that a file is bound to. The error is fs.ErrNotExist where there is none.
+func FindLoop(path string) (*os.File, error) {
+	file, err := StatPath(path)
+	if err != nil {
+		return nil, err
+	}
+	bound, err := filepath.Glob("/sys/block/loop*/loop")
+	if err != nil {
+		return nil, err
+	}
+	for _, dir := range bound {
+		loop, err := openLoop(filepath.Base(filepath.Dir(dir)))
+		if err != nil {
+			// It was released since.
+			continue
+		}
+		info, err := unix.IoctlLoopGetStatus64(int(loop.Fd()))
+		if err == nil && info.Device == file.Dev && info.Inode == file.Ino {
+			return loop, nil
+		}
+		loop.Close()
+	}
+	return nil, &os.PathError{Op: "find loop device", Path: path, Err: fs.ErrNotExist}
+}
+
+// GrowLoop has a loop device take the size that its file has now (LOOP_SET_CAPACITY).
+func GrowLoop(loop *os.File) error {
+	return call("LOOP_SET_CAPACITY", loop, func(fd int) error { return unix.IoctlSetInt(fd, unix.LOOP_SET_CAPACITY, 0) })
+}
+
+// openLoop opens a loop device, and makes its node where it is missing: a container's /dev has only those of the devices that there
+// were when the container was made.
+func openLoop(name string) (*os.File, error) {
+	path := "/dev/" + name
+	loop, err := Open(nil, path, os.O_RDWR, 0)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return loop, err
+	}
+	numbers, err := os.ReadFile("/sys/block/" + name + "/dev")
+	if err != nil {
+		return nil, err
+	}
+	var major, minor uint32
+	if _, err := fmt.Sscanf(string(numbers), "%d:%d", &major, &minor); err != nil {
+		return nil, fmt.Errorf("read the device number of %s: %w", name, err)
+	}
+	if err := Mknodat(nil, path, unix.S_IFBLK|0o600, unix.Mkdev(major, minor)); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, err
+	}
+	return Open(nil, path, os.O_RDWR, 0)
+}

@@ -1,0 +1,24 @@
+package linux
+
+import (
+	"fmt"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Setpriority sets the niceness of the calling thread (setpriority(2)). The caller has to have locked its goroutine to it
+// (runtime.LockOSThread).
+func Setpriority(nice int) error {
+	return os.NewSyscallError("setpriority", retry(func() error { return unix.Setpriority(unix.PRIO_PROCESS, 0, nice) }))
+}
+
+// BootID returns an ID of the time since the machine was started (random(4), boot_id).
+func BootID() (string, error) {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", fmt.Errorf("read the boot ID: %w", err)
+	}
+	return strings.TrimSpace(string(id)), nil
+}

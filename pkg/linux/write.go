@@ -1,0 +1,86 @@
+package linux
+
+import (
+	"errors"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// WriteFileAtomic replaces a file of a directory as a whole: it writes name.new and renames it. With sync, the content is on the disk
+// before the file has its name, so that a power cut leaves the old content or the new; the name itself is on the disk after
+// [SyncDir]. A name.new that is there already, of an earlier process, is removed. On an error there is none.
+func WriteFileAtomic(dir *os.File, name string, data []byte, sync bool) error {
+	temporary := name + ".new"
+	file, err := createNew(dir, temporary)
+	if err != nil {
+		return err
+	}
+	_, err = file.Write(data)
+	if err == nil && sync {
+		err = file.Sync()
+	}
+	err = errors.Join(err, file.Close())
+	if err == nil {
+		err = Renameat(dir, temporary, dir, name, 0)
+	}
+	if err != nil {
+		// It could not be written: the space of what was is worth more than this second error.
+		_ = Unlinkat(dir, temporary)
+	}
+	return err
+}
+
+// createNew makes a file, in place of one that is there.
+func createNew(dir *os.File, name string) (*os.File, error) {
+	const flags = os.O_WRONLY | os.O_CREATE | os.O_EXCL | O_NOFOLLOW
+	file, err := OpenFile(dir, name, flags, 0o600, 0)
+	if !errors.Is(err, unix.EEXIST) {
+		return file, err
+	}
+	if err := Unlinkat(dir, name); err != nil {
+		return nil, err
+	}
+	return OpenFile(dir, name, flags, 0o600, 0)
+}
+
+// SyncDir writes the names in an open directory to the disk (fsync(2)). The handle may be one of [O_PATH].
+func SyncDir(dir *os.File) error {
+	return withReadable(dir, "fsync", unix.Fsync)
+}
+
+// SyncFS writes the file system of an open directory to the disk (syncfs(2)), which reports write errors from Linux 5.8 on. The
+// handle may be one of [O_PATH].
+func SyncFS(dir *os.File) error {
+	return withReadable(dir, "syncfs", unix.Syncfs)
+}
+
+// SyncPath writes a file or directory to the disk (fsync(2)).
+func SyncPath(path string) error {
+	file, err := Open(nil, path, os.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(file.Sync(), file.Close())
+}
+
+// withReadable makes a system call on a directory that is open for reading: these do not take handles of O_PATH.
+func withReadable(dir *os.File, op string, do func(fd int) error) error {
+	readable, err := Open(dir, ".", os.O_RDONLY|O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer readable.Close()
+	return call(op, readable, do)
+}
+
+// Flock takes the lock of an open file, for this open file alone, without waiting (flock(2)). The error is EWOULDBLOCK while another
+// has it. The kernel releases it when the file is closed, however the process ends.
+func Flock(file *os.File) error {
+	return call("flock", file, func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) })
+}
+
+// Fallocate reserves disk space for a part of a file, and makes the file larger where the part ends beyond it (fallocate(2)).
+func Fallocate(file *os.File, offset, length int64) error {
+	return call("fallocate", file, func(fd int) error { return unix.Fallocate(fd, 0, offset, length) })
+}

@@ -1,0 +1,70 @@
+package linux
+
+import (
+	"errors"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// SetXattr sets an extended attribute of an open file (fsetxattr(2)). The handle may be one of [O_PATH].
+func SetXattr(file *os.File, name string, value []byte) error {
+	return call("setxattr "+name, file, func(fd int) error {
+		err := unix.Fsetxattr(fd, name, value, 0)
+		if errors.Is(err, unix.EBADF) {
+			err = unix.Setxattr(ProcPath(file), name, value, 0)
+		}
+		return err
+	})
+}
+
+// GetXattr returns an extended attribute of an open file (fgetxattr(2)). The handle may be one of [O_PATH]. The error is ENODATA where
+// there is none.
+func GetXattr(file *os.File, name string) ([]byte, error) {
+	return getXattr(file, "", name, func(fd int, value []byte) (int, error) {
+		n, err := unix.Fgetxattr(fd, name, value)
+		if errors.Is(err, unix.EBADF) {
+			n, err = unix.Getxattr(ProcPath(file), name, value)
+		}
+		return n, err
+	})
+}
+
+// SetXattrAt sets an extended attribute of an entry of a directory, without following a link (lsetxattr(2)). There is no system call
+// for an entry before Linux 6.13: the path goes by /proc.
+func SetXattrAt(dir *os.File, path, name string, value []byte) error {
+	return callAt("lsetxattr "+name, dir, path, func(int) error { return unix.Lsetxattr(entryPath(dir, path), name, value, 0) })
+}
+
+// GetXattrAt returns an extended attribute of an entry of a directory, without following a link (lgetxattr(2)). The error is ENODATA
+// where there is none.
+func GetXattrAt(dir *os.File, path, name string) ([]byte, error) {
+	return getXattr(dir, path, name, func(_ int, value []byte) (int, error) { return unix.Lgetxattr(entryPath(dir, path), name, value) })
+}
+
+func entryPath(dir *os.File, path string) string {
+	if dir == nil {
+		return path
+	}
+	return ProcPath(dir) + "/" + path
+}
+
+// maxXattr is the largest value of an extended attribute (XATTR_SIZE_MAX).
+const maxXattr = 64 << 10
+
+func getXattr(dir *os.File, path, name string, get func(fd int, value []byte) (int, error)) ([]byte, error) {
+	value := make([]byte, 256)
+	var n int
+	err := callAt("getxattr "+name, dir, path, func(fd int) (err error) {
+		n, err = get(fd, value)
+		if errors.Is(err, unix.ERANGE) {
+			value = make([]byte, maxXattr)
+			n, err = get(fd, value)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return value[:n], nil
+}
