@@ -14,13 +14,14 @@ const module = "github.com/overlay-csi/overlay-csi/"
 // only driver, and kubelet's own registration API, know gRPC.
 func TestImports(t *testing.T) {
 	allowed := map[string][]string{
-		"pkg/driver":  {"pkg/volume", "pkg/layer", "pkg/overlay"},
-		"pkg/admin":   {"pkg/volume", "pkg/store"},
-		"pkg/volume":  {"pkg/layer", "pkg/upper", "pkg/overlay"},
-		"pkg/layer":   {"pkg/store", "pkg/kubelet"},
-		"pkg/store":   {},
-		"pkg/upper":   {},
-		"pkg/overlay": {},
+		"pkg/driver":    {"pkg/volume", "pkg/layer", "pkg/overlay", "pkg/reference"},
+		"pkg/admin":     {"pkg/volume", "pkg/store"},
+		"pkg/volume":    {"pkg/layer", "pkg/reference", "pkg/upper", "pkg/overlay"},
+		"pkg/layer":     {"pkg/reference", "pkg/store", "pkg/kubelet"},
+		"pkg/reference": {},
+		"pkg/store":     {},
+		"pkg/upper":     {},
+		"pkg/overlay":   {},
 		// The suite that every upper passes.
 		"pkg/upper/uppertest": {"pkg/upper"},
 		"pkg/kubelet":         {},

@@ -11,7 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
-	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
@@ -57,7 +57,7 @@ func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 		return nil, fmt.Errorf("%w: the volume is wanted on other nodes than this one (%v)", errdefs.ErrResourceExhausted, c.topology.GetSegments())
 	}
 	if req.GetParameters()[volume.KeyLayersFrom] == volume.LayersFromClaim {
-		request.ClaimLayers = func(ctx context.Context) ([]layer.Reference, error) {
+		request.ClaimLayers = func(ctx context.Context) ([]reference.Reference, error) {
 			return c.claimLayers(ctx, req.GetParameters()[keyClaimNamespace], req.GetParameters()[keyClaimName])
 		}
 	}
@@ -69,7 +69,7 @@ func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 }
 
 // claimLayers reads the layers that a claim names in its annotation.
-func (c *Controller) claimLayers(ctx context.Context, namespace, name string) ([]layer.Reference, error) {
+func (c *Controller) claimLayers(ctx context.Context, namespace, name string) ([]reference.Reference, error) {
 	switch {
 	case c.claims == nil:
 		return nil, fmt.Errorf("%w: key %q: the driver has no access to the API server, which claims are read from (--kubeconfig)", errdefs.ErrFailedPrecondition, volume.KeyLayersFrom)
@@ -84,7 +84,7 @@ func (c *Controller) claimLayers(ctx context.Context, namespace, name string) ([
 	if !ok {
 		return nil, fmt.Errorf("%w: claim %s/%s has no annotation %s: its StorageClass has each claim name its layers there", errdefs.ErrInvalidArgument, namespace, name, c.annotation)
 	}
-	layers, err := volume.ParseLayers(text)
+	layers, err := reference.ParseList(text)
 	if err != nil {
 		return nil, fmt.Errorf("annotation %s of claim %s/%s: %w", c.annotation, namespace, name, err)
 	}

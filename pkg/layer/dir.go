@@ -11,6 +11,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
 )
 
 // Root is a directory that the operator offers layers from.
@@ -38,7 +40,7 @@ type opener interface {
 // from starting. The error names the first root that is misnamed or lies in the data root.
 func NewRoots(roots map[string]Root, forbid Forbidden, opener opener) (*Roots, error) {
 	for name, root := range roots {
-		if !namePattern.MatchString(name) {
+		if !reference.IsName(name) {
 			return nil, fmt.Errorf("layer root %q: a name is lower-case letters, digits, '-' and '.'", name)
 		}
 		if !filepath.IsAbs(root.Path) {
@@ -51,7 +53,7 @@ func NewRoots(roots map[string]Root, forbid Forbidden, opener opener) (*Roots, e
 	return &Roots{roots: roots, forbid: forbid, opener: opener}, nil
 }
 
-func (r *Roots) find(ref Reference) (Root, error) {
+func (r *Roots) find(ref reference.Reference) (Root, error) {
 	root, ok := r.roots[ref.Name()]
 	if ok {
 		return root, nil
@@ -81,7 +83,7 @@ func (o openedRoots) close() {
 // open opens the directory that a dir:// reference names (O_PATH). The kernel resolves the path beneath the root
 // (openat2(2), RESOLVE_BENEATH), whatever is renamed meanwhile. A missing directory is of the kind NotFound, what leaves
 // the root InvalidArgument.
-func (r *Roots) open(ref Reference, opened openedRoots) (*os.File, error) {
+func (r *Roots) open(ref reference.Reference, opened openedRoots) (*os.File, error) {
 	root, err := r.find(ref)
 	if err != nil {
 		return nil, err
@@ -110,7 +112,7 @@ func (r *Roots) open(ref Reference, opened openedRoots) (*os.File, error) {
 
 // openArchive opens the file, or the directory of an OCI layout, that an archive:// reference names, for reading. It is
 // looked for as a directory is.
-func (r *Roots) openArchive(ref Reference) (*os.File, error) {
+func (r *Roots) openArchive(ref reference.Reference) (*os.File, error) {
 	root, err := r.find(ref)
 	if err != nil {
 		return nil, err
@@ -170,7 +172,7 @@ func (r *Roots) openRoot(root Root) (openedRoot, error) {
 
 // quieter returns the layer on the mount that is fit for layers, and closes dir, if the same path leads to the same
 // directory there: not where a mount lies between, and not after a rename. Else it returns dir.
-func (r openedRoot) quieter(dir *os.File, ref Reference) *os.File {
+func (r openedRoot) quieter(dir *os.File, ref reference.Reference) *os.File {
 	if r.quiet == nil {
 		return dir
 	}
@@ -189,12 +191,12 @@ func (r openedRoot) quieter(dir *os.File, ref Reference) *os.File {
 }
 
 // openBeneath opens the directory at the reference's path beneath root (O_PATH).
-func openBeneath(root *os.File, ref Reference, resolve uint64) (*os.File, error) {
+func openBeneath(root *os.File, ref reference.Reference, resolve uint64) (*os.File, error) {
 	return openFileBeneath(root, ref, unix.O_PATH|unix.O_DIRECTORY, resolve)
 }
 
 // openFileBeneath opens what is at the reference's path beneath root.
-func openFileBeneath(root *os.File, ref Reference, flags, resolve uint64) (*os.File, error) {
+func openFileBeneath(root *os.File, ref reference.Reference, flags, resolve uint64) (*os.File, error) {
 	path := ref.Path()
 	if path == "" {
 		path = "."
@@ -217,7 +219,7 @@ func openFileBeneath(root *os.File, ref Reference, flags, resolve uint64) (*os.F
 	switch {
 	case errors.Is(err, unix.ENOENT):
 		what := "directory"
-		if ref.Scheme() == Archive {
+		if ref.Scheme() == reference.Archive {
 			what = "archive"
 		}
 		return nil, fmt.Errorf("%w: layer %s: there is no %s %q in %s on this node", errdefs.ErrNotFound, ref, what, ref.Path(), root.Name())

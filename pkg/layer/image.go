@@ -6,28 +6,29 @@ import (
 	"os"
 
 	"github.com/containerd/errdefs"
-	"github.com/distribution/reference"
+	dockerref "github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 )
 
 // images is what oci:// and archive:// references need of the layer store.
 type images interface {
-	Resolve(ctx context.Context, named reference.Named, credentials store.Credentials) (digest.Digest, error)
+	Resolve(ctx context.Context, named dockerref.Named, credentials store.Credentials) (digest.Digest, error)
 	Use(id digest.Digest, path string) (*store.Use, error)
-	Pull(ctx context.Context, named reference.Canonical, credentials store.Credentials, path string) (*store.Use, error)
+	Pull(ctx context.Context, named dockerref.Canonical, credentials store.Credentials, path string) (*store.Use, error)
 	Import(ctx context.Context, name string, file *os.File, wanted digest.Digest) (*store.Use, error)
 }
 
 // pinned returns the image of an oci:// reference with its digest, which is asked of the registry where neither the
 // reference nor the pins have it.
-func (r *Resolver) pinned(ctx context.Context, ref Reference, credentials store.Credentials, pins Pins) (reference.Canonical, error) {
-	named, err := reference.ParseNormalizedNamed(ref.Name())
+func (r *Resolver) pinned(ctx context.Context, ref reference.Reference, credentials store.Credentials, pins reference.Digests) (dockerref.Canonical, error) {
+	named, err := dockerref.ParseNormalizedNamed(ref.Name())
 	if err != nil {
 		return nil, fmt.Errorf("%w: layer %s: %w", errdefs.ErrInvalidArgument, ref, err)
 	}
-	if canonical, ok := named.(reference.Canonical); ok {
+	if canonical, ok := named.(dockerref.Canonical); ok {
 		return canonical, nil
 	}
 	id, ok := pins[ref.String()]
@@ -36,33 +37,35 @@ func (r *Resolver) pinned(ctx context.Context, ref Reference, credentials store.
 			return nil, fmt.Errorf("layer %s: %w", ref, err)
 		}
 	}
-	return reference.WithDigest(named, id)
+	return dockerref.WithDigest(named, id)
 }
 
 // Pin replaces the tags of oci:// references by what they stand for at the moment: the same images whenever and wherever
 // they are resolved. secrets are those of the volume.
-func (r *Resolver) Pin(ctx context.Context, refs []Reference, secrets map[string]string) ([]Reference, error) {
+func (r *Resolver) Pin(ctx context.Context, refs []reference.Reference, secrets map[string]string) ([]reference.Reference, error) {
 	credentials, err := store.ParseCredentials(secrets)
 	if err != nil {
 		return nil, err
 	}
-	pinned := make([]Reference, len(refs))
+	pinned := make([]reference.Reference, len(refs))
 	for i, ref := range refs {
 		pinned[i] = ref
-		if ref.Scheme() != OCI {
+		if ref.Scheme() != reference.OCI {
 			continue
 		}
 		named, err := r.pinned(ctx, ref, credentials, nil)
 		if err != nil {
 			return nil, err
 		}
-		pinned[i].name = named.String()
+		if pinned[i], err = ref.WithDigest(named.Digest()); err != nil {
+			return nil, err
+		}
 	}
 	return pinned, nil
 }
 
-// useImage opens the layers of an oci:// reference.
-func (r *Resolver) useImage(ctx context.Context, ref Reference, credentials store.Credentials, pins Pins) (*store.Use, error) {
+// useImage opens the layers of an oci:// dockerref.
+func (r *Resolver) useImage(ctx context.Context, ref reference.Reference, credentials store.Credentials, pins reference.Digests) (*store.Use, error) {
 	named, err := r.pinned(ctx, ref, credentials, pins)
 	if err != nil {
 		return nil, err
@@ -74,9 +77,9 @@ func (r *Resolver) useImage(ctx context.Context, ref Reference, credentials stor
 	return use, nil
 }
 
-// useArchive opens the layers of an archive:// reference. The archive itself need not be there any more, where what it
+// useArchive opens the layers of an archive:// dockerref. The archive itself need not be there any more, where what it
 // was is known and is in the store.
-func (r *Resolver) useArchive(ctx context.Context, ref Reference, pins Pins) (*store.Use, error) {
+func (r *Resolver) useArchive(ctx context.Context, ref reference.Reference, pins reference.Digests) (*store.Use, error) {
 	pin, isPinned := pins[ref.String()]
 	if isPinned {
 		if use, err := r.images.Use(pin, ""); use != nil || err != nil {

@@ -1,3 +1,4 @@
+// Package layer resolves layer references into open read-only directories.
 package layer
 
 import (
@@ -11,14 +12,12 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 )
 
 // Pod is the pod that a layer is resolved for.
 type Pod = kubelet.Pod
-
-// Pins are the images that references without a digest stand for, by the reference.
-type Pins map[string]digest.Digest
 
 // Request says for whom references are resolved.
 type Request struct {
@@ -26,7 +25,7 @@ type Request struct {
 	// Secrets are the volume's, with credentials for registries in them.
 	Secrets map[string]string
 	// Pins are what references stood for when the volume was made.
-	Pins Pins
+	Pins reference.Digests
 }
 
 // Stack is the directories of a volume's layers, the topmost first, held open so that they stay the ones that were
@@ -36,7 +35,7 @@ type Stack struct {
 	// Marks tell of each directory whether it was changed since.
 	Marks []Mark
 	// Pins are the request's, and those of the references that had none.
-	Pins Pins
+	Pins reference.Digests
 	// Stored are the layers of the stack that are in the layer store.
 	Stored []digest.Digest
 
@@ -83,7 +82,7 @@ func (s *Stack) mark(dir *os.File) error {
 
 // addImage puts the layers of an image below the others. One that is there already, as the layers are that two images
 // have in common, would show nothing that it does not show where it is higher, and overlayfs takes a directory once.
-func (s *Stack) addImage(ref Reference, use *store.Use) error {
+func (s *Stack) addImage(ref reference.Reference, use *store.Use) error {
 	s.uses = append(s.uses, use)
 	s.Pins[ref.String()] = use.Image.Digest
 	for _, layer := range use.Image.Layers {
@@ -115,12 +114,12 @@ func NewResolver(roots *Roots, podVolumes *PodVolumes, images images) *Resolver 
 
 // Resolve opens the directories of the references in their order. Images that are not on the node are pulled. The caller
 // closes the stack.
-func (r *Resolver) Resolve(ctx context.Context, refs []Reference, req Request) (*Stack, error) {
+func (r *Resolver) Resolve(ctx context.Context, refs []reference.Reference, req Request) (*Stack, error) {
 	credentials, err := store.ParseCredentials(req.Secrets)
 	if err != nil {
 		return nil, err
 	}
-	stack := &Stack{Pins: Pins{}, seen: map[string]bool{}}
+	stack := &Stack{Pins: reference.Digests{}, seen: map[string]bool{}}
 	opened := openedRoots{}
 	defer opened.close()
 	for _, ref := range refs {
@@ -132,18 +131,18 @@ func (r *Resolver) Resolve(ctx context.Context, refs []Reference, req Request) (
 	return stack, nil
 }
 
-func (r *Resolver) resolve(ctx context.Context, ref Reference, req Request, credentials store.Credentials, opened openedRoots, stack *Stack) error {
+func (r *Resolver) resolve(ctx context.Context, ref reference.Reference, req Request, credentials store.Credentials, opened openedRoots, stack *Stack) error {
 	var dir *os.File
 	var use *store.Use
 	var err error
 	switch ref.Scheme() {
-	case Dir:
+	case reference.Dir:
 		dir, err = r.roots.open(ref, opened)
-	case Volume:
+	case reference.Volume:
 		dir, err = r.podVolumes.Open(ctx, ref, req.Pod)
-	case OCI:
+	case reference.OCI:
 		use, err = r.useImage(ctx, ref, credentials, req.Pins)
-	case Archive:
+	case reference.Archive:
 		use, err = r.useArchive(ctx, ref, req.Pins)
 	}
 	switch {
@@ -152,13 +151,13 @@ func (r *Resolver) resolve(ctx context.Context, ref Reference, req Request, cred
 	case use != nil:
 		return stack.addImage(ref, use)
 	}
-	return stack.addDir(dir, ref.Scheme() == Volume)
+	return stack.addDir(dir, ref.Scheme() == reference.Volume)
 }
 
 // Check refuses what could never be resolved, whatever node and pod: an unknown layer root.
-func (r *Resolver) Check(refs []Reference) error {
+func (r *Resolver) Check(refs []reference.Reference) error {
 	for _, ref := range refs {
-		if ref.Scheme() != Dir && ref.Scheme() != Archive {
+		if ref.Scheme() != reference.Dir && ref.Scheme() != reference.Archive {
 			continue
 		}
 		if _, err := r.roots.find(ref); err != nil {
@@ -170,16 +169,16 @@ func (r *Resolver) Check(refs []Reference) error {
 
 // CheckHere refuses what this node does not have: directories and archives that are not there. Images can be pulled, and
 // the volumes of a pod are left for the pod.
-func (r *Resolver) CheckHere(refs []Reference) error {
+func (r *Resolver) CheckHere(refs []reference.Reference) error {
 	opened := openedRoots{}
 	defer opened.close()
 	for _, ref := range refs {
 		var file *os.File
 		var err error
 		switch ref.Scheme() {
-		case Dir:
+		case reference.Dir:
 			file, err = r.roots.open(ref, opened)
-		case Archive:
+		case reference.Archive:
 			file, err = r.roots.openArchive(ref)
 		default:
 			continue

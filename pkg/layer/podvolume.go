@@ -6,6 +6,7 @@ import (
 	"os"
 
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
 )
 
 // PodVolumes resolves volume:// references: the other volumes of the pod that a view is for.
@@ -21,7 +22,7 @@ func NewPodVolumes(volumes *kubelet.PodVolumes, forbid Forbidden) *PodVolumes {
 
 // Open opens the directory that a volume:// reference names in another volume of the pod (O_PATH), and waits for
 // kubelet to mount that volume. Links within the volume are followed, links out of it refused.
-func (v *PodVolumes) Open(ctx context.Context, ref Reference, pod Pod) (*os.File, error) {
+func (v *PodVolumes) Open(ctx context.Context, ref reference.Reference, pod Pod) (*os.File, error) {
 	root, err := v.Root(ctx, ref, pod)
 	if err != nil {
 		return nil, err
@@ -39,7 +40,7 @@ func (v *PodVolumes) Open(ctx context.Context, ref Reference, pod Pod) (*os.File
 }
 
 // Root opens the root of the volume that the reference names (O_PATH), whatever its path.
-func (v *PodVolumes) Root(ctx context.Context, ref Reference, pod Pod) (*os.File, error) {
+func (v *PodVolumes) Root(ctx context.Context, ref reference.Reference, pod Pod) (*os.File, error) {
 	root, err := v.volumes.Open(ctx, pod, ref.Name())
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", ref, err)

@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
@@ -24,8 +25,8 @@ type Description struct {
 	SizeBytes int64      `json:",omitempty"`
 	Kept      upper.Kind `json:",omitempty"`
 	// Pins are the images that the references to images and archives stand for, Layers their layers by diff ID.
-	Pins         layer.Pins      `json:",omitempty"`
-	Layers       []digest.Digest `json:",omitempty"`
+	Pins         reference.Digests `json:",omitempty"`
+	Layers       []digest.Digest   `json:",omitempty"`
 	Publications []Publication
 	// Conditions are what is wrong with it.
 	Conditions []Condition `json:",omitempty"`

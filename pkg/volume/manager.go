@@ -16,6 +16,7 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
@@ -32,16 +33,16 @@ type mounter interface {
 
 // layers resolves layer references into open directories.
 type layers interface {
-	Resolve(ctx context.Context, refs []layer.Reference, req layer.Request) (*layer.Stack, error)
-	Pin(ctx context.Context, refs []layer.Reference, secrets map[string]string) ([]layer.Reference, error)
-	Check(refs []layer.Reference) error
-	CheckHere(refs []layer.Reference) error
+	Resolve(ctx context.Context, refs []reference.Reference, req layer.Request) (*layer.Stack, error)
+	Pin(ctx context.Context, refs []reference.Reference, secrets map[string]string) ([]reference.Reference, error)
+	Check(refs []reference.Reference) error
+	CheckHere(refs []reference.Reference) error
 	CheckRoots() error
 }
 
 // podVolumes opens the root of another volume of a pod.
 type podVolumes interface {
-	Root(ctx context.Context, ref layer.Reference, pod layer.Pod) (*os.File, error)
+	Root(ctx context.Context, ref reference.Reference, pod layer.Pod) (*os.File, error)
 }
 
 // uppers keeps the uppers of the data root.

@@ -11,7 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
 
-	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
 )
 
 // CreateRequest asks for a volume that pods will name by a claim.
@@ -21,7 +21,7 @@ type CreateRequest struct {
 	Spec Spec
 	// ClaimLayers reads the layers that the claim names, and is nil where they are in Spec. It is asked once: the
 	// volume keeps its layers whatever becomes of the claim's annotation.
-	ClaimLayers func(ctx context.Context) ([]layer.Reference, error)
+	ClaimLayers func(ctx context.Context) ([]reference.Reference, error)
 	// Access is the widest of the modes that the volume is to have.
 	Access Access
 	// Secrets have the credentials for registries.

@@ -11,8 +11,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
-	"github.com/overlay-csi/overlay-csi/pkg/layer"
-	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
@@ -44,10 +43,10 @@ const (
 // Spec is what a volume is made of. It is a value: two volumes with equal specs are made alike.
 type Spec struct {
 	// Layers are the references of the layers, the topmost first.
-	Layers []layer.Reference `json:"layers"`
+	Layers []reference.Reference `json:"layers"`
 	// Upper is the policy; UpperRef names the other volume of the pod for UpperPodVolume, and is zero otherwise.
-	Upper    Policy           `json:"upper"`
-	UpperRef *layer.Reference `json:"upperRef,omitempty"`
+	Upper    Policy               `json:"upper"`
+	UpperRef *reference.Reference `json:"upperRef,omitempty"`
 	// Size is the limit of the upper in bytes, 0 for none, and Limit how it is kept. Of a claim it is what was asked for
 	// when it was made: what it has grown to since is not part of what it is made of.
 	Size   int64  `json:"size,omitempty"`
@@ -128,7 +127,7 @@ func ParseSpec(parameters map[string]string, usage Usage) (Spec, error) {
 	var err error
 	if from, ok := parameters[KeyLayersFrom]; ok {
 		err = checkLayersFrom(from, parameters, usage)
-	} else if spec.Layers, err = ParseLayers(parameters[KeyLayers]); err != nil {
+	} else if spec.Layers, err = reference.ParseList(parameters[KeyLayers]); err != nil {
 		err = fmt.Errorf("key %q: %w", KeyLayers, err)
 	}
 	if err != nil {
@@ -138,18 +137,6 @@ func ParseSpec(parameters map[string]string, usage Usage) (Spec, error) {
 		return Spec{}, fmt.Errorf("key %q: %w", KeyUpper, err)
 	}
 	return spec, spec.parseLimits(parameters, usage)
-}
-
-// ParseLayers reads the references of a volume's layers. Every error is an InvalidArgument.
-func ParseLayers(text string) ([]layer.Reference, error) {
-	layers, err := layer.ParseList(text)
-	if err != nil {
-		return nil, err
-	}
-	if len(layers) > overlay.MaxLowers {
-		return nil, fmt.Errorf("%w: %d layers: overlayfs takes at most %d", errdefs.ErrInvalidArgument, len(layers), overlay.MaxLowers)
-	}
-	return layers, nil
 }
 
 func checkLayersFrom(from string, parameters map[string]string, usage Usage) error {
@@ -165,13 +152,13 @@ func checkLayersFrom(from string, parameters map[string]string, usage Usage) err
 	return nil
 }
 
-func parseUpper(text string, usage Usage) (Policy, *layer.Reference, error) {
+func parseUpper(text string, usage Usage) (Policy, *reference.Reference, error) {
 	switch policy := Policy(text); {
 	case text == "":
 		policy, err := defaultPolicy(usage)
 		return policy, nil, err
 	case strings.HasPrefix(text, string(UpperPodVolume)):
-		ref, err := layer.Parse(text)
+		ref, err := reference.Parse(text)
 		if err != nil {
 			return "", nil, err
 		}

@@ -29,7 +29,7 @@ func TestDefaultPolicy(t *testing.T) {
 		"RWX pod":              {usage: Usage{Access: ManyWriters}, upper: "pod", want: UpperPod},
 		"RWX volume":           {usage: Usage{Access: ManyWriters}, upper: "volume", word: "one node"},
 		"unknown":              {usage: Usage{Inline: true}, upper: "yes", word: "unknown policy"},
-		"volume:// of no name": {usage: Usage{Inline: true}, upper: "volume://", word: "no name"},
+		"volume:// of no name": {usage: Usage{Inline: true}, upper: "volume://", word: "invalid name"},
 	} {
 		spec, err := ParseSpec(map[string]string{"layers": "dir://m/a", "upper": c.upper}, c.usage)
 		if c.word != "" {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
@@ -55,8 +56,8 @@ type record struct {
 	Made bool `json:"made,omitempty"`
 	// Pins are the images that the references to images and archives stand for, and Stored the layers of those in the
 	// layer store, by diff ID: what is named here is not collected.
-	Pins   layer.Pins      `json:"pins,omitempty"`
-	Stored []digest.Digest `json:"stored,omitempty"`
+	Pins   reference.Digests `json:"pins,omitempty"`
+	Stored []digest.Digest   `json:"stored,omitempty"`
 	// Publications are the targets where the volume is, is about to be, or was when the node went down: which of them
 	// are mounted only the kernel knows.
 	Publications []publication `json:"publications,omitempty"`
@@ -65,8 +66,8 @@ type record struct {
 type provisioned struct {
 	Name string `json:"name"`
 	// Asked are the layers as they were asked for, where their images were pinned since.
-	Asked  []layer.Reference `json:"asked,omitempty"`
-	Access Access            `json:"access"`
+	Asked  []reference.Reference `json:"asked,omitempty"`
+	Access Access                `json:"access"`
 }
 
 // publication is one target of a volume.
@@ -100,7 +101,7 @@ func (r *record) limit() upper.Limit {
 }
 
 // pins are those of the volume, none of one that is not here yet.
-func (r *record) pins() layer.Pins {
+func (r *record) pins() reference.Digests {
 	if r == nil {
 		return nil
 	}

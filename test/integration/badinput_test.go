@@ -50,7 +50,7 @@ func TestBadPublish(t *testing.T) {
 		"key layers is missing": {func(r *csi.NodePublishVolumeRequest) { delete(r.VolumeContext, "layers") }, codes.InvalidArgument, []string{"no layers"}},
 		"no scheme":             {layers("/etc"), codes.InvalidArgument, []string{"scheme", "dir://"}},
 		"unknown scheme":        {layers("http://x/y"), codes.InvalidArgument, []string{`"http"`}},
-		"no root name":          {layers("dir:///etc"), codes.InvalidArgument, []string{"no name"}},
+		"no root name":          {layers("dir:///etc"), codes.InvalidArgument, []string{"invalid name"}},
 		"bad escape":            {layers("dir://layers/%zz"), codes.InvalidArgument, []string{"%25"}},
 		"NUL in a path":         {layers("dir://layers/a%00b"), codes.InvalidArgument, []string{"NUL"}},
 		"unknown root":          {layers("dir://nowhere/x"), codes.InvalidArgument, []string{`"nowhere"`, "there are layers", "--layer-root"}},

@@ -1,7 +1,8 @@
-package layer
+package reference
 
 import (
 	"encoding/json"
+	"fmt"
 	"strings"
 	"testing"
 
@@ -26,14 +27,16 @@ func TestParse(t *testing.T) {
 		"oci://example.com/a?path=/usr/share": {OCI, "example.com/a:latest", "usr/share"},
 		"oci://example.com/a@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef": {OCI, "example.com/a@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef", ""},
 	} {
-		got, err := Parse(text)
-		if err != nil || got != want {
-			t.Errorf("Parse(%q) = %+v, %v; want %+v", text, got, err, want)
-		}
-		again, err := Parse(got.String())
-		if err != nil || again != got {
-			t.Errorf("Parse(%q), which %q is written as, = %+v, %v", got.String(), text, again, err)
-		}
+		t.Run(text, func(t *testing.T) {
+			got, err := Parse(text)
+			if err != nil || got != want {
+				t.Errorf("Parse(%q) = %+v, %v; want %+v", text, got, err, want)
+			}
+			again, err := Parse(got.String())
+			if err != nil || again != got {
+				t.Errorf("Parse(%q), the canonical form of %q, = %+v, %v", got.String(), text, again, err)
+			}
+		})
 	}
 }
 
@@ -43,11 +46,11 @@ func TestParseRefuses(t *testing.T) {
 		"models/llama":            "no scheme",
 		"/var/lib/models":         "no scheme",
 		"file:///etc":             "unknown scheme",
-		"dir://":                  "no name",
-		"dir:///etc":              "no name",
-		"dir://Models/x":          "no name",
-		"dir://../x":              "no name",
-		"dir://-x":                "no name",
+		"dir://":                  "invalid name",
+		"dir:///etc":              "invalid name",
+		"dir://Models/x":          "invalid name",
+		"dir://../x":              "invalid name",
+		"dir://-x":                "invalid name",
 		"dir://m/..":              "beneath",
 		"dir://m/a/../b":          "beneath",
 		"dir://m/%2e%2e/b":        "beneath",
@@ -65,10 +68,12 @@ func TestParseRefuses(t *testing.T) {
 		"oci://a?path=/x&other=1":                     "only parameter",
 		"oci://a?path=/../x":                          "beneath",
 	} {
-		_, err := Parse(text)
-		if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), word) {
-			t.Errorf("Parse(%.60q): %v; want an invalid argument with %q", text, err, word)
-		}
+		t.Run(fmt.Sprintf("%.60q", text), func(t *testing.T) {
+			_, err := Parse(text)
+			if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), word) {
+				t.Errorf("Parse(%.60q): %v; want an invalid argument with %q", text, err, word)
+			}
+		})
 	}
 }
 
@@ -83,8 +88,32 @@ func TestParseList(t *testing.T) {
 			t.Errorf("got %v, want %v", list, want)
 		}
 	}
-	if _, err := ParseList("dir://m/a,dir://m/a/"); err == nil || !strings.Contains(err.Error(), "twice") {
-		t.Errorf("a layer twice: %v", err)
+	many := make([]string, MaxReferences+1)
+	for i := range many {
+		many[i] = fmt.Sprintf("dir://m/%d", i)
+	}
+	for name, row := range map[string]struct{ text, word string }{
+		"twice":    {"dir://m/a,dir://m/a/", "twice"},
+		"empty":    {" ,\n", "no layers"},
+		"too many": {strings.Join(many, ","), "at most 500"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if _, err := ParseList(row.text); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), row.word) {
+				t.Errorf("%v; want an invalid argument with %q", err, row.word)
+			}
+		})
+	}
+}
+
+func TestWithDigest(t *testing.T) {
+	const id = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+	ref, err := Parse("oci://debian:12?path=/usr")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := ref.WithDigest(id)
+	if err != nil || got != (Reference{OCI, "docker.io/library/debian:12@" + id, "usr"}) {
+		t.Errorf("%+v, %v", got, err)
 	}
 }
 

@@ -1,0 +1,249 @@
+package reference
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"regexp"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/containerd/errdefs"
+	dockerref "github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+)
+
+// Scheme says what a reference names.
+type Scheme string
+
+// The schemes of layer references.
+const (
+	OCI     Scheme = "oci"     // oci://registry/repository:tag or @digest, with ?path=/directory
+	Archive Scheme = "archive" // archive://ROOT/file.tar
+	Dir     Scheme = "dir"     // dir://ROOT/directory
+	Volume  Scheme = "volume"  // volume://NAME/directory
+)
+
+// MaxReferences is the largest number of layers of a volume: overlayfs takes 500 lower directories (OVL_MAX_STACK in
+// fs/overlayfs/params.h).
+const MaxReferences = 500
+
+const (
+	// maxLength is the length of the longest reference in bytes: a path of PATH_MAX with each byte written as %XX, and a name.
+	maxLength = 3*maxPath + 256
+	// maxPath is PATH_MAX.
+	maxPath = 4096
+	// maxShown is how much of a malformed reference an error shows, in bytes.
+	maxShown = 256
+)
+
+// Reference names one layer. The zero value names none; Parse returns the others.
+type Reference struct {
+	scheme Scheme
+	// name is the layer root, the pod's volume, or the image with its tag or digest.
+	name string
+	// path is beneath name: relative, clean, unescaped, "" for all of it.
+	path string
+}
+
+// Digests are the image digests that references to images and archives were resolved to, by the reference's text.
+type Digests map[string]digest.Digest
+
+// namePattern is a DNS label with dots, as in the names of PersistentVolumes.
+var namePattern = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$`)
+
+// IsName reports whether a layer root or a pod's volume may have this name.
+func IsName(name string) bool { return namePattern.MatchString(name) }
+
+// Parse parses one reference. In a path, %XX stands for a byte, so that commas, newlines and leading spaces can be
+// written (%2C, %0A, %20). It returns ErrInvalidArgument if the reference is malformed, or if its path has an empty
+// component, "." or "..".
+func Parse(text string) (Reference, error) {
+	if len(text) > maxLength {
+		return Reference{}, fmt.Errorf("%w: a layer reference has %d bytes, the maximum is %d", errdefs.ErrInvalidArgument, len(text), maxLength)
+	}
+	scheme, rest, found := strings.Cut(text, "://")
+	if !found {
+		return Reference{}, malformed(text, "it has no scheme; "+
+			"write dir://ROOT/path, volume://NAME/path, oci://registry/repository:tag or archive://ROOT/file.tar")
+	}
+	switch Scheme(scheme) {
+	case OCI:
+		return parseImage(text, rest)
+	case Archive, Dir, Volume:
+		return parsePath(text, Scheme(scheme), rest)
+	}
+	return Reference{}, malformed(text, fmt.Sprintf("unknown scheme %q; the schemes are dir, volume, oci and archive", scheme))
+}
+
+// ParseList parses a list of references that are separated by commas or newlines, the topmost layer first. It ignores
+// empty lines and spaces around a reference. It returns ErrInvalidArgument if the list is empty, is longer than
+// MaxReferences, or has one reference twice.
+func ParseList(text string) ([]Reference, error) {
+	var list []Reference
+	seen := map[Reference]bool{}
+	for field := range strings.FieldsFuncSeq(text, func(r rune) bool { return r == '\n' || r == ',' }) {
+		field = strings.TrimSpace(field)
+		if field == "" {
+			continue
+		}
+		ref, err := Parse(field)
+		if err != nil {
+			return nil, err
+		}
+		if seen[ref] {
+			return nil, fmt.Errorf("%w: layer %s appears twice; overlayfs takes each directory once", errdefs.ErrInvalidArgument, ref)
+		}
+		seen[ref] = true
+		list = append(list, ref)
+	}
+	switch {
+	case len(list) == 0:
+		return nil, fmt.Errorf("%w: no layers; name at least one, such as dir://ROOT/path", errdefs.ErrInvalidArgument)
+	case len(list) > MaxReferences:
+		return nil, fmt.Errorf("%w: %d layers; overlayfs takes at most %d", errdefs.ErrInvalidArgument, len(list), MaxReferences)
+	}
+	return list, nil
+}
+
+func parsePath(text string, scheme Scheme, rest string) (Reference, error) {
+	if strings.ContainsAny(rest, "?#") {
+		return Reference{}, malformed(text, "? and # in a path are written %3F and %23")
+	}
+	name, escaped, _ := strings.Cut(rest, "/")
+	if !IsName(name) {
+		return Reference{}, malformed(text, fmt.Sprintf("invalid name %q; a name has lower-case letters, digits, '-' and '.'", name))
+	}
+	path, err := url.PathUnescape(escaped)
+	if err != nil {
+		return Reference{}, malformed(text, err.Error()+"; a percent sign is written %25")
+	}
+	path = strings.TrimSuffix(path, "/")
+	if err := checkPath(path); err != nil {
+		return Reference{}, malformed(text, err.Error())
+	}
+	if scheme == Archive && path == "" {
+		return Reference{}, malformed(text, "an archive is a file beneath its layer root; write archive://ROOT/file.tar")
+	}
+	return Reference{scheme: scheme, name: name, path: path}, nil
+}
+
+func parseImage(text, rest string) (Reference, error) {
+	image, query, hasQuery := strings.Cut(rest, "?")
+	named, err := dockerref.ParseNormalizedNamed(image)
+	if err != nil {
+		return Reference{}, malformed(text, err.Error())
+	}
+	ref := Reference{scheme: OCI, name: dockerref.TagNameOnly(named).String()}
+	if !hasQuery {
+		return ref, nil
+	}
+	values, err := url.ParseQuery(query)
+	if err != nil {
+		return Reference{}, malformed(text, err.Error())
+	}
+	if len(values) != 1 || len(values["path"]) != 1 {
+		return Reference{}, malformed(text, "the only parameter of an image is path, as in ?path=/directory")
+	}
+	ref.path = strings.Trim(values.Get("path"), "/")
+	if err := checkPath(ref.path); err != nil {
+		return Reference{}, malformed(text, err.Error())
+	}
+	return ref, nil
+}
+
+// checkPath refuses a path that cannot be beneath a directory. The kernel refuses it too when the path is resolved
+// (openat2); this check exists for the clear message.
+func checkPath(path string) error {
+	if path == "" {
+		return nil
+	}
+	if len(path) >= maxPath {
+		return fmt.Errorf("the path has %d bytes, the maximum is %d", len(path), maxPath-1)
+	}
+	if strings.ContainsRune(path, 0) {
+		return errors.New("the path has a NUL byte")
+	}
+	for component := range strings.SplitSeq(path, "/") {
+		switch component {
+		case "", ".", "..":
+			return errors.New("the path must be beneath its root; write it without empty components, '.' and '..'")
+		}
+	}
+	return nil
+}
+
+func malformed(text, why string) error {
+	if len(text) > maxShown {
+		text = text[:maxShown] + "…"
+	}
+	return fmt.Errorf("%w: layer reference %q: %s", errdefs.ErrInvalidArgument, text, why)
+}
+
+// Scheme returns the scheme of the reference.
+func (r Reference) Scheme() Scheme { return r.scheme }
+
+// Name returns the name of the layer root or of the pod's volume, or the full name of the image (docker.io/library/debian:12).
+func (r Reference) Name() string { return r.name }
+
+// Path returns the path beneath Name: relative and clean, "" for all of it.
+func (r Reference) Path() string { return r.path }
+
+// WithDigest returns the reference to an image with a digest added to its name, or in place of the digest there.
+func (r Reference) WithDigest(id digest.Digest) (Reference, error) {
+	named, err := dockerref.ParseNormalizedNamed(r.name)
+	if err != nil {
+		return Reference{}, malformed(r.String(), err.Error())
+	}
+	canonical, err := dockerref.WithDigest(named, id)
+	if err != nil {
+		return Reference{}, malformed(r.String(), err.Error())
+	}
+	r.name = canonical.String()
+	return r, nil
+}
+
+// String returns the canonical form of the reference, which Parse parses to the same value.
+func (r Reference) String() string {
+	switch {
+	case r.scheme == "":
+		return ""
+	case r.scheme == OCI && r.path != "":
+		return "oci://" + r.name + "?" + url.Values{"path": {"/" + r.path}}.Encode()
+	case r.path == "":
+		return string(r.scheme) + "://" + r.name
+	}
+	return string(r.scheme) + "://" + r.name + "/" + escapePath(r.path)
+}
+
+// escapePath escapes the separators of a list of references, white space, which ParseList trims, the characters that
+// begin an escape, a query or a fragment, and all that is not printable.
+func escapePath(path string) string {
+	var escaped strings.Builder
+	for len(path) > 0 {
+		r, size := utf8.DecodeRuneInString(path)
+		if (r == utf8.RuneError && size == 1) || !unicode.IsPrint(r) || strings.ContainsRune("%,?# ", r) {
+			for i := range size {
+				fmt.Fprintf(&escaped, "%%%02X", path[i])
+			}
+		} else {
+			escaped.WriteString(path[:size])
+		}
+		path = path[size:]
+	}
+	return escaped.String()
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (r Reference) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (r *Reference) UnmarshalText(text []byte) error {
+	parsed, err := Parse(string(text))
+	if err != nil {
+		return err
+	}
+	*r = parsed
+	return nil
+}
