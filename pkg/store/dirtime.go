@@ -4,12 +4,17 @@ import (
 	"archive/tar"
 	"bufio"
 	"encoding/gob"
+	"errors"
 	"fmt"
 	"io"
+	"os"
+	"syscall"
 	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // dirTime is when a directory was changed. It is set when nothing will be made in the directory any more.
@@ -36,20 +41,25 @@ func (u *unpacker) finish() error {
 		} else if err != nil {
 			return err
 		}
-		fd, err := unix.Openat2(int(u.root.Fd()), "./"+t.Name, &unix.OpenHow{
-			Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
-		})
-		if err != nil {
-			// A later entry replaced it.
-			continue
-		}
-		at := unixTime(time.Unix(t.Seconds, int64(t.Nanoseconds)))
-		err = futimens(fd, &[2]unix.Timespec{at, at})
-		unix.Close(fd)
-		if err != nil {
-			return fmt.Errorf("utimensat %s: %w", t.Name, err)
+		if err := u.setDirTime(t); err != nil {
+			return err
 		}
 	}
+}
+
+// setDirTime sets the times of a directory. One that a later entry replaced is passed over; any other error of the lookup is one,
+// since it would leave a wrong time.
+func (u *unpacker) setDirTime(t dirTime) error {
+	dir, err := linux.Open(u.root, "./"+t.Name, os.O_RDONLY|linux.O_DIRECTORY, linux.ResolveInRoot|linux.ResolveNoMagicLinks)
+	switch {
+	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ENOTDIR), errors.Is(err, syscall.ELOOP):
+		return nil
+	case err != nil:
+		return fmt.Errorf("set the times of a directory: %w", err)
+	}
+	defer dir.Close()
+	at := time.Unix(t.Seconds, int64(t.Nanoseconds))
+	return linux.Futimens(dir, at, at)
 }
 
 func timesOf(header *tar.Header) [2]unix.Timespec {
