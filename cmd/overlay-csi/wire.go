@@ -161,10 +161,17 @@ func newManager(root *volume.DataRoot, mounter *overlay.Mounter, opener *overlay
 	if err != nil {
 		return nil, err
 	}
-	keeper := upper.NewKeeper(upper.Config{Root: root.Dir(), Mounts: opts.upperMounts, Commands: exec.New()})
-	klog.Background().Info("Sizes of volumes are kept to by", "kinds", keeper.Limits())
+	backends := upper.NewBackends(upper.Config{
+		Root:     root.Dir(),
+		MountDir: opts.upperMounts,
+		Discard:  root.Discard,
+		Commands: exec.New(),
+		Mounter:  mounter,
+		InUse:    volume.UpperInUse(root),
+	})
+	klog.Background().Info("Volume size enforcement", "backends", backends.Enforcing())
 	config := volume.Config{Node: opts.nodeID, BootID: bootID, ReconcileInterval: opts.reconcile, Overcommit: opts.overcommit}
-	return volume.NewManager(config, root, mounter, layer.NewResolver(roots, podVolumes, layers), podVolumes, kubeletDir, keeper), nil
+	return volume.NewManager(config, root, mounter, layer.NewResolver(roots, podVolumes, layers), podVolumes, kubeletDir, backends), nil
 }
 
 // newStore opens the layer store.

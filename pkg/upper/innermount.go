@@ -10,19 +10,19 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
-// innerMount is where the file system of an upper is mounted that has one of its own.
+// innerMount is the mount of an upper that has a file system of its own.
 type innerMount struct{ path string }
 
-// mountPoint is where the file system of the upper with that base is mounted.
-func (k *Keeper) mountPoint(base string) string {
+// innerMount returns the mount of the upper with that base.
+func (b *Backends) innerMount(base string) innerMount {
 	sum := sha256.Sum256([]byte(base))
-	return filepath.Join(k.config.Mounts, hex.EncodeToString(sum[:16]))
+	return innerMount{filepath.Join(b.config.MountDir, hex.EncodeToString(sum[:16]))}
 }
 
-// Paths are where the upper and work directories are, while it is mounted.
 func (m innerMount) Paths() (upper, work string) {
 	return filepath.Join(m.path, upperName), filepath.Join(m.path, workName)
 }
@@ -40,9 +40,18 @@ func (m innerMount) isMounted() (bool, error) {
 	return stat.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0, nil
 }
 
-// open mounts the file system where it is not mounted, and makes and opens the upper in it. On an error nothing that was
-// not mounted before is.
-func (m innerMount) open(root Root, mount func(path string) error) (dirs Dirs, err error) {
+// checkMounted returns ErrNotFound if the file system is not mounted.
+func (m innerMount) checkMounted() error {
+	mounted, err := m.isMounted()
+	if err == nil && !mounted {
+		err = fmt.Errorf("%w: the file system of the upper is not mounted at %s", errdefs.ErrNotFound, m.path)
+	}
+	return err
+}
+
+// open calls mount if the file system is not mounted, and makes and opens the upper in it. If it fails, it unmounts what it
+// mounted.
+func (m innerMount) open(ctx context.Context, root RootAttr, mount func(path string) error) (dirs Dirs, err error) {
 	mounted, err := m.isMounted()
 	if err != nil {
 		return Dirs{}, err
@@ -52,11 +61,11 @@ func (m innerMount) open(root Root, mount func(path string) error) (dirs Dirs, e
 			return Dirs{}, fmt.Errorf("make the mount point of an upper: %w", err)
 		}
 		if err := mount(m.path); err != nil {
-			return Dirs{}, errors.Join(err, m.Release())
+			return Dirs{}, errors.Join(err, m.Release(ctx))
 		}
 		defer func() {
 			if err != nil {
-				err = errors.Join(err, m.Release())
+				err = errors.Join(err, m.Release(ctx))
 			}
 		}()
 	}
@@ -71,8 +80,10 @@ func (m innerMount) open(root Root, mount func(path string) error) (dirs Dirs, e
 	return dirs, nil
 }
 
-// Release takes the mount away. A process that looks at it keeps the file system, and not the mount.
-func (m innerMount) Release() error {
+func (m innerMount) Yield() error { return nil }
+
+// Release detaches the mount: a process that has a file of it open keeps the file system, not the mount.
+func (m innerMount) Release(context.Context) error {
 	for {
 		mounted, err := m.isMounted()
 		if err != nil {
@@ -91,8 +102,12 @@ func (m innerMount) Release() error {
 	return nil
 }
 
-// Usage is how full the file system is: nothing else is in it.
-func (m innerMount) Usage(context.Context) (Usage, error) { return FileSystemUsage(m.path) }
+// Usage is that of the file system: nothing else is in it.
+func (m innerMount) Usage(context.Context) (Usage, error) {
+	if err := m.checkMounted(); err != nil {
+		return Usage{}, err
+	}
+	return FileSystemUsage(m.path)
+}
 
-// Free is what is left in the file system.
 func (m innerMount) Free(ctx context.Context) (Usage, error) { return m.Usage(ctx) }

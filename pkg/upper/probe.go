@@ -9,9 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Probe finds out by doing whether the file system of an open directory can hold an upper: it makes, in a directory of
-// its own that it removes again, what overlayfs makes there (overlayfs documentation, "Upper and lower"). The error is
-// of the kind FailedPrecondition and says what is lacking, or that the file system is full or read-only.
+// Probe returns nil if the file system of an open directory can hold an upper. It makes, in a directory of its own that it
+// removes again, what overlayfs makes there (overlayfs documentation, "Upper and lower"). It returns ErrFailedPrecondition if
+// the file system lacks something or is read-only, and ErrResourceExhausted if it is full.
 func Probe(dir *os.File) error {
 	probe, name, err := makeProbeDir(dir)
 	if err != nil {
@@ -20,7 +20,7 @@ func Probe(dir *os.File) error {
 	defer unix.Unlinkat(int(dir.Fd()), name, unix.AT_REMOVEDIR)
 	defer probe.Close()
 
-	// Marks of opaque and redirected directories.
+	// Markers of opaque and redirected directories.
 	if err := setTrustedXattr(probe); err != nil {
 		return refusal(dir, "set an extended attribute trusted.overlay.*", err)
 	}
@@ -57,10 +57,27 @@ func makeProbeDir(dir *os.File) (*os.File, string, error) {
 	}
 	probe := os.NewFile(uintptr(fd), dir.Name()+"/"+name)
 	for _, left := range []string{"file", "renamed", "whiteout"} {
-		// A crash between can have left them. What cannot be removed is met again at once.
+		// A crash may have left them. One that cannot be removed fails the probe below.
 		_ = unix.Unlinkat(fd, left, 0)
 	}
 	return probe, name, nil
+}
+
+// writtenName is the attribute that CheckWritable sets. Nobody reads it.
+const writtenName = "trusted.overlay-csi.written"
+
+// CheckWritable returns nil if the file system of a directory can be written to, or is only full. It returns
+// ErrFailedPrecondition if it is read-only. It writes to find out: a file system that was shut down after an error need not report
+// that it is read-only (ext4 from Linux 6.12 on), and accepts new times of files (ext4 before that).
+func CheckWritable(dir string) error {
+	err := unix.Lsetxattr(dir, writtenName, []byte("y"), 0)
+	switch {
+	case err == nil, errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		return nil
+	case errors.Is(err, unix.EROFS):
+		return fmt.Errorf("%w: the file system of %s is read-only: the kernel log may say why", errdefs.ErrFailedPrecondition, dir)
+	}
+	return fmt.Errorf("write to a file system: %w", &os.PathError{Op: "setxattr", Path: dir, Err: err})
 }
 
 func setTrustedXattr(dir *os.File) error {
@@ -105,8 +122,8 @@ func fileSystemName(dir *os.File) string {
 	return fmt.Sprintf("file system of type %#x", stat.Type)
 }
 
-// isNodeLocal reports whether a file system is mounted by one node at a time by its nature, so that a lock which
-// another node left in it cannot be alive.
+// isNodeLocal reports whether a file system is of a type that only one node mounts at a time, so that a lock which another node
+// left in it is stale.
 func isNodeLocal(dir *os.File) bool {
 	switch fileSystemName(dir) {
 	case "ext4", "xfs", "btrfs", "f2fs", "tmpfs":

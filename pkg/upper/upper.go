@@ -1,133 +1,96 @@
-// Package upper makes the places that views write to: an upper directory and the work directory that overlayfs wants
-// beside it.
 package upper
 
 import (
-	"errors"
-	"io/fs"
+	"context"
 	"os"
-
-	"golang.org/x/sys/unix"
 )
 
-// Names of the directories within an upper's base directory, in the words of overlayfs.
-const (
-	upperName = "upper"
-	workName  = "work"
-)
+// Upper is the writable side of one overlay: an upper directory and the work directory that overlayfs wants beside it.
+//
+// # Life cycle
+//
+//	absent ──Prepare──▶ in use ──Release──▶ at rest ──Discard──▶ absent
+//	                      ▲                    │
+//	                      └──────Prepare───────┘
+//
+// Absent: nothing was made, or everything was discarded. Exists returns false.
+//
+// In use: Prepare has returned. What the directories need is mounted (disk-image, tmpfs) or locked (pod-volume), and one
+// overlay may be mounted on them. Prepare may be called again, and returns the same directories with Existed set.
+//
+// At rest: Release has returned. Nothing is mounted and no lock is held. What was written is still there, except in memory:
+// a tmpfs is absent once it is released.
+//
+// Prepare, Release, Discard, Yield and ClearWork are called by one goroutine at a time, which holds the lock of the volume.
+// The other methods may be called by any number of goroutines at any time, also while one of those five runs.
+//
+//	method      absent      in use       at rest     error of its own
+//	Prepare     makes it    opens it     opens it    ResourceExhausted, FailedPrecondition, DataLoss
+//	ClearWork   nothing     allowed¹     allowed
+//	Yield       nothing     allowed¹     nothing
+//	Release     nothing     allowed¹     nothing
+//	Discard     nothing     allowed¹     allowed
+//	Grow        NotFound    allowed      NotFound²   InvalidArgument where the size is not the driver's to change
+//	Usage       NotFound    allowed      allowed²
+//	DiskUsage   NotFound    allowed      allowed
+//	Free        NotFound    allowed      allowed²
+//	Exists      false       true         true²
+//	Check       NotFound    allowed      allowed     FailedPrecondition where it cannot be written to
+//	Paths       allowed     allowed      allowed     (the directories are there while the upper is in use)
+//
+//	¹ Only after the overlay on it has been unmounted.
+//	² Not of a backend whose directories are mounted only while the upper is in use: Usage and Free are then NotFound, and
+//	  a tmpfs does not exist. The limit of a disk image is grown by the next Prepare, that of a directory at any time.
+//
+// # Crashes
+//
+// The process may end between any two steps of any method. Each method finishes what an earlier call of it left undone, and
+// a method that fails leaves what was there before: an error of Prepare leaves nothing mounted and nothing locked that was not
+// before. An upper is built under another name and renamed, so that it is either whole or absent. After a crash or a reboot
+// the upper is at rest or in use, and Release or Prepare may follow.
+//
+// Errors are wrapped kinds of containerd/errdefs. Sizes are in bytes.
+type Upper interface {
+	// Prepare makes the upper if it is absent, with its limit and with a root directory that has the given attributes, and
+	// opens its directories.
+	Prepare(ctx context.Context, root RootAttr) (Dirs, error)
+	// ClearWork empties the work directory.
+	ClearWork() error
+	// Yield lets kubelet unmount the volume that holds the upper. It does nothing for an upper in the data root.
+	Yield() error
+	// Release unmounts and unlocks what Prepare mounted and locked.
+	Release(ctx context.Context) error
+	// Discard releases the upper and moves what it has in the data root to the trash. What is in another volume of the pod
+	// belongs to the pod, and stays.
+	Discard(ctx context.Context) error
+	// Grow raises the limit.
+	Grow(ctx context.Context, limit Limit) error
+	// Usage returns how much of its limit the upper takes, without the layers below it.
+	Usage(ctx context.Context) (Usage, error)
+	// DiskUsage returns how many bytes the upper takes of the data root's disk.
+	DiskUsage(ctx context.Context) (int64, error)
+	// Free returns the total and what is left of it: within the limit where there is one, else in the file system. Unlike
+	// Usage it never reads the tree, and Used may be that of the whole file system.
+	Free(ctx context.Context) (Usage, error)
+	// Exists reports whether the upper has been made.
+	Exists() (bool, error)
+	// Check returns what is wrong with an upper that should exist: NotFound if it is gone, FailedPrecondition if it cannot be
+	// written to. A disk image at rest is only looked for.
+	Check() error
+	// Paths returns the paths of the upper and work directories.
+	Paths() (upper, work string)
+}
 
-// Dirs is an upper that is ready to be mounted.
+// Dirs are the directories of an upper in use.
 type Dirs struct {
 	// Upper and Work are open directories (O_PATH) of one file system, reached through one mount.
 	Upper, Work *os.File
-	// Existed says that the upper was there before, and may have content, or an overlay on it.
+	// Existed reports whether the upper was there before: it may have content, or an overlay mounted on it.
 	Existed bool
 }
 
-// Close closes the directories. They stay.
+// Close closes the handles. The directories remain.
 func (d Dirs) Close() {
 	d.Upper.Close()
 	d.Work.Close()
-}
-
-// Root is what the root of a new upper is to look like: the root of a view is the root of its upper.
-type Root struct {
-	UID, GID uint32
-	// Mode has the permission bits, with set-group-ID and sticky.
-	Mode uint32
-}
-
-// RootOf is the root as an open directory has it.
-func RootOf(dir *os.File) (Root, error) {
-	var stat unix.Stat_t
-	if err := unix.Fstat(int(dir.Fd()), &stat); err != nil {
-		return Root{}, &os.PathError{Op: "fstat", Path: dir.Name(), Err: err}
-	}
-	return Root{UID: stat.Uid, GID: stat.Gid, Mode: stat.Mode & 0o7777}, nil
-}
-
-// openDirs makes and opens the two directories in base, an open directory.
-func openDirs(base *os.File, root Root) (Dirs, error) {
-	existed, err := makeUpper(base, root)
-	if err != nil {
-		return Dirs{}, err
-	}
-	if err := unix.Mkdirat(int(base.Fd()), workName, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return Dirs{}, &os.PathError{Op: "mkdir", Path: base.Name() + "/" + workName, Err: err}
-	}
-	upperDir, err := openIn(base, upperName)
-	if err != nil {
-		return Dirs{}, err
-	}
-	workDir, err := openIn(base, workName)
-	if err != nil {
-		upperDir.Close()
-		return Dirs{}, err
-	}
-	return Dirs{Upper: upperDir, Work: workDir, Existed: existed}, nil
-}
-
-// makeUpper makes the upper in base, with its owner and mode before it has its name: a crash between leaves no upper
-// with a wrong root.
-func makeUpper(base *os.File, root Root) (existed bool, err error) {
-	if root == (Root{Mode: 0o755}) {
-		err := unix.Mkdirat(int(base.Fd()), upperName, root.Mode)
-		if err != nil && !errors.Is(err, fs.ErrExist) {
-			return false, &os.PathError{Op: "mkdir", Path: base.Name() + "/" + upperName, Err: err}
-		}
-		return err != nil, nil
-	}
-	if err := unix.Fstatat(int(base.Fd()), upperName, &unix.Stat_t{}, unix.AT_SYMLINK_NOFOLLOW); err == nil {
-		return true, nil
-	}
-	const temporary = upperName + ".new"
-	if err := unix.Mkdirat(int(base.Fd()), temporary, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return false, &os.PathError{Op: "mkdir", Path: base.Name() + "/" + temporary, Err: err}
-	}
-	dir, err := openIn(base, temporary)
-	if err != nil {
-		return false, err
-	}
-	defer dir.Close()
-	if err := root.apply(dir); err != nil {
-		return false, err
-	}
-	err = unix.Renameat2(int(base.Fd()), temporary, int(base.Fd()), upperName, unix.RENAME_NOREPLACE)
-	if err != nil {
-		return false, &os.PathError{Op: "rename", Path: base.Name() + "/" + temporary, Err: err}
-	}
-	return false, nil
-}
-
-// GiveTo gives the root of an upper that exists to a group, which may do there what mode says besides.
-func GiveTo(dir *os.File, gid, mode uint32) error {
-	has, err := RootOf(dir)
-	if err != nil {
-		return err
-	}
-	want := Root{UID: has.UID, GID: gid, Mode: has.Mode | mode}
-	if has == want {
-		return nil
-	}
-	return want.apply(dir)
-}
-
-// apply gives an open directory (O_PATH) this owner and mode.
-func (r Root) apply(dir *os.File) error {
-	if err := unix.Fchownat(int(dir.Fd()), "", int(r.UID), int(r.GID), unix.AT_EMPTY_PATH); err != nil {
-		return &os.PathError{Op: "chown", Path: dir.Name(), Err: err}
-	}
-	if err := unix.Fchmodat(int(dir.Fd()), ".", r.Mode, 0); err != nil {
-		return &os.PathError{Op: "chmod", Path: dir.Name(), Err: err}
-	}
-	return nil
-}
-
-// openIn opens a directory entry that is a directory, and no link to one (O_PATH).
-func openIn(base *os.File, name string) (*os.File, error) {
-	fd, err := unix.Openat(int(base.Fd()), name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: base.Name() + "/" + name, Err: err}
-	}
-	return os.NewFile(uintptr(fd), base.Name()+"/"+name), nil
 }

@@ -7,6 +7,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+	utilexec "k8s.io/utils/exec"
 
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 	"github.com/overlay-csi/overlay-csi/pkg/upper/uppertest"
@@ -37,49 +38,59 @@ func open(t *testing.T, path string) *os.File {
 
 func TestDir(t *testing.T) {
 	uppertest.Run(t, func(t *testing.T) (uppertest.Prepare, func() error) {
-		dir := upper.NewDir(open(t, mountAt(t, "tmpfs")), "base")
-		return dir.Prepare, dir.Release
+		dir := newBackends(t, open(t, mountAt(t, "tmpfs"))).Open(upper.Location{Backend: upper.Directory, Base: "base"})
+		return dir.Prepare, func() error { return dir.Release(t.Context()) }
 	})
 }
 
-// bindPinner pins as the mounter does, with mount(2).
-type bindPinner struct{}
+// bindMounter mounts busy mounts as the mounter does, with mount(2).
+type bindMounter struct{}
 
-func (bindPinner) Pin(dir *os.File) error {
+func (bindMounter) Pin(dir *os.File) error {
 	return unix.Mount(dir.Name(), dir.Name(), "", unix.MS_BIND, "")
 }
 
-func (bindPinner) Detach(root *os.File) error { return unix.Unmount(root.Name(), unix.MNT_DETACH) }
+func (bindMounter) Detach(root *os.File) error { return unix.Unmount(root.Name(), unix.MNT_DETACH) }
+
+// podVolume returns an upper in another volume. inUse says whether other holders still have their publications.
+func podVolume(t *testing.T, at upper.PodVolumePath, holder upper.LockHolder, inUse bool) upper.Upper {
+	t.Helper()
+	backends := upper.NewBackends(upper.Config{
+		Root: open(t, t.TempDir()), MountDir: t.TempDir(), Commands: utilexec.New(),
+		Mounter: bindMounter{}, InUse: func(upper.LockHolder) bool { return inUse },
+	})
+	return backends.Open(upper.Location{Backend: upper.PodVolume, PodVolume: at, Holder: holder, Layers: []string{"dir://m/a"}})
+}
 
 func TestPodVolume(t *testing.T) {
 	uppertest.Run(t, func(t *testing.T) (uppertest.Prepare, func() error) {
-		volume := upper.NewPodVolume(upper.Pin{Volume: mountAt(t, "tmpfs"), Path: "a/b"}, upper.Owner{Node: "n", BootID: "b", VolumeID: "v", Target: "/t"}, []string{"dir://m/a"}, func(upper.Owner) bool { return true }, bindPinner{})
+		holder := upper.LockHolder{Node: "n", BootID: "b", VolumeID: "v", Target: "/t"}
+		volume := podVolume(t, upper.PodVolumePath{Volume: mountAt(t, "tmpfs"), Path: "a/b"}, holder, true)
 		return volume.Prepare, func() error { return volume.Release(t.Context()) }
 	})
 }
 
 // TestLockOfAnother is whose lock gives way. A tmpfs is of one node by its nature, a ramfs is not known to be.
 func TestLockOfAnother(t *testing.T) {
-	me := upper.Owner{Node: "n", BootID: "now", VolumeID: "mine", Target: "/mine"}
+	me := upper.LockHolder{Node: "n", BootID: "now", VolumeID: "mine", Target: "/mine"}
 	for name, c := range map[string]struct {
-		other upper.Owner
+		other upper.LockHolder
 		alive bool
 		taken bool
 	}{
-		"alive":           {other: upper.Owner{Node: "n", BootID: "now", VolumeID: "other", Target: "/other"}, alive: true},
-		"gone":            {other: upper.Owner{Node: "n", BootID: "now", VolumeID: "other", Target: "/other"}, taken: true},
-		"before reboot":   {other: upper.Owner{Node: "n", BootID: "then", VolumeID: "other", Target: "/other"}, alive: true, taken: true},
-		"of another node": {other: upper.Owner{Node: "m", BootID: "x", VolumeID: "other", Target: "/other"}, alive: true, taken: true},
+		"alive":           {other: upper.LockHolder{Node: "n", BootID: "now", VolumeID: "other", Target: "/other"}, alive: true},
+		"gone":            {other: upper.LockHolder{Node: "n", BootID: "now", VolumeID: "other", Target: "/other"}, taken: true},
+		"before reboot":   {other: upper.LockHolder{Node: "n", BootID: "then", VolumeID: "other", Target: "/other"}, alive: true, taken: true},
+		"of another node": {other: upper.LockHolder{Node: "m", BootID: "x", VolumeID: "other", Target: "/other"}, alive: true, taken: true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			pin := upper.Pin{Volume: mountAt(t, "tmpfs"), Path: "up"}
-			alive := func(upper.Owner) bool { return c.alive }
-			dirs, err := upper.NewPodVolume(pin, c.other, []string{"l"}, alive, bindPinner{}).Prepare(t.Context(), upper.Root{Mode: 0o755})
+			at := upper.PodVolumePath{Volume: mountAt(t, "tmpfs"), Path: "up"}
+			dirs, err := podVolume(t, at, c.other, c.alive).Prepare(t.Context(), upper.RootAttr{Mode: 0o755})
 			if err != nil {
 				t.Fatal(err)
 			}
 			dirs.Close()
-			dirs, err = upper.NewPodVolume(pin, me, []string{"l"}, alive, bindPinner{}).Prepare(t.Context(), upper.Root{Mode: 0o755})
+			dirs, err = podVolume(t, at, me, c.alive).Prepare(t.Context(), upper.RootAttr{Mode: 0o755})
 			if c.taken && err != nil {
 				t.Errorf("not taken over: %v", err)
 			}

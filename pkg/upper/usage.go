@@ -8,18 +8,19 @@ import (
 	"os"
 	"syscall"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
-// tally is what a tree takes.
+// tally is what a tree takes on the disk.
 type tally struct{ bytes, inodes int64 }
 
-// countTree counts what the files beneath path take on the disk, files with several names once. A file that goes away
-// meanwhile is not counted. A pod may be writing: the result is of no one moment, and no link leads out of the tree.
+// countTree counts what the files beneath path take on the disk, files with several names once. Pods may write during the count:
+// the result is not of one moment, and files that are removed are not counted. No link is followed.
 func countTree(ctx context.Context, path string) (tally, error) {
 	root, err := os.OpenRoot(path)
 	if err != nil {
-		return tally{}, fmt.Errorf("count the files: %w", err)
+		return tally{}, notFound(fmt.Errorf("count the files: %w", err))
 	}
 	defer root.Close()
 	var sum tally
@@ -55,7 +56,7 @@ func countTree(ctx context.Context, path string) (tally, error) {
 	return sum, nil
 }
 
-// usageOf counts what is beneath path, and what is free on its file system.
+// usageOf counts what is beneath path, and adds what is free on its file system.
 func usageOf(ctx context.Context, path string) (Usage, error) {
 	used, err := countTree(ctx, path)
 	if err != nil {
@@ -71,11 +72,11 @@ func usageOf(ctx context.Context, path string) (Usage, error) {
 	}, nil
 }
 
-// FileSystemUsage is how full the file system of a path is.
+// FileSystemUsage returns the usage of the file system of a path.
 func FileSystemUsage(path string) (Usage, error) {
 	var stat unix.Statfs_t
 	if err := unix.Statfs(path, &stat); err != nil {
-		return Usage{}, fmt.Errorf("statfs %s: %w", path, err)
+		return Usage{}, notFound(fmt.Errorf("statfs %s: %w", path, err))
 	}
 	block := int64(stat.Bsize)
 	return Usage{
@@ -91,6 +92,14 @@ func FileSystemUsage(path string) (Usage, error) {
 func ignoreNotExist(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
+	}
+	return err
+}
+
+// notFound wraps ErrNotFound around an error that says that a file does not exist.
+func notFound(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: %w", errdefs.ErrNotFound, err)
 	}
 	return err
 }

@@ -108,10 +108,12 @@ func newBenchNode(b *testing.B) *benchNode {
 	b.Cleanup(images.Close)
 	kubeletDir := kubelet.Dir(filepath.Join(dir, "kubelet"))
 	podVolumes := layer.NewPodVolumes(kubelet.NewPodVolumes(kubeletDir, nil, 0), forbidden)
-	keeper := upper.NewKeeper(upper.Config{Root: root.Dir(), Mounts: filepath.Join(dir, "mounts"), Commands: exec.New()})
+	backends := upper.NewBackends(upper.Config{
+		Root: root.Dir(), MountDir: filepath.Join(dir, "mounts"), Discard: root.Discard, Commands: exec.New(), Mounter: mounter, InUse: volume.UpperInUse(root),
+	})
 	config := volume.Config{Node: "n", BootID: "b", ReconcileInterval: time.Hour, Overcommit: 1}
 	klog.SetLogger(logr.Discard())
-	return &benchNode{b: b, dir: dir, certs: certs, manager: volume.NewManager(config, root, mounter, layer.NewResolver(roots, podVolumes, images), podVolumes, kubeletDir, keeper)}
+	return &benchNode{b: b, dir: dir, certs: certs, manager: volume.NewManager(config, root, mounter, layer.NewResolver(roots, podVolumes, images), podVolumes, kubeletDir, backends)}
 }
 
 // dirs is a volume of so many directories.

@@ -15,25 +15,28 @@ import (
 
 // chooseKind chooses how a volume's uppers are kept on this node. Where its size cannot be kept to, the error says why;
 // where it is more than the node may ever promise, it is of the kind ResourceExhausted.
-func (m *Manager) chooseKind(r *record) (upper.Kind, error) {
+func (m *Manager) chooseKind(r *record) (upper.Backend, error) {
+	if r.Spec.Upper == UpperPodVolume {
+		return upper.PodVolume, nil
+	}
 	if exists(filepath.Join(m.states.volumeDir(r.ID), "upper")) {
 		// Of a driver that knew no other kind.
 		return upper.Directory, nil
 	}
-	want := upper.Want{Bytes: r.Size, Unlimited: r.Spec.Limit == LimitNone}
+	want := upper.Requirements{Bytes: r.Size, Unenforced: r.Spec.Limit == LimitNone}
 	switch {
 	case r.Spec.Medium == MediumMemory:
-		want.Kind = upper.Memory
+		want.Backend = upper.Tmpfs
 	case r.Spec.Limit == LimitImage:
-		want.Kind = upper.DiskImage
+		want.Backend = upper.DiskImage
 	case r.Spec.Limit == LimitQuota:
-		want.Kind = upper.ProjectQuota
+		want.Backend = upper.ProjectQuota
 	}
 	disk, err := upper.FileSystemUsage(m.root.Path())
 	if err != nil {
 		return "", err
 	}
-	if most := m.promisable(disk.Bytes.Total); want.Kind != upper.Memory && !want.Unlimited && r.Size > most {
+	if most := m.promisable(disk.Bytes.Total); want.Backend != upper.Tmpfs && !want.Unenforced && r.Size > most {
 		return "", fmt.Errorf("%w: a size of %d bytes is asked for, and node %s has a disk of %d for volumes", errdefs.ErrResourceExhausted, r.Size, m.config.Node, most)
 	}
 	return m.uppers.Choose(want)
@@ -69,7 +72,7 @@ func (m *Manager) Capacity(ctx context.Context) (int64, error) {
 
 // promisedTo is what a volume was promised of the disk, and what it has taken of that.
 func (m *Manager) promisedTo(ctx context.Context, r *record) (promised, taken int64) {
-	if r.Size == 0 || r.Spec.Limit == LimitNone || r.Kept == upper.Memory || !r.Spec.hasUpper() {
+	if r.Size == 0 || r.Spec.Limit == LimitNone || r.Kept == upper.Tmpfs || !r.Spec.hasUpper() {
 		return 0, 0
 	}
 	targets := []string{""}
@@ -81,10 +84,10 @@ func (m *Manager) promisedTo(ctx context.Context, r *record) (promised, taken in
 	}
 	for _, target := range targets {
 		promised += r.Size
-		if !upper.Holds(filepath.Join(m.root.Path(), m.baseDir(r, target))) {
+		if !upper.ContainsUpper(filepath.Join(m.root.Path(), m.baseDir(r, target))) {
 			continue
 		}
-		bytes, err := m.place(r, target).Taken(ctx)
+		bytes, err := m.openUpper(r, r.publication(target)).DiskUsage(ctx)
 		if err != nil {
 			klog.FromContext(ctx).V(4).Info("What a volume takes is not known", "volume", r.ID, "reason", err.Error())
 			continue
@@ -99,7 +102,7 @@ func (m *Manager) promisedTo(ctx context.Context, r *record) (promised, taken in
 func (m *Manager) promise(ctx context.Context, r *record, more int64) error {
 	m.promises.Lock()
 	defer m.promises.Unlock()
-	if r.Spec.Limit != LimitNone && r.Kept != upper.Memory {
+	if r.Spec.Limit != LimitNone && r.Kept != upper.Tmpfs {
 		left, err := m.Capacity(ctx)
 		if err != nil {
 			return err
@@ -161,7 +164,7 @@ func (m *Manager) grow(ctx context.Context, r *record, more int64) error {
 	if err != nil {
 		return err
 	}
-	if wanted := more * int64(len(targets)); wanted > 0 && r.Kept != upper.Memory {
+	if wanted := more * int64(len(targets)); wanted > 0 && r.Kept != upper.Tmpfs {
 		left, err := m.Capacity(ctx)
 		if err != nil {
 			return err
@@ -171,7 +174,7 @@ func (m *Manager) grow(ctx context.Context, r *record, more int64) error {
 		}
 	}
 	for _, target := range targets {
-		if err := m.place(r, target).Grow(ctx, r.limit()); err != nil {
+		if err := m.openUpper(r, r.publication(target)).Grow(ctx, r.limit()); err != nil {
 			return err
 		}
 	}

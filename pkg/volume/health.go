@@ -90,7 +90,7 @@ func (m *Manager) Health(ctx context.Context, id, target string) ([]Condition, e
 	}
 	if r == nil {
 		dir := m.states.volumeDir(id)
-		if upper.Holds(dir) {
+		if upper.ContainsUpper(dir) {
 			return []Condition{{Inaccessible, reasonStateDamaged, fmt.Sprintf("%s holds an upper without its state: restore %s", dir, stateName)}}, nil
 		}
 		return nil, fmt.Errorf("%w: volume %s: there is none of that ID on this node", errdefs.ErrNotFound, id)
@@ -121,10 +121,8 @@ func (m *Manager) health(ctx context.Context, r *record, target string) []Condit
 			found.addError(mark.Check(p.LowerDirs[i]), Condition{Severity: Degraded, Reason: reasonLayerMissing},
 				Condition{Severity: Degraded, Reason: reasonLayerChanged}, Condition{Severity: Degraded, Reason: reasonLayerFails})
 		}
-		if p.Pin != nil {
-			m.upperHealth(ctx, &found, m.podUpper(r, p))
-		} else if r.Spec.hasUpper() {
-			m.upperHealth(ctx, &found, m.place(r, p.Target))
+		if r.Spec.Upper != UpperNone {
+			m.upperHealth(ctx, &found, m.openUpper(r, p))
 		}
 	}
 	if mounted {
@@ -134,22 +132,16 @@ func (m *Manager) health(ctx context.Context, r *record, target string) []Condit
 	found.addError(m.layers.CheckHere(r.Spec.Layers), Condition{Severity: Inaccessible, Reason: reasonLayerMissing},
 		Condition{Severity: Inaccessible, Reason: reasonLayerFails}, Condition{Severity: Inaccessible, Reason: reasonLayerFails})
 	if r.Made {
-		place := m.place(r, "")
-		if there, err := place.Exists(); err != nil || !there {
-			found.addError(place.Check(), Condition{Severity: Lost, Reason: reasonUpperLost},
+		persistent := m.openUpper(r, nil)
+		if there, err := persistent.Exists(); err != nil || !there {
+			found.addError(persistent.Check(), Condition{Severity: Lost, Reason: reasonUpperLost},
 				Condition{Severity: Inaccessible, Reason: reasonUpperFails}, Condition{Severity: Inaccessible, Reason: reasonUpperFails})
 		}
 	}
 	return found
 }
 
-// usedUpper is an upper that a view is mounted on.
-type usedUpper interface {
-	Check() error
-	Free(ctx context.Context) (upper.Usage, error)
-}
-
-func (m *Manager) upperHealth(ctx context.Context, found *findings, used usedUpper) {
+func (m *Manager) upperHealth(ctx context.Context, found *findings, used upper.Upper) {
 	if err := used.Check(); err != nil {
 		found.addError(err, Condition{Severity: Lost, Reason: reasonUpperLost},
 			Condition{Severity: Degraded, Reason: reasonUpperReadOnly}, Condition{Severity: Inaccessible, Reason: reasonUpperFails})

@@ -22,8 +22,8 @@ type Description struct {
 	// Inline: the volume lives as long as its pod.
 	Inline bool `json:",omitempty"`
 	// SizeBytes is the limit of each of its uppers, or what is only reported (limit: none), and Kept how it is kept.
-	SizeBytes int64      `json:",omitempty"`
-	Kept      upper.Kind `json:",omitempty"`
+	SizeBytes int64         `json:",omitempty"`
+	Kept      upper.Backend `json:",omitempty"`
 	// Pins are the images that the references to images and archives stand for, Layers their layers by diff ID.
 	Pins         reference.Digests `json:",omitempty"`
 	Layers       []digest.Digest   `json:",omitempty"`
@@ -71,12 +71,8 @@ func (m *Manager) Describe(ctx context.Context, id string) (Description, error) 
 // graphDriverData are the directories of a view.
 func (m *Manager) graphDriverData(r *record, p *publication) map[string]string {
 	data := map[string]string{"LowerDir": strings.Join(p.LowerDirs, ":"), "MergedDir": p.Target}
-	switch {
-	case r.Spec.Upper == UpperNone:
-	case p.Pin != nil:
-		data["UpperDir"], data["WorkDir"] = p.Pin.Paths()
-	default:
-		data["UpperDir"], data["WorkDir"] = m.place(r, p.Target).Paths()
+	if r.Spec.Upper != UpperNone {
+		data["UpperDir"], data["WorkDir"] = m.openUpper(r, p).Paths()
 	}
 	return data
 }

@@ -24,8 +24,6 @@ import (
 type mounter interface {
 	Overlay(spec overlay.Spec, target *os.File) error
 	Bind(source, target *os.File, attributes overlay.Attributes) error
-	Pin(dir *os.File) error
-	Detach(root *os.File) error
 	Unmount(target string) error
 	At(path string) (overlay.Mounted, error)
 	UpperInUse(upper *os.File) (bool, error)
@@ -45,10 +43,10 @@ type podVolumes interface {
 	Root(ctx context.Context, ref reference.Reference, pod layer.Pod) (*os.File, error)
 }
 
-// uppers keeps the uppers of the data root.
+// uppers chooses backends and opens uppers.
 type uppers interface {
-	Choose(want upper.Want) (upper.Kind, error)
-	At(kind upper.Kind, base string, limit upper.Limit, ephemeral bool) upper.Place
+	Choose(need upper.Requirements) (upper.Backend, error)
+	Open(at upper.Location) upper.Upper
 }
 
 // pods knows which pods are on the node.
@@ -138,28 +136,35 @@ func (m *Manager) baseDir(r *record, target string) string {
 	return dir
 }
 
-// place is the upper of a publication whose upper lies in the data root.
-func (m *Manager) place(r *record, target string) upper.Place {
-	return m.uppers.At(r.Kept, m.baseDir(r, target), r.limit(), r.Spec.ephemeral())
+// openUpper returns the upper of a publication. p may be nil if all publications of the volume share one upper.
+func (m *Manager) openUpper(r *record, p *publication) upper.Upper {
+	if p == nil {
+		p = &publication{}
+	}
+	at := upper.Location{Backend: r.Kept, Base: m.baseDir(r, p.Target), Limit: r.limit(), Ephemeral: r.Spec.ephemeral()}
+	if p.PodVolume != nil {
+		at.PodVolume = *p.PodVolume
+		at.Holder = upper.LockHolder{Node: m.config.Node, BootID: p.BootID, VolumeID: r.ID, Target: p.Target}
+		at.Layers = r.Spec.layerStrings()
+	}
+	return m.uppers.Open(at)
 }
 
-// podUpper is the upper of a publication whose upper lies in another volume of the pod.
-func (m *Manager) podUpper(r *record, p *publication) upper.PodVolume {
-	owner := upper.Owner{Node: m.config.Node, BootID: p.BootID, VolumeID: r.ID, Target: p.Target}
-	return upper.NewPodVolume(*p.Pin, owner, r.Spec.layerStrings(), m.usesUpper, m.mounter)
-}
-
-// usesUpper reports whether an owner that a lock in another volume names still has its publication on this node.
-func (m *Manager) usesUpper(owner upper.Owner) bool {
-	if CheckID(owner.VolumeID) != nil {
-		return false
+// UpperInUse returns a function that reports whether the holder of an upper in another volume still has its publication in
+// this data root.
+func UpperInUse(root *DataRoot) func(upper.LockHolder) bool {
+	states := states{filepath.Join(root.Path(), volumesName)}
+	return func(holder upper.LockHolder) bool {
+		if CheckID(holder.VolumeID) != nil {
+			return false
+		}
+		r, err := states.load(holder.VolumeID)
+		if err != nil {
+			// The publication may be in what cannot be read.
+			return true
+		}
+		return r != nil && r.publication(holder.Target) != nil
 	}
-	r, err := m.states.load(owner.VolumeID)
-	if err != nil {
-		// What cannot be read may be alive.
-		return true
-	}
-	return r != nil && r.publication(owner.Target) != nil
 }
 
 // isLive reports whether the view of a publication is mounted.

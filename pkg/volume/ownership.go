@@ -45,10 +45,10 @@ func (r *record) shownOwner(p *publication) overlay.Owner {
 
 // root is what the root of a new upper looks like: as the topmost layer's, with the owner that the view shows it with, and
 // open to the pod's group.
-func (r *record) root(p *publication, top *os.File) (upper.Root, error) {
-	root, err := upper.RootOf(top)
+func (r *record) root(p *publication, top *os.File) (upper.RootAttr, error) {
+	root, err := upper.RootAttrOf(top)
 	if err != nil {
-		return upper.Root{}, err
+		return upper.RootAttr{}, err
 	}
 	root.UID, root.GID = r.owner(p).Shown(root.UID, root.GID)
 	if p.Group != nil {

@@ -113,14 +113,14 @@ func (m *Manager) Delete(ctx context.Context, id string) error {
 		if live {
 			return fmt.Errorf("%w: volume %s is published at %s: it can be deleted when it is unpublished", errdefs.ErrFailedPrecondition, id, p.Target)
 		}
-		if p.Pin != nil {
-			if err := m.podUpper(r, p).Release(ctx); err != nil {
+		if r.Spec.Upper != UpperNone && !r.sharesUpper() {
+			if err := m.openUpper(r, p).Release(ctx); err != nil {
 				return err
 			}
 		}
 	}
-	if r.keepsUpper() && r.Kept != "" {
-		if err := m.place(r, "").Release(); err != nil {
+	if r.sharesUpper() && r.Kept != "" {
+		if err := m.openUpper(r, nil).Release(ctx); err != nil {
 			return err
 		}
 	}

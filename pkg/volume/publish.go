@@ -98,7 +98,7 @@ func (m *Manager) Publish(ctx context.Context, req PublishRequest) (err error) {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("publish volume %s: %w", req.VolumeID, err)
 	}
-	if err := m.discardStale(before, r, p); err != nil {
+	if err := m.discardStale(ctx, before, r, p); err != nil {
 		return err
 	}
 	steps = append(steps, step{"write the state", func() error { return m.restore(before, req.VolumeID) }})
@@ -116,7 +116,7 @@ func (m *Manager) loadForPublish(req PublishRequest) (*record, error) {
 		return r, err
 	}
 	dir := m.states.volumeDir(req.VolumeID)
-	if !req.Inline && upper.Holds(dir) {
+	if !req.Inline && upper.ContainsUpper(dir) {
 		return nil, fmt.Errorf("%w: volume %s: %s holds an upper without its state, so that its layers are not known: restore %s or move the directory away", errdefs.ErrDataLoss, req.VolumeID, dir, stateName)
 	}
 	if req.Spec.Upper == UpperVolume && req.Provisioned {
@@ -130,17 +130,17 @@ func (m *Manager) loadForPublish(req PublishRequest) (*record, error) {
 
 // discardStale drops an ephemeral upper of an earlier boot: nothing of it was synced. It comes before the state that
 // says that the upper is of this boot.
-func (m *Manager) discardStale(before, r *record, p *publication) error {
+func (m *Manager) discardStale(ctx context.Context, before, r *record, p *publication) error {
 	if before == nil || !r.Spec.ephemeral() {
 		return nil
 	}
 	if old := before.publication(p.Target); old != nil && old.BootID == p.BootID {
 		return nil
 	}
-	if !upper.Holds(filepath.Join(m.root.Path(), m.baseDir(r, p.Target))) {
+	if !upper.ContainsUpper(filepath.Join(m.root.Path(), m.baseDir(r, p.Target))) {
 		return nil
 	}
-	return m.place(r, p.Target).Discard(m.trash.put)
+	return m.openUpper(r, p).Discard(ctx)
 }
 
 // admit compares the request with what the volume is on this node. done says that the volume is mounted at the target
@@ -201,14 +201,14 @@ func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, 
 			return nil, nil, err
 		}
 		root.Close()
-		p.Pin = &upper.Pin{Volume: root.Name(), Path: req.Spec.upperPath()}
+		p.PodVolume = &upper.PodVolumePath{Volume: root.Name(), Path: req.Spec.upperPath()}
 	}
 	if len(stack.Pins) > 0 {
 		klog.FromContext(ctx).Info("Layers are pinned", "digests", stack.Pins)
 	}
 	r = r.with(p)
 	r.Pins, r.Stored = stack.Pins, stack.Stored
-	if r.Kept == "" && r.Spec.hasUpper() {
+	if r.Kept == "" && r.Spec.Upper != UpperNone {
 		kept, err := m.chooseKind(r)
 		if err != nil {
 			return nil, nil, fmt.Errorf("publish volume %s: %w", r.ID, err)
@@ -238,7 +238,7 @@ func (m *Manager) mountView(ctx context.Context, r *record, p *publication, stac
 		}
 		defer dirs.Close()
 		if dirs.Existed && p.Group != nil {
-			if err := upper.GiveTo(dirs.Upper, *p.Group, groupDirMode); err != nil {
+			if err := upper.SetGroup(dirs.Upper, *p.Group, groupDirMode); err != nil {
 				return fmt.Errorf("publish volume %s: %w", r.ID, err)
 			}
 		}
@@ -285,21 +285,40 @@ func (m *Manager) openShared(r *record, p *publication) (*os.File, error) {
 	return nil, nil
 }
 
-// prepareUpper makes the upper of a view ready, and sure that no other overlay is on it.
-func (m *Manager) prepareUpper(ctx context.Context, r *record, p *publication, root upper.Root, steps *[]step) (dirs upper.Dirs, err error) {
-	prepare := m.preparePlace
-	if p.Pin != nil {
-		prepare = m.preparePodVolume
+// prepareUpper prepares the upper of a view, and checks that no other overlay is mounted on it.
+func (m *Manager) prepareUpper(ctx context.Context, r *record, p *publication, root upper.RootAttr, steps *[]step) (dirs upper.Dirs, err error) {
+	if r.Spec.ephemeral() && !r.Inline {
+		base := filepath.Join(m.root.Path(), m.baseDir(r, p.Target))
+		if !exists(base) {
+			*steps = append(*steps, step{"make the pod's upper", func() error { return m.trash.put(base) }})
+		}
+		if err := os.MkdirAll(base, 0o700); err != nil {
+			return upper.Dirs{}, fmt.Errorf("make the directory of the pod's upper: %w", err)
+		}
 	}
-	dirs, err = prepare(ctx, r, p, root, steps)
-	if err != nil || !dirs.Existed {
-		return dirs, err
+	u := m.openUpper(r, p)
+	if err := m.checkUpperThere(r, u); err != nil {
+		return upper.Dirs{}, err
 	}
+	dirs, err = u.Prepare(ctx, root)
+	if err != nil {
+		return upper.Dirs{}, err
+	}
+	*steps = append(*steps, step{"prepare the upper", func() error { return u.Release(context.WithoutCancel(ctx)) }})
 	defer func() {
 		if err != nil {
 			dirs.Close()
 		}
 	}()
+	if r.keepsUpper() && !r.Made {
+		r.Made = true
+		if err := m.states.save(r); err != nil {
+			return dirs, err
+		}
+	}
+	if !dirs.Existed {
+		return dirs, nil
+	}
 	inUse, err := m.mounter.UpperInUse(dirs.Upper)
 	if err != nil {
 		return dirs, err
@@ -310,49 +329,24 @@ func (m *Manager) prepareUpper(ctx context.Context, r *record, p *publication, r
 	if r.Spec.ephemeral() {
 		// Of this boot: its view was unmounted by other hands or never mounted. The kernel marks the work directory of a
 		// volatile view so that it is not mounted again after a crash of the node, which this is not.
-		return dirs, m.place(r, p.Target).ClearWork()
+		return dirs, u.ClearWork()
 	}
 	return dirs, nil
 }
 
-func (m *Manager) preparePodVolume(ctx context.Context, r *record, p *publication, root upper.Root, steps *[]step) (upper.Dirs, error) {
-	podUpper := m.podUpper(r, p)
-	dirs, err := podUpper.Prepare(ctx, root)
-	if err == nil {
-		*steps = append(*steps, step{"prepare the upper", func() error { return podUpper.Release(context.WithoutCancel(ctx)) }})
+// checkUpperThere returns ErrDataLoss if the volume's upper was made and is gone.
+func (m *Manager) checkUpperThere(r *record, u upper.Upper) error {
+	if !r.Made {
+		return nil
 	}
-	return dirs, err
-}
-
-func (m *Manager) preparePlace(ctx context.Context, r *record, p *publication, root upper.Root, steps *[]step) (upper.Dirs, error) {
-	if r.Spec.ephemeral() && !r.Inline {
-		base := filepath.Join(m.root.Path(), m.baseDir(r, p.Target))
-		if !exists(base) {
-			*steps = append(*steps, step{"make the pod's upper", func() error { return m.trash.put(base) }})
-		}
-		if err := os.MkdirAll(base, 0o700); err != nil {
-			return upper.Dirs{}, fmt.Errorf("make the directory of the pod's upper: %w", err)
-		}
+	there, err := u.Exists()
+	if err != nil {
+		return fmt.Errorf("look for the upper: %w", err)
 	}
-	place := m.place(r, p.Target)
-	if r.Made {
-		if there, err := place.Exists(); err != nil {
-			return upper.Dirs{}, fmt.Errorf("look for the upper: %w", err)
-		} else if !there {
-			return upper.Dirs{}, fmt.Errorf("%w: the upper in %s is gone, with what was written to it: an empty one is not put in its place: restore it, or delete the claim", errdefs.ErrDataLoss, m.states.volumeDir(r.ID))
-		}
+	if !there {
+		return fmt.Errorf("%w: the upper in %s is gone, with what was written to it: an empty one is not put in its place: restore it, or delete the claim", errdefs.ErrDataLoss, m.states.volumeDir(r.ID))
 	}
-	*steps = append(*steps, step{"prepare the upper", place.Release})
-	dirs, err := place.Prepare(ctx, root)
-	if err != nil || !r.keepsUpper() || r.Made {
-		return dirs, err
-	}
-	r.Made = true
-	if err := m.states.save(r); err != nil {
-		dirs.Close()
-		return upper.Dirs{}, err
-	}
-	return dirs, nil
+	return nil
 }
 
 // restore puts the state back as it was before a publish that failed.

@@ -60,7 +60,7 @@ func (m *Manager) reconcileVolume(ctx context.Context, id string) error {
 // is a state: where there is one, somebody lost the state, and a person must look.
 func (m *Manager) discardStateless(ctx context.Context, id string) error {
 	dir := m.states.volumeDir(id)
-	if upper.Holds(dir) || exists(dir+"/"+podUppersName) {
+	if upper.ContainsUpper(dir) || exists(dir+"/"+podUppersName) {
 		klog.FromContext(ctx).Info("An upper has no state: it is left alone; move it away or restore its "+stateName, "directory", dir)
 		return nil
 	}
@@ -81,9 +81,9 @@ func (m *Manager) reconcilePublication(ctx context.Context, id string, p publica
 		klog.FromContext(ctx).Info("Cleaning up after a pod that is gone", "volume", id, "pod", p.Pod, "target", p.Target)
 		return m.forget(ctx, r, p.Target)
 	}
-	if p.Pin != nil {
-		// Kubelet may be waiting to unmount the pinned volume. A publish that is tried again pins it again.
-		return m.podUpper(r, &p).Unpin()
+	if r.Spec.Upper == UpperNone {
+		return nil
 	}
-	return nil
+	// kubelet may be waiting to unmount the volume that holds the upper. The next publish prepares it again.
+	return m.openUpper(r, &p).Yield()
 }

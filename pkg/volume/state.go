@@ -50,8 +50,8 @@ type record struct {
 	Provisioned *provisioned `json:"provisioned,omitempty"`
 	// Kept is how the volume's uppers are kept, "" as long as there was none. Size is their limit in bytes at present, 0
 	// for none: it is Spec's, or what that was grown to.
-	Kept upper.Kind `json:"kept,omitempty"`
-	Size int64      `json:"sizeBytes,omitempty"`
+	Kept upper.Backend `json:"kept,omitempty"`
+	Size int64         `json:"sizeBytes,omitempty"`
 	// Made: there was a view of the upper that the volume keeps. If that is not there now, it is lost.
 	Made bool `json:"made,omitempty"`
 	// Pins are the images that the references to images and archives stand for, and Stored the layers of those in the
@@ -84,13 +84,16 @@ type publication struct {
 	// like.
 	LowerDirs  []string     `json:"lowerDirs,omitempty"`
 	LowerMarks []layer.Mark `json:"lowerMarks,omitempty"`
-	// Pin is set where the upper lies in another volume of the pod.
-	Pin *upper.Pin `json:"pin,omitempty"`
+	// PodVolume is the directory of the upper if that lies in another volume of the pod, else nil.
+	PodVolume *upper.PodVolumePath `json:"podVolume,omitempty"`
 }
 
 // keepsUpper reports whether the volume has an upper that outlives its pods. Its state does too, and must be found whole
 // after a power cut.
 func (r *record) keepsUpper() bool { return r.Spec.Upper == UpperVolume }
+
+// sharesUpper reports whether all publications of the volume share one upper.
+func (r *record) sharesUpper() bool { return r.Spec.Upper == UpperVolume }
 
 // limit is what each upper of the volume may take.
 func (r *record) limit() upper.Limit {

@@ -28,15 +28,14 @@ func (m *Manager) Stats(ctx context.Context, id, path string) (Stats, error) {
 	if !live {
 		return Stats{}, fmt.Errorf("%w: volume %s is not mounted at %s", errdefs.ErrNotFound, id, path)
 	}
-	switch {
-	case r.Spec.Upper == UpperNone:
+	if r.Spec.Upper == UpperNone {
 		return Stats{}, nil
-	case p.Pin != nil:
-		return m.counts.of(path, func() (Stats, error) { return m.podUpper(r, p).Usage(ctx) })
-	case r.Kept == upper.Directory:
-		return m.counts.of(path, func() (Stats, error) { return m.place(r, path).Usage(ctx) })
 	}
-	return m.place(r, path).Usage(ctx)
+	usage := func() (Stats, error) { return m.openUpper(r, p).Usage(ctx) }
+	if r.Kept.CountsFiles() {
+		return m.counts.of(path, usage)
+	}
+	return usage()
 }
 
 // published is the record of a volume and its publication at path.

@@ -77,14 +77,9 @@ func (m *Manager) forget(ctx context.Context, r *record, target string) error {
 	if p == nil {
 		return nil
 	}
-	if p.Pin != nil {
-		if err := m.podUpper(r, p).Release(ctx); err != nil {
-			return err
-		}
-	}
 	left := r.without(target)
-	if r.Spec.hasUpper() && (r.Spec.ephemeral() || len(left.Publications) == 0) {
-		if err := m.place(r, target).Release(); err != nil {
+	if r.Spec.Upper != UpperNone && (!r.sharesUpper() || len(left.Publications) == 0) {
+		if err := m.openUpper(r, p).Release(ctx); err != nil {
 			return err
 		}
 	}

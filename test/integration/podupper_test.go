@@ -148,7 +148,7 @@ func setOwner(t *testing.T, base string, owner map[string]string) {
 	must(t, err)
 	var file map[string]any
 	must(t, json.Unmarshal(data, &file))
-	file["owner"] = owner
+	file["holder"] = owner
 	data, err = json.Marshal(file)
 	must(t, err)
 	must(t, os.WriteFile(path, data, 0o600))

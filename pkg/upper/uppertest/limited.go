@@ -1,6 +1,7 @@
 package uppertest
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -18,7 +19,7 @@ const Size = 32 << 20
 
 // RunLimited runs what every kind with a limit passes. make returns a new place with a limit of Size; withInodes says that
 // the kind limits inodes too. Everything is written from inside a view, as pods write.
-func RunLimited(t *testing.T, withInodes bool, make func(t *testing.T) upper.Place) {
+func RunLimited(t *testing.T, withInodes bool, make func(t *testing.T) upper.Upper) {
 	t.Run("bytes", func(t *testing.T) {
 		place := make(t)
 		view := mountView(t, place)
@@ -30,7 +31,7 @@ func RunLimited(t *testing.T, withInodes bool, make func(t *testing.T) upper.Pla
 		if err != nil || usage.Bytes.Used < written || usage.Bytes.Available > 1<<20 || usage.Bytes.Total > Size {
 			t.Errorf("usage %+v, %v", usage.Bytes, err)
 		}
-		taken, err := place.Taken(t.Context())
+		taken, err := place.DiskUsage(t.Context())
 		if err != nil || taken > 2*Size {
 			t.Errorf("%d bytes taken of the disk, %v", taken, err)
 		}
@@ -124,12 +125,12 @@ func RunLimited(t *testing.T, withInodes bool, make func(t *testing.T) upper.Pla
 }
 
 // mountView mounts an overlay on a place, over an empty layer.
-func mountView(t *testing.T, place upper.Place) string {
+func mountView(t *testing.T, place upper.Upper) string {
 	t.Helper()
 	return mountOn(t, place, t.TempDir())
 }
 
-func mountOn(t *testing.T, place upper.Place, lower string) string {
+func mountOn(t *testing.T, place upper.Upper, lower string) string {
 	t.Helper()
 	dirs := mustPrepare(t, place.Prepare, plain)
 	view := t.TempDir()
@@ -142,7 +143,7 @@ func mountOn(t *testing.T, place upper.Place, lower string) string {
 		if err := unix.Unmount(view, unix.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
-		if err := place.Release(); err != nil {
+		if err := place.Release(context.WithoutCancel(t.Context())); err != nil {
 			t.Error(err)
 		}
 	})

@@ -14,13 +14,13 @@ import (
 )
 
 // Prepare makes an upper ready, with a root that looks like this.
-type Prepare func(ctx context.Context, root upper.Root) (upper.Dirs, error)
+type Prepare func(ctx context.Context, root upper.RootAttr) (upper.Dirs, error)
 
 // Run runs the suite over one kind. make returns a new upper, on a file system that can hold it, each time.
 func Run(t *testing.T, make func(t *testing.T) (prepare Prepare, release func() error)) {
 	t.Run("root looks like the layer", func(t *testing.T) {
 		prepare, _ := make(t)
-		dirs := mustPrepare(t, prepare, upper.Root{UID: 1000, GID: 2000, Mode: 0o2770})
+		dirs := mustPrepare(t, prepare, upper.RootAttr{UID: 1000, GID: 2000, Mode: 0o2770})
 		var stat unix.Stat_t
 		if err := unix.Fstat(int(dirs.Upper.Fd()), &stat); err != nil || stat.Mode&0o7777 != 0o2770 || stat.Uid != 1000 || stat.Gid != 2000 {
 			t.Errorf("mode %o, owner %d:%d, %v", stat.Mode&0o7777, stat.Uid, stat.Gid, err)
@@ -69,9 +69,9 @@ func Run(t *testing.T, make func(t *testing.T) (prepare Prepare, release func() 
 }
 
 // plain is the root that most layers have.
-var plain = upper.Root{Mode: 0o755}
+var plain = upper.RootAttr{Mode: 0o755}
 
-func mustPrepare(t *testing.T, prepare Prepare, root upper.Root) upper.Dirs {
+func mustPrepare(t *testing.T, prepare Prepare, root upper.RootAttr) upper.Dirs {
 	t.Helper()
 	dirs, err := prepare(t.Context(), root)
 	if err != nil {

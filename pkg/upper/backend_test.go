@@ -1,6 +1,7 @@
 package upper_test
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -34,77 +35,77 @@ func newDataRoot(t *testing.T, name string) *os.File {
 	return open(t, dir)
 }
 
-func newKeeper(t *testing.T, root *os.File) *upper.Keeper {
+func newBackends(t *testing.T, root *os.File) *upper.Backends {
 	t.Helper()
-	return upper.NewKeeper(upper.Config{Root: root, Mounts: t.TempDir(), Commands: utilexec.New()})
+	return upper.NewBackends(upper.Config{Root: root, MountDir: t.TempDir(), Discard: os.RemoveAll, Commands: utilexec.New()})
 }
 
 // kinds are the kinds with a limit, and where each is tried.
 var kinds = []struct {
-	root   string
-	kind   upper.Kind
-	inodes bool
+	root    string
+	backend upper.Backend
+	inodes  bool
 }{
 	{"ext4 with project quota", upper.ProjectQuota, true},
 	{"xfs with project quota", upper.ProjectQuota, true},
 	{"btrfs with quota", upper.BtrfsQgroup, false},
 	{"ext4", upper.DiskImage, true},
 	{"tmpfs", upper.DiskImage, true},
-	{"tmpfs", upper.Memory, true},
+	{"tmpfs", upper.Tmpfs, true},
 }
 
 func TestKinds(t *testing.T) {
 	for _, c := range kinds {
-		t.Run(string(c.kind)+" on "+c.root, func(t *testing.T) {
+		t.Run(string(c.backend)+" on "+c.root, func(t *testing.T) {
 			root := newDataRoot(t, c.root)
-			keeper := newKeeper(t, root)
-			if kind, err := keeper.Choose(upper.Want{Bytes: uppertest.Size, Kind: c.kind}); err != nil {
+			backends := newBackends(t, root)
+			if kind, err := backends.Choose(upper.Requirements{Bytes: uppertest.Size, Backend: c.backend}); err != nil {
 				t.Fatal(kind, err)
 			}
 			n := 0
-			place := func(t *testing.T) upper.Place {
+			place := func(t *testing.T) upper.Upper {
 				n++
 				base := fmt.Sprint("base-", n)
 				// As the volume's directory is, which has its state.
 				if err := os.Mkdir(filepath.Join(root.Name(), base), 0o700); err != nil {
 					t.Fatal(err)
 				}
-				place := keeper.At(c.kind, base, upper.LimitOf(uppertest.Size), n%2 == 0)
+				place := backends.Open(upper.Location{Backend: c.backend, Base: base, Limit: upper.LimitOf(uppertest.Size), Ephemeral: n%2 == 0})
 				t.Cleanup(func() {
-					if err := place.Release(); err != nil {
+					if err := place.Release(context.WithoutCancel(t.Context())); err != nil {
 						t.Error(err)
 					}
 				})
 				return place
 			}
 			uppertest.RunLimited(t, c.inodes, place)
-			if c.kind == upper.Memory {
+			if c.backend == upper.Tmpfs {
 				return
 			}
 			uppertest.Run(t, func(t *testing.T) (uppertest.Prepare, func() error) {
 				p := place(t)
-				return p.Prepare, p.Release
+				return p.Prepare, func() error { return p.Release(t.Context()) }
 			})
 		})
 	}
 }
 
 func TestChoice(t *testing.T) {
-	plain := newKeeper(t, newDataRoot(t, "tmpfs"))
+	plain := newBackends(t, newDataRoot(t, "tmpfs"))
 	for name, c := range map[string]struct {
-		want upper.Want
-		kind upper.Kind
+		want    upper.Requirements
+		backend upper.Backend
 	}{
-		"no size":   {upper.Want{}, upper.Directory},
-		"size":      {upper.Want{Bytes: 1 << 30}, upper.DiskImage},
-		"unlimited": {upper.Want{Bytes: 1 << 30, Unlimited: true}, upper.Directory},
-		"memory":    {upper.Want{Bytes: 1 << 30, Kind: upper.Memory}, upper.Memory},
+		"no size":   {upper.Requirements{}, upper.Directory},
+		"size":      {upper.Requirements{Bytes: 1 << 30}, upper.DiskImage},
+		"unlimited": {upper.Requirements{Bytes: 1 << 30, Unenforced: true}, upper.Directory},
+		"memory":    {upper.Requirements{Bytes: 1 << 30, Backend: upper.Tmpfs}, upper.Tmpfs},
 	} {
-		if kind, err := plain.Choose(c.want); err != nil || kind != c.kind {
-			t.Errorf("%s: %q, %v; want %q", name, kind, err, c.kind)
+		if kind, err := plain.Choose(c.want); err != nil || kind != c.backend {
+			t.Errorf("%s: %q, %v; want %q", name, kind, err, c.backend)
 		}
 	}
-	_, err := plain.Choose(upper.Want{Bytes: 1 << 30, Kind: upper.ProjectQuota})
+	_, err := plain.Choose(upper.Requirements{Bytes: 1 << 30, Backend: upper.ProjectQuota})
 	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "prjquota") {
 		t.Errorf("a quota where there is none: %v", err)
 	}

@@ -12,27 +12,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// qgroup is an upper in a subvolume of btrfs, whose qgroup has the limit, of bytes alone: btrfs has no limit of inodes
-// (btrfs-qgroup(8)).
-type qgroup struct {
-	Dir
+// btrfsQgroup is an upper in a subvolume of btrfs, whose qgroup has the limit. It limits bytes only: btrfs has no limit of
+// inodes (btrfs-qgroup(8)).
+type btrfsQgroup struct {
+	directory
 	commands commands
 	limit    Limit
 }
 
 const btrfsProgram = "btrfs"
 
-// probeQgroups finds out whether the data root is on btrfs with quotas. The operator switches these on, who knows what
-// they cost there.
-func (k *Keeper) probeQgroups() error {
+// probeBtrfs returns nil if the data root is on btrfs with quotas. The driver does not switch them on, because of what they
+// cost: the operator does.
+func probeBtrfs(root *os.File, commands commands) error {
 	var stat unix.Statfs_t
-	if err := unix.Fstatfs(int(k.config.Root.Fd()), &stat); err != nil {
+	if err := unix.Fstatfs(int(root.Fd()), &stat); err != nil {
 		return fmt.Errorf("fstatfs: %w", err)
 	}
 	if stat.Type != unix.BTRFS_SUPER_MAGIC {
 		return errors.New("the file system is not btrfs")
 	}
-	if _, err := runBtrfs(context.Background(), k.config.Commands, "qgroup", "show", k.config.Root.Name()); err != nil {
+	if _, err := runBtrfs(context.Background(), commands, "qgroup", "show", root.Name()); err != nil {
 		return fmt.Errorf("btrfs has no quotas here (btrfs quota enable): %w", err)
 	}
 	return nil
@@ -47,8 +47,8 @@ func runBtrfs(ctx context.Context, commands commands, args ...string) (string, e
 	return text, nil
 }
 
-// Prepare makes the subvolume, and gives it its limit before there is an upper in it.
-func (q qgroup) Prepare(ctx context.Context, root Root) (Dirs, error) {
+// Prepare makes the subvolume and sets its limit before there is an upper in it.
+func (q btrfsQgroup) Prepare(ctx context.Context, root RootAttr) (Dirs, error) {
 	if _, err := os.Lstat(q.path()); errors.Is(err, fs.ErrNotExist) {
 		if _, err := runBtrfs(ctx, q.commands, "subvolume", "create", q.path()); err != nil {
 			return Dirs{}, fmt.Errorf("make a subvolume: %w", err)
@@ -57,11 +57,10 @@ func (q qgroup) Prepare(ctx context.Context, root Root) (Dirs, error) {
 	if err := q.Grow(ctx, q.limit); err != nil {
 		return Dirs{}, err
 	}
-	return q.Dir.Prepare(ctx, root)
+	return q.directory.Prepare(ctx, root)
 }
 
-// Grow sets the limit.
-func (q qgroup) Grow(ctx context.Context, limit Limit) error {
+func (q btrfsQgroup) Grow(ctx context.Context, limit Limit) error {
 	size := "none"
 	if limit.Bytes > 0 {
 		size = strconv.FormatInt(limit.Bytes, 10)
@@ -73,10 +72,10 @@ func (q qgroup) Grow(ctx context.Context, limit Limit) error {
 }
 
 // Discard discards the subvolume.
-func (q qgroup) Discard(discard func(path string) error) error { return discard(q.path()) }
+func (q btrfsQgroup) Discard(context.Context) error { return q.discard(q.path()) }
 
-// Usage asks btrfs. df shows all of the file system: btrfs tells it of no limit.
-func (q qgroup) Usage(ctx context.Context) (Usage, error) {
+// Usage returns what the qgroup has counted. statfs(2) shows the whole file system, without the limit.
+func (q btrfsQgroup) Usage(ctx context.Context) (Usage, error) {
 	used, limit, err := q.counted(ctx)
 	if err != nil {
 		return Usage{}, err
@@ -89,24 +88,25 @@ func (q qgroup) Usage(ctx context.Context) (Usage, error) {
 	return usage, nil
 }
 
-// Free is what Usage says: nothing is counted for it.
-func (q qgroup) Free(ctx context.Context) (Usage, error) { return q.Usage(ctx) }
+func (q btrfsQgroup) Free(ctx context.Context) (Usage, error) { return q.Usage(ctx) }
 
-// Taken is what the qgroup refers to.
-func (q qgroup) Taken(ctx context.Context) (int64, error) {
+func (q btrfsQgroup) DiskUsage(ctx context.Context) (int64, error) {
 	used, _, err := q.counted(ctx)
 	return used, err
 }
 
-func (q qgroup) counted(ctx context.Context) (used, limit int64, err error) {
+func (q btrfsQgroup) counted(ctx context.Context) (used, limit int64, err error) {
+	if _, err := os.Lstat(q.path()); err != nil {
+		return 0, 0, notFound(err)
+	}
 	output, err := runBtrfs(ctx, q.commands, "qgroup", "show", "--raw", "-r", "-f", q.path())
 	if err != nil {
-		return 0, 0, fmt.Errorf("ask for a qgroup: %w", err)
+		return 0, 0, fmt.Errorf("query a qgroup: %w", err)
 	}
 	return parseQgroup(output)
 }
 
-// parseQgroup reads what a qgroup refers to, and its limit (0: none), out of btrfs qgroup show --raw -r.
+// parseQgroup reads the referenced bytes of a qgroup and its limit (0 for none) from the output of btrfs qgroup show --raw -r.
 func parseQgroup(output string) (used, limit int64, err error) {
 	for line := range strings.Lines(output) {
 		fields := strings.Fields(line)

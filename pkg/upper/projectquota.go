@@ -12,27 +12,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// quota is an upper whose directory has a project of ext4 or xfs: what is made in it belongs to the project, and the file
-// system keeps the project to its limit (Linux, Documentation/filesystems/quota.rst; xfs_quota(8), "Project quota").
-type quota struct {
-	Dir
+// projectQuota is an upper in a directory that belongs to a project of ext4 or xfs. What is made in it belongs to the project
+// as well, and the file system enforces the project's limit (Linux, Documentation/filesystems/quota.rst; xfs_quota(8),
+// "Project quota").
+type projectQuota struct {
+	directory
 	projects *projects
 	limit    Limit
 }
 
-// Prepare gives the directory its project and the limit before there is an upper in it.
-func (q quota) Prepare(ctx context.Context, root Root) (Dirs, error) {
+// Prepare sets the directory's project and limit before there is an upper in it.
+func (q projectQuota) Prepare(ctx context.Context, root RootAttr) (Dirs, error) {
 	if err := unix.Mkdirat(int(q.root.Fd()), q.base, 0o700); err != nil && !errors.Is(err, unix.EEXIST) {
 		return Dirs{}, fmt.Errorf("make the upper's directory %s: %w", q.path(), err)
 	}
 	if err := q.Grow(ctx, q.limit); err != nil {
 		return Dirs{}, err
 	}
-	return q.Dir.Prepare(ctx, root)
+	return q.directory.Prepare(ctx, root)
 }
 
-// Grow sets the limit.
-func (q quota) Grow(_ context.Context, limit Limit) error {
+func (q projectQuota) Grow(_ context.Context, limit Limit) error {
 	dir, err := q.open(unix.O_RDONLY)
 	if err != nil {
 		return err
@@ -41,11 +41,11 @@ func (q quota) Grow(_ context.Context, limit Limit) error {
 	return q.projects.limit(dir, limit)
 }
 
-// Discard discards the directory. Its project is free for another when the last file of it is deleted.
-func (q quota) Discard(discard func(path string) error) error { return discard(q.path()) }
+// Discard discards the whole directory. Its project is free again when the last file of it is deleted.
+func (q projectQuota) Discard(context.Context) error { return q.discard(q.path()) }
 
-// Usage asks the file system.
-func (q quota) Usage(ctx context.Context) (Usage, error) {
+// Usage returns what the file system has counted for the project.
+func (q projectQuota) Usage(context.Context) (Usage, error) {
 	counted, err := q.counted()
 	if err != nil {
 		return Usage{}, err
@@ -59,26 +59,14 @@ func (q quota) Usage(ctx context.Context) (Usage, error) {
 	return usage, nil
 }
 
-// Free is what Usage says: nothing is counted for it.
-func (q quota) Free(ctx context.Context) (Usage, error) { return q.Usage(ctx) }
+func (q projectQuota) Free(ctx context.Context) (Usage, error) { return q.Usage(ctx) }
 
-// within is what a limit leaves of a file system's amount.
-func within(all Amount, limit, used int64) Amount {
-	if limit == 0 {
-		return Amount{Total: used + all.Available, Used: used, Available: all.Available}
-	}
-	limited := amount(limit, used)
-	limited.Available = min(limited.Available, all.Available)
-	return limited
-}
-
-// Taken is what the file system has counted.
-func (q quota) Taken(context.Context) (int64, error) {
+func (q projectQuota) DiskUsage(context.Context) (int64, error) {
 	counted, err := q.counted()
 	return int64(counted.space), err
 }
 
-func (q quota) counted() (dqblk, error) {
+func (q projectQuota) counted() (dqblk, error) {
 	dir, err := q.open(unix.O_RDONLY)
 	if err != nil {
 		return dqblk{}, err
@@ -91,14 +79,14 @@ func (q quota) counted() (dqblk, error) {
 	return q.projects.get(attributes.project)
 }
 
-// Project IDs are of the driver's own range, which begins with the letters "o" and "v": kubelet takes those from 1048577,
-// and people small ones.
+// The driver takes project IDs from a range of its own, whose first bytes are the letters "ov". kubelet takes IDs from 1048577,
+// and people take small ones.
 const (
 	firstProject = 0x6f760000
 	lastProject  = 0x6f76ffff
 )
 
-// projects are the projects of a file system.
+// projects allocates and limits the projects of one file system.
 type projects struct {
 	root *os.File
 	mu   sync.Mutex
@@ -107,14 +95,14 @@ type projects struct {
 
 func newProjects(root *os.File) *projects { return &projects{root: root, next: firstProject} }
 
-// probe finds out whether the file system counts projects and keeps them to limits.
+// probe returns nil if the file system counts projects and enforces their limits.
 func (p *projects) probe() error {
 	var state quotaState
 	if err := p.quotactl(qXGetQStat, 0, unsafe.Pointer(&state)); err != nil {
 		return fmt.Errorf("the file system has no project quota (mount it with prjquota): quotactl_fd: %w", err)
 	}
 	if state.flags&quotaProjectCounted == 0 || state.flags&quotaProjectEnforced == 0 {
-		return errors.New("the file system has its project quota switched off: mount it with prjquota")
+		return errors.New("the project quota of the file system is off (mount it with prjquota)")
 	}
 	dir, err := os.Open(p.root.Name())
 	if err != nil {
@@ -123,12 +111,12 @@ func (p *projects) probe() error {
 	defer dir.Close()
 	attributes, err := getProject(dir)
 	if err == nil && attributes.project != 0 {
-		return fmt.Errorf("the data root belongs to project %d: what is in it counts there", attributes.project)
+		return fmt.Errorf("the data root itself belongs to project %d", attributes.project)
 	}
 	return err
 }
 
-// limit gives a directory a project of its own where it has none, and the project its limit.
+// limit gives a directory a project of its own if it has none, and sets the project's limit.
 func (p *projects) limit(dir *os.File, limit Limit) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -151,7 +139,7 @@ func (p *projects) limit(dir *os.File, limit Limit) error {
 	return setProject(dir, attributes)
 }
 
-// free finds a project that nothing belongs to: the file system itself says so, whatever else was forgotten.
+// free returns a project that no file belongs to. The file system itself is asked, so that nothing need be remembered.
 func (p *projects) free() (uint32, error) {
 	for range lastProject - firstProject + 1 {
 		id := p.next
@@ -177,7 +165,7 @@ func (p *projects) set(id uint32, limit Limit) error {
 	return nil
 }
 
-// get is what a project has. One that nothing is known of has nothing.
+// get returns what a project has. A project that the file system does not know has nothing.
 func (p *projects) get(id uint32) (dqblk, error) {
 	var value dqblk
 	err := p.quotactl(qGetQuota, id, unsafe.Pointer(&value))
@@ -185,7 +173,7 @@ func (p *projects) get(id uint32) (dqblk, error) {
 		return dqblk{}, nil
 	}
 	if err != nil {
-		return dqblk{}, fmt.Errorf("ask for project %d of %s: quotactl_fd: %w", id, p.root.Name(), err)
+		return dqblk{}, fmt.Errorf("query project %d of %s: quotactl_fd: %w", id, p.root.Name(), err)
 	}
 	return value, nil
 }
@@ -196,7 +184,7 @@ const (
 	qGetQuota            = 0x800007
 	qSetQuota            = 0x800008
 	qXGetQStat           = 'X'<<8 + 5
-	projectQuota         = 2
+	quotaOfProject       = 2
 	validLimits          = 1 | 4
 	quotaProjectCounted  = 1 << 4
 	quotaProjectEnforced = 1 << 5
@@ -230,7 +218,7 @@ func (p *projects) quotactl(command uintptr, id uint32, value unsafe.Pointer) er
 		return err
 	}
 	defer dir.Close()
-	_, _, errno := unix.Syscall6(unix.SYS_QUOTACTL_FD, dir.Fd(), command<<8|projectQuota, uintptr(id), uintptr(value), 0, 0)
+	_, _, errno := unix.Syscall6(unix.SYS_QUOTACTL_FD, dir.Fd(), command<<8|quotaOfProject, uintptr(id), uintptr(value), 0, 0)
 	if errno != 0 {
 		return errno
 	}

@@ -1,0 +1,168 @@
+package upper
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/containerd/errdefs"
+)
+
+// Backend is how an upper is stored and limited. A volume keeps the backend that its first upper was made with.
+type Backend string
+
+// The backends. The package comment has what each of them puts on the disk.
+const (
+	Directory    Backend = "directory"
+	ProjectQuota Backend = "project-quota"
+	BtrfsQgroup  Backend = "btrfs-qgroup"
+	DiskImage    Backend = "disk-image"
+	Tmpfs        Backend = "tmpfs"
+	PodVolume    Backend = "pod-volume"
+)
+
+// CountsFiles reports whether Usage reads the whole tree, which takes the longer the more files there are.
+func (b Backend) CountsFiles() bool { return b == Directory || b == PodVolume }
+
+// Config is what Backends needs.
+type Config struct {
+	// Root is the data root, open, on the mount on which uppers are used.
+	Root *os.File
+	// MountDir is a directory for the file systems of disk images and tmpfs uppers, made if it is missing. It must not lie in
+	// the data root: a mount there would slow down every publish that takes a layer from it.
+	MountDir string
+	// Discard moves a file or directory of the data root to the trash, and does nothing if there is none.
+	Discard func(path string) error
+	// Commands run the programs that make, check and grow file systems.
+	Commands commands
+	// Mounter mounts and unmounts busy mounts, for pod-volume.
+	Mounter busyMounter
+	// InUse reports whether a holder on this node still has its publication, for pod-volume.
+	InUse func(LockHolder) bool
+}
+
+// Backends chooses backends and opens uppers on one data root.
+type Backends struct {
+	config Config
+	// unavailable has the reason for each enforcing backend, nil if it is available.
+	unavailable map[Backend]error
+	quota       *projects
+}
+
+// NewBackends probes which backends the data root supports.
+func NewBackends(config Config) *Backends {
+	b := &Backends{config: config, quota: newProjects(config.Root)}
+	b.unavailable = map[Backend]error{
+		ProjectQuota: b.quota.probe(),
+		BtrfsQgroup:  probeBtrfs(config.Root, config.Commands),
+		DiskImage:    probeDiskImage(config.Commands),
+	}
+	return b
+}
+
+// enforcing are the backends that enforce a size on the disk, the best first.
+var enforcing = []Backend{ProjectQuota, BtrfsQgroup, DiskImage}
+
+// Enforcing returns the available backends that enforce a size on the disk, the best first.
+func (b *Backends) Enforcing() []Backend {
+	var available []Backend
+	for _, backend := range enforcing {
+		if b.unavailable[backend] == nil {
+			available = append(available, backend)
+		}
+	}
+	return available
+}
+
+// Requirements are what a volume needs of its uppers.
+type Requirements struct {
+	// Bytes is the size of each upper, 0 for none.
+	Bytes int64
+	// Backend is the only backend that the volume accepts, "" for the best.
+	Backend Backend
+	// Unenforced is set if the size need not be enforced.
+	Unenforced bool
+}
+
+// Choose returns the best backend for a volume's uppers. It returns ErrFailedPrecondition, with the reason for each backend
+// and what to do, if the size cannot be enforced here.
+func (b *Backends) Choose(need Requirements) (Backend, error) {
+	switch {
+	case need.Backend != "":
+		if err := b.unavailable[need.Backend]; err != nil {
+			return "", fmt.Errorf("%w: the data root %s does not support %s: %w", errdefs.ErrFailedPrecondition, b.config.Root.Name(), need.Backend, err)
+		}
+		return need.Backend, nil
+	case b.unavailable[ProjectQuota] == nil:
+		// It costs nothing, and reports usage without a walk also if nothing is limited.
+		return ProjectQuota, nil
+	case need.Bytes == 0 || need.Unenforced:
+		return Directory, nil
+	}
+	var reasons []error
+	for _, backend := range enforcing {
+		err := b.unavailable[backend]
+		if err == nil {
+			return backend, nil
+		}
+		reasons = append(reasons, fmt.Errorf("%s: %w", backend, err))
+	}
+	return "", fmt.Errorf("%w: the data root %s cannot enforce a size of %d bytes (%w); make one of these available, or set limit: none",
+		errdefs.ErrFailedPrecondition, b.config.Root.Name(), need.Bytes, errors.Join(reasons...))
+}
+
+// Location says which upper to open.
+type Location struct {
+	Backend Backend
+	// Base is the path of the upper's base directory beneath the data root.
+	Base string
+	// Limit is the limit that Prepare sets.
+	Limit Limit
+	// Ephemeral is set if the upper need not survive a crash of the node.
+	Ephemeral bool
+
+	// The rest is for pod-volume, which uses none of the above.
+
+	// PodVolume is the directory in the other volume.
+	PodVolume PodVolumePath
+	// Holder is the view that the upper is for.
+	Holder LockHolder
+	// Layers are the references of the layers of that view, the topmost first.
+	Layers []string
+}
+
+// Open returns the upper at a location. It touches nothing.
+func (b *Backends) Open(at Location) Upper {
+	dir := directory{b.config.Root, at.Base, b.config.Discard}
+	data := directory{b.config.Root, filepath.Join(at.Base, dataName), b.config.Discard}
+	switch at.Backend {
+	case ProjectQuota:
+		return projectQuota{data, b.quota, at.Limit}
+	case BtrfsQgroup:
+		return btrfsQgroup{data, b.config.Commands, at.Limit}
+	case DiskImage:
+		return diskImage{b.innerMount(at.Base), b.config.Commands, dir.path(), b.config.Discard, at.Limit, at.Ephemeral}
+	case Tmpfs:
+		return tmpfs{b.innerMount(at.Base), at.Limit}
+	case PodVolume:
+		return podVolume{at.PodVolume, at.Holder, at.Layers, b.config.InUse, b.config.Mounter}
+	}
+	return dir
+}
+
+const (
+	dataName  = "data"
+	imageName = "disk.img"
+)
+
+// ContainsUpper reports whether a base directory contains an upper of any backend. It returns true if that is unknown.
+func ContainsUpper(base string) bool {
+	for _, name := range []string{upperName, dataName, imageName} {
+		if _, err := os.Lstat(filepath.Join(base, name)); !errors.Is(err, fs.ErrNotExist) {
+			return true
+		}
+	}
+	return false
+}

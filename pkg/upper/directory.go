@@ -1,0 +1,93 @@
+package upper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// directory is an upper in a plain directory of the data root. It has no limit.
+type directory struct {
+	// root is the data root, open, on the mount on which uppers are used. base is a path beneath it.
+	root    *os.File
+	base    string
+	discard func(path string) error
+}
+
+var _ Upper = directory{}
+
+func (d directory) Prepare(_ context.Context, root RootAttr) (Dirs, error) {
+	base, err := d.open(unix.O_PATH)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := unix.Mkdirat(int(d.root.Fd()), d.base, 0o700); err != nil {
+			return Dirs{}, fmt.Errorf("make the upper's directory %s: %w", d.path(), err)
+		}
+		base, err = d.open(unix.O_PATH)
+	}
+	if err != nil {
+		return Dirs{}, err
+	}
+	defer base.Close()
+	dirs, err := openDirs(base, root)
+	if err != nil {
+		return Dirs{}, fmt.Errorf("prepare an upper: %w", err)
+	}
+	return dirs, nil
+}
+
+// open opens the base directory. It follows no link and does not leave the root.
+func (d directory) open(flags uint64) (*os.File, error) {
+	fd, err := unix.Openat2(int(d.root.Fd()), d.base, &unix.OpenHow{
+		Flags:   flags | unix.O_DIRECTORY | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err != nil {
+		return nil, notFound(fmt.Errorf("open the upper's directory %s: %w", d.path(), err))
+	}
+	return os.NewFile(uintptr(fd), d.path()), nil
+}
+
+func (d directory) Paths() (upper, work string) {
+	return d.path() + "/" + upperName, d.path() + "/" + workName
+}
+
+func (d directory) path() string { return d.root.Name() + "/" + d.base }
+
+func (d directory) ClearWork() error { return clearWork(d) }
+
+func (d directory) Yield() error { return nil }
+
+func (d directory) Release(context.Context) error { return nil }
+
+// Discard leaves the base directory, which also has the volume's record.
+func (d directory) Discard(context.Context) error {
+	upper, work := d.Paths()
+	return errors.Join(d.discard(upper), d.discard(work))
+}
+
+func (d directory) Grow(context.Context, Limit) error { return nil }
+
+// Usage counts the files of the upper, and adds what is free on its file system.
+func (d directory) Usage(ctx context.Context) (Usage, error) {
+	path, _ := d.Paths()
+	return usageOf(ctx, path)
+}
+
+func (d directory) DiskUsage(ctx context.Context) (int64, error) {
+	path, _ := d.Paths()
+	used, err := countTree(ctx, path)
+	return used.bytes, err
+}
+
+func (d directory) Free(context.Context) (Usage, error) { return FileSystemUsage(d.path()) }
+
+func (d directory) Exists() (bool, error) {
+	path, _ := d.Paths()
+	return exists(path)
+}
+
+func (d directory) Check() error { return checkDirs(d) }

@@ -1,0 +1,165 @@
+package upper
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// lockName is the file beside an upper in another volume of the pod:
+//
+//	<volume>/<path>/overlay-csi.json
+//	<volume>/<path>/upper/
+//	<volume>/<path>/work/
+//
+// It outlives the view, since the upper must not be used with other layers later. The holder in it is a lock: it is written before
+// the overlay is mounted and removed after it is unmounted, so that it is still there after a crash.
+const lockName = "overlay-csi.json"
+
+// maxLockFile bounds what is read of a file that the pod can write: 500 references of the longest kind.
+const maxLockFile = 8 << 20
+
+type lockFile struct {
+	// Layers are the references of the layers that the upper was made on, the topmost first.
+	Layers []string `json:"layers"`
+	// Holder is nil while no view uses the upper.
+	Holder *LockHolder `json:"holder,omitempty"`
+}
+
+// LockHolder is one view on one node during one boot.
+type LockHolder struct {
+	Node     string `json:"node"`
+	BootID   string `json:"bootID"`
+	VolumeID string `json:"volumeID"`
+	Target   string `json:"target"`
+}
+
+// readLockFile returns existed false if there is no lock file.
+func readLockFile(dir *os.File) (file lockFile, existed bool, err error) {
+	fd, err := unix.Openat(int(dir.Fd()), lockName, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return lockFile{}, false, nil
+	}
+	if err != nil {
+		return lockFile{}, false, err
+	}
+	reader := os.NewFile(uintptr(fd), dir.Name()+"/"+lockName)
+	defer reader.Close()
+	if info, err := reader.Stat(); err != nil || !info.Mode().IsRegular() {
+		return lockFile{}, false, fmt.Errorf("%w: it is not a regular file (%w)", errdefs.ErrFailedPrecondition, errors.Join(err))
+	}
+	if err := json.NewDecoder(io.LimitReader(reader, maxLockFile)).Decode(&file); err != nil {
+		return lockFile{}, false, fmt.Errorf("%w: the driver did not write it: %w", errdefs.ErrFailedPrecondition, err)
+	}
+	return file, true, nil
+}
+
+// writeLockFile replaces the whole file, and returns once it is on the disk.
+func writeLockFile(dir *os.File, file lockFile) error {
+	data, err := json.Marshal(file)
+	if err != nil {
+		return fmt.Errorf("encode %s: %w", lockName, err)
+	}
+	const temporary = lockName + ".new"
+	if err := unix.Unlinkat(int(dir.Fd()), temporary, 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return &os.PathError{Op: "unlink", Path: dir.Name() + "/" + temporary, Err: err}
+	}
+	fd, err := unix.Openat(int(dir.Fd()), temporary, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return &os.PathError{Op: "create", Path: dir.Name() + "/" + temporary, Err: err}
+	}
+	writer := os.NewFile(uintptr(fd), dir.Name()+"/"+temporary)
+	_, err = writer.Write(data)
+	if err := errors.Join(err, writer.Sync(), writer.Close()); err != nil {
+		return fmt.Errorf("write %s: %w", temporary, err)
+	}
+	if err := unix.Renameat(int(dir.Fd()), temporary, int(dir.Fd()), lockName); err != nil {
+		return &os.PathError{Op: "rename", Path: dir.Name() + "/" + temporary, Err: err}
+	}
+	return nil
+}
+
+// lock locks the upper for the holder. It fails if the upper was made on other layers, or if the file system cannot hold one.
+func (p podVolume) lock(ctx context.Context, base *os.File) error {
+	return p.withLockFile(ctx, base, func(file lockFile, existed bool) error {
+		if !existed {
+			if err := Probe(base); err != nil {
+				return err
+			}
+		}
+		if existed && !slices.Equal(file.Layers, p.layers) {
+			return p.wrap("lock it", fmt.Errorf("%w: it was made on other layers (%q), and overlayfs supports an upper only on the layers that it was made on; name these layers, or another path", errdefs.ErrFailedPrecondition, file.Layers))
+		}
+		if file.Holder != nil && *file.Holder == p.holder {
+			return nil
+		}
+		if err := p.checkStale(file.Holder, base); err != nil {
+			return err
+		}
+		return writeLockFile(base, lockFile{Layers: p.layers, Holder: &p.holder})
+	})
+}
+
+// checkStale returns nil if there is no holder, or if a crash left it behind.
+func (p podVolume) checkStale(holder *LockHolder, base *os.File) error {
+	switch {
+	case holder == nil:
+		return nil
+	case holder.Node == p.holder.Node && holder.BootID != p.holder.BootID:
+		return nil
+	case holder.Node == p.holder.Node && !p.inUse(*holder):
+		return nil
+	case holder.Node != p.holder.Node && isNodeLocal(base):
+		return nil
+	}
+	return p.wrap("lock it", fmt.Errorf("%w: volume %s on node %s uses it (published at %s), and two overlays must not share one upper; name another path, or remove %s there once nothing uses it",
+		errdefs.ErrFailedPrecondition, holder.VolumeID, holder.Node, holder.Target, lockName))
+}
+
+func (p podVolume) unlock(ctx context.Context, base *os.File) error {
+	return p.withLockFile(ctx, base, func(file lockFile, existed bool) error {
+		if !existed || file.Holder == nil || *file.Holder != p.holder {
+			return nil
+		}
+		return writeLockFile(base, lockFile{Layers: file.Layers})
+	})
+}
+
+// withLockFile reads the lock file and calls do with it, while no other process and no other volume does the same.
+func (p podVolume) withLockFile(ctx context.Context, base *os.File, do func(file lockFile, existed bool) error) error {
+	fd, err := unix.Openat(int(base.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return p.wrap("open it", err)
+	}
+	dir := os.NewFile(uintptr(fd), base.Name())
+	defer dir.Close()
+	// Another overlay volume holds it for milliseconds. A pod that holds it for longer delays only its own volumes.
+	for {
+		err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return p.wrap("lock it (flock)", err)
+		}
+		select {
+		case <-ctx.Done():
+			return p.wrap("wait for its lock (flock)", ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	file, existed, err := readLockFile(dir)
+	if err != nil {
+		return p.wrap("read "+lockName, err)
+	}
+	return do(file, existed)
+}
