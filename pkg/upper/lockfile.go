@@ -121,7 +121,7 @@ func (p podVolume) checkStale(holder *LockHolder, base *os.File) error {
 	case holder.Node != p.holder.Node && isNodeLocal(base):
 		return nil
 	}
-	return p.wrap("lock it", fmt.Errorf("%w: volume %s on node %s uses it (published at %s), and two overlays must not share one upper; name another path, or remove %s there once nothing uses it",
+	return p.wrap("lock it", fmt.Errorf("%w: volume %s on node %s uses it (published at %s), and two overlays never share one upper; name another path, or remove %s there once nothing uses it",
 		errdefs.ErrFailedPrecondition, holder.VolumeID, holder.Node, holder.Target, lockName))
 }
 
