@@ -46,13 +46,13 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 	defer mounter.Close()
-	opener, err := overlay.NewOpener(features)
+	detached, err := overlay.NewDetachedRoot(features)
 	if err != nil {
 		logger.Info("Layers are used on the mounts that they are on", "reason", err.Error())
-		opener = &overlay.Opener{}
+		detached = &overlay.DetachedRoot{}
 	}
-	defer opener.Close()
-	if quiet := opener.Quiet(root.Dir()); quiet != nil {
+	defer detached.Close()
+	if quiet := detached.Reopen(root.Dir()); quiet != nil {
 		root.UseMount(quiet)
 	}
 	specs, err := newPodSpecs(opts)
@@ -64,7 +64,7 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 	defer layers.Close()
-	manager, err := newManager(root, mounter, opener, specs, layers, opts)
+	manager, err := newManager(root, mounter, detached, specs, layers, opts)
 	if err != nil {
 		return err
 	}
@@ -146,12 +146,12 @@ func newMounter(dataRoot string, features overlay.Features) (*overlay.Mounter, e
 	return mounter, err
 }
 
-func newManager(root *volume.DataRoot, mounter *overlay.Mounter, opener *overlay.Opener, specs *kubelet.PodSpecs, layers *store.Store, opts options) (*volume.Manager, error) {
+func newManager(root *volume.DataRoot, mounter *overlay.Mounter, detached *overlay.DetachedRoot, specs *kubelet.PodSpecs, layers *store.Store, opts options) (*volume.Manager, error) {
 	forbidden, err := layer.Forbid(root.Path())
 	if err != nil {
 		return nil, err
 	}
-	roots, err := layer.NewRoots(opts.layerRoots, forbidden, opener)
+	roots, err := layer.NewRoots(opts.layerRoots, forbidden, detached)
 	if err != nil {
 		return nil, err
 	}

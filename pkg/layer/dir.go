@@ -33,7 +33,7 @@ type Roots struct {
 
 // opener opens the same directory on a mount that is fit for layers, nil where there is none.
 type opener interface {
-	Quiet(dir *os.File) *os.File
+	Reopen(dir *os.File) *os.File
 }
 
 // NewRoots returns the layer roots. No directory is opened yet: an NFS root that is away must not keep the driver
@@ -167,7 +167,7 @@ func (r *Roots) openRoot(root Root) (openedRoot, error) {
 		return openedRoot{}, &os.PathError{Op: "open", Path: root.Path, Err: err}
 	}
 	dir := os.NewFile(uintptr(fd), root.Path)
-	return openedRoot{dir: dir, quiet: r.opener.Quiet(dir)}, nil
+	return openedRoot{dir: dir, quiet: r.opener.Reopen(dir)}, nil
 }
 
 // quieter returns the layer on the mount that is fit for layers, and closes dir, if the same path leads to the same

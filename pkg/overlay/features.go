@@ -27,7 +27,7 @@ type Features struct {
 	// StatMount: statmount(2) tells a mount's file system without asking that (Linux 6.8). Without it statfs does,
 	// which a network file system that is away can keep waiting.
 	StatMount bool
-	// DetachedLayer: overlayfs takes a directory on a mount that is in no namespace (Linux 6.15). See Opener.
+	// DetachedLayer: overlayfs takes a directory on a mount that is in no namespace (Linux 6.15). See DetachedRoot.
 	DetachedLayer bool
 }
 

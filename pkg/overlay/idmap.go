@@ -14,16 +14,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Owner is the user and group that root's files of the lowers appear to belong to. Zero leaves them root's.
+// IDs are the user and group that root's files of the lowers appear to be owned by. The zero value leaves them root's.
 //
-// The kernel shows the lowers so (ID-mapped mounts, mount_setattr(2), MOUNT_ATTR_IDMAP; overlayfs takes them from Linux
-// 5.19): no file is touched, and what is copied up has the owner that was shown. Files that belong to this user or group in
-// a layer appear as root's, since no two IDs may appear as one.
-type Owner struct{ UID, GID uint32 }
+// The kernel maps the owners of the lowers (ID-mapped mounts, mount_setattr(2), MOUNT_ATTR_IDMAP; overlayfs takes them from Linux
+// 5.19 on): no file is changed, and a file that is copied up has the owner that the view shows. A mapping is one to one, so that
+// files of this user or group in a layer appear as root's.
+type IDs struct{ UID, GID uint32 }
 
-// Shown is how the owner of a lower's file appears.
-func (o Owner) Shown(uid, gid uint32) (shownUID, shownGID uint32) {
-	return swap(uid, o.UID), swap(gid, o.GID)
+// Map returns the owner that the view shows for the owner of a lower's file.
+func (i IDs) Map(uid, gid uint32) (mappedUID, mappedGID uint32) {
+	return swap(uid, i.UID), swap(gid, i.GID)
 }
 
 func swap(id, with uint32) uint32 {
@@ -66,17 +66,17 @@ const maxNamespaces = 256
 // namespaces keeps user namespaces, which are what mappings are handed to the kernel as.
 type namespaces struct {
 	mu    sync.Mutex
-	byMap map[Owner]*os.File
+	byMap map[IDs]*os.File
 }
 
 // open returns the namespace of a mapping. The caller closes it.
-func (n *namespaces) open(owner Owner) (*os.File, error) {
+func (n *namespaces) open(ids IDs) (*os.File, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	namespace, ok := n.byMap[owner]
+	namespace, ok := n.byMap[ids]
 	if !ok {
 		var err error
-		if namespace, err = mount.GetUsernsFD(mapping(owner.UID), mapping(owner.GID)); err != nil {
+		if namespace, err = mount.GetUsernsFD(mapping(ids.UID), mapping(ids.GID)); err != nil {
 			return nil, fmt.Errorf("make a user namespace for ID-mapped layers (sysctl user.max_user_namespaces): %w", err)
 		}
 		for other, file := range n.byMap {
@@ -87,9 +87,9 @@ func (n *namespaces) open(owner Owner) (*os.File, error) {
 			delete(n.byMap, other)
 		}
 		if n.byMap == nil {
-			n.byMap = map[Owner]*os.File{}
+			n.byMap = map[IDs]*os.File{}
 		}
-		n.byMap[owner] = namespace
+		n.byMap[ids] = namespace
 	}
 	fd, err := unix.FcntlInt(namespace.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
@@ -101,9 +101,9 @@ func (n *namespaces) open(owner Owner) (*os.File, error) {
 func (n *namespaces) close() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for owner, namespace := range n.byMap {
+	for ids, namespace := range n.byMap {
 		namespace.Close()
-		delete(n.byMap, owner)
+		delete(n.byMap, ids)
 	}
 }
 
@@ -114,8 +114,8 @@ type mapped struct {
 }
 
 // mapLowers returns the lowers with another owner. Nobody can write through them.
-func (m *Mounter) mapLowers(lowers []*os.File, owner Owner) (*mapped, error) {
-	namespace, err := m.namespaces.open(owner)
+func (m *Mounter) mapLowers(lowers []*os.File, ids IDs) (*mapped, error) {
+	namespace, err := m.namespaces.open(ids)
 	if err != nil {
 		return nil, err
 	}

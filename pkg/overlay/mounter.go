@@ -89,8 +89,8 @@ func (m *Mounter) Overlay(spec Spec, target *os.File) error {
 		// overlayfs wants two lowers where there is no upper. An empty one beneath changes nothing that is seen.
 		spec.Lowers = []*os.File{spec.Lowers[0], m.empty}
 	}
-	if spec.Owner != (Owner{}) {
-		lowers, err := m.mapLowers(spec.Lowers, spec.Owner)
+	if spec.LayerOwner != (IDs{}) {
+		lowers, err := m.mapLowers(spec.Lowers, spec.LayerOwner)
 		if err != nil {
 			return err
 		}
@@ -133,9 +133,9 @@ func (m *Mounter) Bind(source, target *os.File, attributes Attributes) error {
 	return attach(clone, target)
 }
 
-// Pin mounts an open directory on itself, with the attributes of the mount that it is on: that mount then cannot be
-// unmounted (EBUSY) before the pin is gone. Nothing else changes.
-func (m *Mounter) Pin(dir *os.File) error {
+// AddBusyMount mounts an open directory on itself, with the attributes of the mount that it is on: that mount then cannot be
+// unmounted (EBUSY) before the busy mount is detached. Nothing else changes.
+func (m *Mounter) AddBusyMount(dir *os.File) error {
 	if !m.features.MountAPI {
 		return m.bindWithCommand(dir, dir, nil)
 	}

@@ -220,7 +220,7 @@ func TestPinAndDetach(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir := tmpfs(t)
 			pinned := open(t, dir+"/a/b")
-			if err := m.Pin(pinned); err != nil {
+			if err := m.AddBusyMount(pinned); err != nil {
 				t.Fatal(err)
 			}
 			if err := unix.Unmount(dir, 0); !errors.Is(err, unix.EBUSY) {

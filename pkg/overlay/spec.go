@@ -26,8 +26,8 @@ type Spec struct {
 	// Volatile leaves out every sync to the upper's file system. An upper that was mounted so must not be mounted
 	// again after the machine went down (overlayfs documentation, "Volatile mount").
 	Volatile bool
-	// Owner is whom root's files of the lowers appear to belong to.
-	Owner Owner
+	// LayerOwner has root's files of the lowers appear to be owned by these IDs.
+	LayerOwner IDs
 	// Metacopy has changes of owners and modes copy up no content. An upper that was mounted so always must be.
 	Metacopy bool
 	// Attributes are those of the mount itself.

@@ -14,7 +14,7 @@ import (
 // busyMounter mounts and unmounts busy mounts. A busy mount is a directory mounted on itself: the mount that it lies on cannot be
 // unmounted (EBUSY) before the busy mount is.
 type busyMounter interface {
-	Pin(dir *os.File) error
+	AddBusyMount(dir *os.File) error
 	Detach(root *os.File) error
 }
 
@@ -25,7 +25,7 @@ func (p podVolume) mountBusy(volume, base *os.File) error {
 	}
 	switch {
 	case sameMount && !isRoot:
-		if err := p.mounter.Pin(base); err != nil {
+		if err := p.mounter.AddBusyMount(base); err != nil {
 			return p.wrap("mount the busy mount", err)
 		}
 		return nil

@@ -46,7 +46,7 @@ func TestDir(t *testing.T) {
 // bindMounter mounts busy mounts as the mounter does, with mount(2).
 type bindMounter struct{}
 
-func (bindMounter) Pin(dir *os.File) error {
+func (bindMounter) AddBusyMount(dir *os.File) error {
 	return unix.Mount(dir.Name(), dir.Name(), "", unix.MS_BIND, "")
 }
 

@@ -89,16 +89,16 @@ func newBenchNode(b *testing.B) *benchNode {
 	mounter, err := overlay.NewMounter(filepath.Join(root.Path(), "mounter"), features, mount.NewWithoutSystemd(""))
 	check(err)
 	b.Cleanup(func() { mounter.Close() })
-	opener, err := overlay.NewOpener(features)
+	detached, err := overlay.NewDetachedRoot(features)
 	check(err)
-	b.Cleanup(func() { opener.Close() })
-	if quiet := opener.Quiet(root.Dir()); quiet != nil {
+	b.Cleanup(func() { detached.Close() })
+	if quiet := detached.Reopen(root.Dir()); quiet != nil {
 		root.UseMount(quiet)
 	}
 	forbidden, err := layer.Forbid(root.Path())
 	check(err)
 	check(os.MkdirAll(filepath.Join(dir, "layers"), 0o755))
-	roots, err := layer.NewRoots(map[string]layer.Root{"r": {Path: filepath.Join(dir, "layers")}}, forbidden, opener)
+	roots, err := layer.NewRoots(map[string]layer.Root{"r": {Path: filepath.Join(dir, "layers")}}, forbidden, detached)
 	check(err)
 	certs := filepath.Join(dir, "certs.d")
 	images, err := store.New(b.Context(), store.Config{

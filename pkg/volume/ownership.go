@@ -24,10 +24,10 @@ func sameGroup(a, b *uint32) bool {
 }
 
 // owner is whom root's files of the layers are to belong to. A pod's group comes before the volume's.
-func (r *record) owner(p *publication) overlay.Owner {
-	var owner overlay.Owner
+func (r *record) owner(p *publication) overlay.IDs {
+	var owner overlay.IDs
 	if r.Spec.LayerOwner != nil {
-		owner = overlay.Owner{UID: r.Spec.LayerOwner.UID, GID: r.Spec.LayerOwner.GID}
+		owner = overlay.IDs{UID: r.Spec.LayerOwner.UID, GID: r.Spec.LayerOwner.GID}
 	}
 	if p.Group != nil && r.Spec.Ownership != OwnershipNone {
 		owner.GID = *p.Group
@@ -36,9 +36,9 @@ func (r *record) owner(p *publication) overlay.Owner {
 }
 
 // shownOwner is the owner where the kernel only shows it.
-func (r *record) shownOwner(p *publication) overlay.Owner {
+func (r *record) shownOwner(p *publication) overlay.IDs {
 	if r.Spec.Ownership == OwnershipWalk {
-		return overlay.Owner{}
+		return overlay.IDs{}
 	}
 	return r.owner(p)
 }
@@ -50,7 +50,7 @@ func (r *record) root(p *publication, top *os.File) (upper.RootAttr, error) {
 	if err != nil {
 		return upper.RootAttr{}, err
 	}
-	root.UID, root.GID = r.owner(p).Shown(root.UID, root.GID)
+	root.UID, root.GID = r.owner(p).Map(root.UID, root.GID)
 	if p.Group != nil {
 		root.GID = *p.Group
 		root.Mode |= groupDirMode
@@ -127,7 +127,7 @@ func (r *record) walk(ctx context.Context, p *publication) error {
 
 // walker changes owners, groups and modes. It follows no link, and looks up each name in a directory that it has open.
 type walker struct {
-	owner overlay.Owner
+	owner overlay.IDs
 	group *uint32
 	done  int
 }

@@ -226,7 +226,7 @@ func (m *Manager) mountView(ctx context.Context, r *record, p *publication, stac
 		defer shared.Close()
 		return m.mounter.Bind(shared, target, p.Attributes)
 	}
-	spec := overlay.Spec{Lowers: stack.Dirs, Owner: r.shownOwner(p), Metacopy: r.Spec.Ownership == OwnershipWalk, Attributes: p.Attributes}
+	spec := overlay.Spec{Lowers: stack.Dirs, LayerOwner: r.shownOwner(p), Metacopy: r.Spec.Ownership == OwnershipWalk, Attributes: p.Attributes}
 	if r.Spec.Upper != UpperNone {
 		root, err := r.root(p, stack.Dirs[0])
 		if err != nil {

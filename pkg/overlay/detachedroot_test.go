@@ -7,10 +7,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
-func TestOpener(t *testing.T) {
+func TestDetachedRoot(t *testing.T) {
 	needs.Root(t)
 	features, err := Probe(t.TempDir())
 	if err != nil {
@@ -19,38 +20,37 @@ func TestOpener(t *testing.T) {
 	if !features.DetachedLayer {
 		t.Skip("this kernel takes no layers from detached mounts (before Linux 6.15)")
 	}
-	opener, err := NewOpener(features)
+	detached, err := NewDetachedRoot(features)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer opener.Close()
-	onRoot, err := os.MkdirTemp("/", "overlay-csi-opener-")
+	defer detached.Close()
+	onRoot, err := os.MkdirTemp("/", "overlay-csi-detached-")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(onRoot) })
 	dir := open(t, filepath.Join(onRoot, "dir"))
-	quiet := opener.Quiet(dir)
-	if quiet == nil {
+	reopened := detached.Reopen(dir)
+	if reopened == nil {
 		t.Fatal("no copy of a directory on the root mount")
 	}
-	defer quiet.Close()
-	var a, b unix.Stat_t
-	if err := unix.Fstat(int(dir.Fd()), &a); err != nil || unix.Fstat(int(quiet.Fd()), &b) != nil || a.Ino != b.Ino || a.Dev != b.Dev {
-		t.Errorf("another directory: %v, %v", a, b)
+	defer reopened.Close()
+	if same, err := linux.SameFile(dir, reopened); err != nil || !same {
+		t.Errorf("another directory: %v", err)
 	}
 	// What is mounted in the tree is not there on the copy, and does not come there.
 	if err := unix.Mount("tmpfs", dir.Name(), "tmpfs", 0, ""); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = unix.Unmount(dir.Name(), unix.MNT_DETACH) })
-	if quiet := opener.Quiet(open(t, dir.Name())); quiet != nil {
+	if reopened := detached.Reopen(open(t, dir.Name())); reopened != nil {
 		t.Error("a copy of a directory on another mount")
 	}
-	if mounted, err := isMountRoot(int(quiet.Fd()), ".", 0); err != nil || mounted {
+	if mounted, err := linux.IsMountRoot(reopened, ""); err != nil || mounted {
 		t.Errorf("a mount came to the copy: %v, %v", mounted, err)
 	}
-	if (&Opener{}).Quiet(dir) != nil {
-		t.Error("the zero Opener has a copy")
+	if (&DetachedRoot{}).Reopen(dir) != nil {
+		t.Error("the zero DetachedRoot has a copy")
 	}
 }
