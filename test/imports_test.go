@@ -1,4 +1,3 @@
-// Package test asserts what holds for the project as a whole.
 package test
 
 import (
@@ -10,50 +9,97 @@ import (
 
 const module = "github.com/overlay-csi/overlay-csi/"
 
-// TestImports holds the direction of imports: driver → volume → {layer, upper, overlay}, layer → {store, kubelet}, and
-// all → linux. Only driver, and kubelet's own registration API, know gRPC.
+// mayImport is the map of packages, the topmost first: what each may import of this module. Every package may import pkg/linux.
+var mayImport = map[string][]string{
+	"cmd/overlay-csi": {
+		"pkg/admin", "pkg/dataroot", "pkg/driver", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/record",
+		"pkg/registry", "pkg/store", "pkg/unpack", "pkg/upper", "pkg/volume",
+	},
+	"cmd/overlayctl": {"pkg/admin/api"},
+	"pkg/admin":      {"pkg/admin/api", "pkg/image", "pkg/record", "pkg/registry", "pkg/spec", "pkg/store", "pkg/volume"},
+	"pkg/admin/api":  {},
+	"pkg/driver":     {"pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/record", "pkg/reference", "pkg/spec", "pkg/volume"},
+	"pkg/volume": {
+		"pkg/dataroot", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/record", "pkg/reference", "pkg/spec",
+		"pkg/store", "pkg/upper", "pkg/volume/chown",
+	},
+	"pkg/volume/chown":    {},
+	"pkg/layer":           {"pkg/dataroot", "pkg/image", "pkg/kubeapi", "pkg/kubelet", "pkg/overlay", "pkg/reference", "pkg/registry", "pkg/store"},
+	"pkg/store":           {"pkg/dataroot", "pkg/image", "pkg/record", "pkg/reference", "pkg/registry", "pkg/unpack"},
+	"pkg/unpack":          {"pkg/image"},
+	"pkg/registry":        {"pkg/image"},
+	"pkg/image":           {},
+	"pkg/record":          {"pkg/dataroot", "pkg/kubeapi", "pkg/kubelet", "pkg/overlay", "pkg/reference", "pkg/spec", "pkg/upper"},
+	"pkg/upper":           {"pkg/dataroot", "pkg/kubelet", "pkg/overlay"},
+	"pkg/upper/uppertest": {"pkg/upper"},
+	"pkg/kubelet":         {"pkg/kubeapi"},
+	"pkg/kubeapi":         {},
+	"pkg/spec":            {"pkg/reference"},
+	"pkg/reference":       {},
+	"pkg/dataroot":        {},
+	"pkg/overlay":         {},
+	"pkg/linux":           {},
+}
+
+// TestImports checks that imports go downward, and that gRPC is known to the driver and to kubelet's registration alone.
 func TestImports(t *testing.T) {
-	allowed := map[string][]string{
-		"pkg/driver":    {"pkg/volume", "pkg/layer", "pkg/overlay", "pkg/reference"},
-		"pkg/admin":     {"pkg/volume", "pkg/store"},
-		"pkg/volume":    {"pkg/layer", "pkg/reference", "pkg/upper", "pkg/overlay"},
-		"pkg/layer":     {"pkg/reference", "pkg/store", "pkg/kubelet"},
-		"pkg/reference": {},
-		"pkg/store":     {},
-		"pkg/upper":     {},
-		"pkg/overlay":   {},
-		// The suite that every upper passes.
-		"pkg/upper/uppertest": {"pkg/upper"},
-		"pkg/kubelet":         {},
-		"pkg/linux":           {},
-	}
-	grpcUsers := []string{"pkg/driver", "pkg/kubelet"}
-	for _, line := range list(t, "{{.ImportPath}}|{{range .Imports}}{{.}} {{end}}", module+"pkg/...") {
+	grpcUsers := []string{"pkg/driver", "pkg/kubelet", "cmd/overlay-csi"}
+	for _, line := range list(t, "{{.ImportPath}}|{{range .Imports}}{{.}} {{end}}", module+"cmd/...", module+"pkg/...") {
 		path, imports, _ := strings.Cut(line, "|")
 		name := strings.TrimPrefix(path, module)
-		permitted, known := allowed[name]
-		if !known {
-			t.Errorf("%s is not in the map of packages: add it with what it may import", name)
-			continue
-		}
-		for _, imported := range strings.Fields(imports) {
-			if ours, ok := strings.CutPrefix(imported, module); ok && ours != "pkg/linux" && !slices.Contains(permitted, ours) {
-				t.Errorf("%s imports %s", name, ours)
+		t.Run(name, func(t *testing.T) {
+			permitted, known := mayImport[name]
+			if !known {
+				t.Fatalf("%s is not in the map of packages: add it with what it may import", name)
 			}
-			isGRPC := strings.HasPrefix(imported, "google.golang.org/grpc") || strings.Contains(imported, "container-storage-interface")
-			if isGRPC && !slices.Contains(grpcUsers, name) {
-				t.Errorf("%s knows gRPC: %s", name, imported)
+			for _, imported := range strings.Fields(imports) {
+				if ours, ok := strings.CutPrefix(imported, module); ok && ours != "pkg/linux" && !slices.Contains(permitted, ours) {
+					t.Errorf("%s imports %s", name, ours)
+				}
+				isGRPC := strings.HasPrefix(imported, "google.golang.org/grpc") || strings.Contains(imported, "container-storage-interface")
+				if isGRPC && !slices.Contains(grpcUsers, name) {
+					t.Errorf("%s imports %s of gRPC", name, imported)
+				}
 			}
-		}
+		})
 	}
 }
 
-// TestNothingOfTheTestsIsInTheDriver keeps test code and test libraries out of the binary.
-func TestNothingOfTheTestsIsInTheDriver(t *testing.T) {
-	for _, path := range list(t, "{{.ImportPath}}", "-deps", module+"cmd/...") {
-		if strings.HasPrefix(path, module+"test") || path == "testing" || strings.Contains(path, "csi-test") || strings.Contains(path, "onsi/") {
-			t.Errorf("the driver has %s in it", path)
+// TestMapOfPackages checks that the map itself has no cycle: a mistake in it would permit one that Go does not refuse,
+// since Go looks at today's imports alone.
+func TestMapOfPackages(t *testing.T) {
+	var visit func(name string, path []string)
+	visit = func(name string, path []string) {
+		if slices.Contains(path, name) {
+			t.Fatalf("cycle: %s → %s", strings.Join(path, " → "), name)
 		}
+		for _, imported := range mayImport[name] {
+			visit(imported, append(path, name))
+		}
+	}
+	for name := range mayImport {
+		visit(name, nil)
+	}
+}
+
+// TestDependencies checks what binaries are made of: no test code in any, no driver in overlayctl.
+func TestDependencies(t *testing.T) {
+	for name, unwanted := range map[string][]string{
+		"cmd/overlay-csi": {module + "test", "testing", "github.com/kubernetes-csi/csi-test", "github.com/onsi"},
+		"cmd/overlayctl": {
+			module + "test", "testing", module + "pkg/store", module + "pkg/volume", module + "pkg/driver", "k8s.io/client-go", "k8s.io/api",
+			"google.golang.org/grpc", "github.com/containerd/containerd",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, path := range list(t, "{{.ImportPath}}", "-deps", module+name) {
+				for _, prefix := range unwanted {
+					if path == prefix || strings.HasPrefix(path, prefix+"/") {
+						t.Errorf("%s has %s in it", name, path)
+					}
+				}
+			}
+		})
 	}
 }
 

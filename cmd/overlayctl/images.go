@@ -25,7 +25,8 @@ func imagesCommand(opts *options) *cobra.Command {
 					if platform == "" {
 						platform = "-"
 					}
-					fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\n", strings.Join(image.Names, ","), short(image.Digest), len(image.Layers), platform, age(image.Pulled))
+					fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\n", strings.Join(image.Names, ","), short(image.Digest), len(image.Layers), platform,
+						age(image.Pulled))
 				}
 			})
 		},

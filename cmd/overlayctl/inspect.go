@@ -5,13 +5,13 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/overlay-csi/overlay-csi/pkg/volume"
+	"github.com/overlay-csi/overlay-csi/pkg/admin/api"
 )
 
 func inspectCommand(opts *options) *cobra.Command {
 	return &cobra.Command{
 		Use:   "inspect [VOLUME...]",
-		Short: "Show volumes as JSON, all of them where none is named",
+		Short: "Show volumes as JSON (default all)",
 		RunE: func(cmd *cobra.Command, ids []string) error {
 			client := opts.client()
 			if len(ids) == 0 {
@@ -20,17 +20,17 @@ func inspectCommand(opts *options) *cobra.Command {
 					return err
 				}
 			}
-			described := []volume.Description{}
+			volumes := []api.Volume{}
 			for _, id := range ids {
 				description, err := client.Volume(cmd.Context(), id)
 				if err != nil {
 					return err
 				}
-				described = append(described, description)
+				volumes = append(volumes, description)
 			}
 			encoder := json.NewEncoder(cmd.OutOrStdout())
 			encoder.SetIndent("", "  ")
-			return encoder.Encode(described)
+			return encoder.Encode(volumes)
 		},
 	}
 }

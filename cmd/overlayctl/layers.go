@@ -15,7 +15,7 @@ import (
 func layersCommand(opts *options) *cobra.Command {
 	return &cobra.Command{
 		Use:   "layers",
-		Short: "List the layers on this node: size, age, and which volumes use them",
+		Short: "List the layers on this node with their size, age and volumes",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			layers, err := opts.client().Layers(cmd.Context())
@@ -29,14 +29,15 @@ func layersCommand(opts *options) *cobra.Command {
 					if len(layer.Volumes) > 0 {
 						users = strings.Join(layer.Volumes, ",")
 					}
-					fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\t%s\n", short(layer.DiffID), humanize.IBytes(uint64(layer.Bytes)), layer.Entries, age(layer.Created), age(layer.LastUsed), users)
+					fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\t%s\n", short(layer.DiffID), humanize.IBytes(uint64(layer.Bytes)), layer.Entries,
+						age(layer.Created), age(layer.LastUsed), users)
 				}
 			})
 		},
 	}
 }
 
-// short is a digest as people read it: long enough to tell it from others.
+// short abbreviates a digest for tables.
 func short(id digest.Digest) string { return id.Algorithm().String() + ":" + id.Encoded()[:16] }
 
 func age(since time.Time) string { return duration.HumanDuration(time.Since(since)) }

@@ -1,4 +1,3 @@
-// Command overlayctl shows an operator what the driver has on a node.
 package main
 
 import (
@@ -8,19 +7,19 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"syscall"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
-	"github.com/overlay-csi/overlay-csi/pkg/admin"
+	"github.com/overlay-csi/overlay-csi/pkg/admin/api"
 )
 
 // version is set by the linker (see Makefile).
 var version = "development"
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := newCommand().ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "overlayctl:", err)
@@ -28,7 +27,7 @@ func main() {
 	}
 }
 
-// socketEnv names the socket where that is not the usual one.
+// socketEnv is the environment variable that changes the default of --socket.
 const socketEnv = "OVERLAYCTL_SOCKET"
 
 // options are the flags that all commands have.
@@ -37,19 +36,19 @@ type options struct {
 	output string
 }
 
-func (o *options) client() *admin.Client { return admin.NewClient(o.socket) }
+func (o *options) client() *api.Client { return api.NewClient(o.socket) }
 
 func newCommand() *cobra.Command {
 	opts := &options{}
 	root := &cobra.Command{
 		Use:           "overlayctl",
-		Short:         "What the overlay-csi driver has on this node",
+		Short:         "Inspect and manage the layers and volumes of the overlay-csi driver on this node",
 		Version:       version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		PersistentPreRunE: func(*cobra.Command, []string) error {
 			if opts.output != "table" && opts.output != "json" {
-				return fmt.Errorf("--output %q: there are table and json", opts.output)
+				return fmt.Errorf("--output %q: the formats are table and json", opts.output)
 			}
 			return nil
 		},
@@ -58,8 +57,8 @@ func newCommand() *cobra.Command {
 	if socket == "" {
 		socket = "/var/lib/overlay-csi/overlayctl.sock"
 	}
-	root.PersistentFlags().StringVar(&opts.socket, "socket", socket, "the driver's `socket` (its flag --admin-socket), or what "+socketEnv+" says")
-	root.PersistentFlags().StringVarP(&opts.output, "output", "o", "table", "`form` of the output: table or json")
+	root.PersistentFlags().StringVar(&opts.socket, "socket", socket, "the driver's admin `socket` (default from "+socketEnv+")")
+	root.PersistentFlags().StringVarP(&opts.output, "output", "o", "table", "output `format`: table or json")
 	root.AddCommand(layersCommand(opts), imagesCommand(opts), pullCommand(opts), gcCommand(opts), inspectCommand(opts))
 	return root
 }

@@ -9,13 +9,13 @@ import (
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
 
-	"github.com/overlay-csi/overlay-csi/pkg/store"
+	"github.com/overlay-csi/overlay-csi/pkg/admin/api"
 )
 
 func pullCommand(opts *options) *cobra.Command {
 	return &cobra.Command{
 		Use:   "pull IMAGE",
-		Short: "Pull an image with the node's credentials, so that the first pod does not wait for it",
+		Short: "Pull an image with the node's credentials before a pod needs it",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			bars := newBars(cmd)
@@ -41,7 +41,7 @@ func newBars(cmd *cobra.Command) *bars {
 	return &bars{progress: mpb.NewWithContext(cmd.Context(), mpb.WithOutput(cmd.ErrOrStderr())), byLayer: map[digest.Digest]*mpb.Bar{}}
 }
 
-func (b *bars) update(progress store.Progress) {
+func (b *bars) update(progress api.Progress) {
 	for _, layer := range progress.Layers {
 		bar := b.byLayer[layer.Digest]
 		if bar == nil {
@@ -49,21 +49,21 @@ func (b *bars) update(progress store.Progress) {
 			if name == "" {
 				name = short(layer.Digest)
 			}
-			// One byte more than the blob has stands for unpacking it.
+			// One byte more than the size of the blob stands for unpacking it.
 			bar = b.progress.AddBar(layer.Size+1,
 				mpb.PrependDecorators(decor.Name(name+" "), decor.CountersKibiByte("% .1f / % .1f")),
 				mpb.AppendDecorators(decor.OnComplete(decor.Percentage(), "done")))
 			b.byLayer[layer.Digest] = bar
 		}
 		done := layer.Done
-		if layer.Here {
+		if layer.Present {
 			done = layer.Size + 1
 		}
 		bar.SetCurrent(done)
 	}
 }
 
-// close leaves the bars as they are, full where all is here.
+// close stops the bars, and fills them if the pull is complete.
 func (b *bars) close(complete bool) {
 	for _, bar := range b.byLayer {
 		if complete {

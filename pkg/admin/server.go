@@ -1,4 +1,3 @@
-// Package admin is what an operator asks a running driver, on a socket of its own that only root can open: JSON over HTTP.
 package admin
 
 import (
@@ -19,59 +18,64 @@ import (
 	"github.com/opencontainers/go-digest"
 	"k8s.io/klog/v2"
 
+	"github.com/overlay-csi/overlay-csi/pkg/admin/api"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
-// Layer is a layer of the store, and the volumes that use it.
-type Layer struct {
-	store.LayerUse
-	Volumes []string `json:"volumes,omitempty"`
-}
-
-// PullEvent is one line of the answer to a pull. The last one has Image or Error.
-type PullEvent struct {
-	Progress *store.Progress `json:"progress,omitempty"`
-	Image    *store.Image    `json:"image,omitempty"`
-	Error    string          `json:"error,omitempty"`
-}
-
-// layers is what is asked of the layer store.
+// layers are the methods of the layer store that the handler calls.
 type layers interface {
 	Layers() []store.LayerUse
 	Images() []store.Image
 	Resolve(ctx context.Context, named reference.Named, credentials store.Credentials) (digest.Digest, error)
-	Pull(ctx context.Context, named reference.Canonical, credentials store.Credentials, path string) (*store.Use, error)
 	Progress(id digest.Digest) (store.Progress, bool)
 	Collect(ctx context.Context, request store.CollectRequest) (store.Collected, error)
 }
 
-// volumes is what is asked of the volumes.
+// volumes are the methods of the volume manager that the handler calls.
 type volumes interface {
 	Describe(ctx context.Context, id string) (volume.Description, error)
 	IDs() ([]string, error)
 	LayerUsers() (map[digest.Digest][]string, error)
 }
 
+// layerStore are the layers, and a pull that returns a hold on them.
+type layerStore interface {
+	layers
+	Pull(ctx context.Context, named reference.Canonical, credentials store.Credentials, path string) (*store.Use, error)
+}
+
 type handler struct {
 	layers  layers
 	volumes volumes
+	// fetch pulls an image with the node's credentials.
+	fetch func(ctx context.Context, named reference.Canonical) (store.Image, error)
 }
 
-// NewHandler returns what answers the operator's questions.
-func NewHandler(layers layers, volumes volumes) http.Handler {
-	h := &handler{layers, volumes}
+// NewHandler returns the handler of the admin socket.
+func NewHandler(layers layerStore, volumes volumes) http.Handler {
+	return newMux(&handler{layers, volumes, func(ctx context.Context, named reference.Canonical) (store.Image, error) {
+		use, err := layers.Pull(ctx, named, store.Credentials{}, "")
+		if err != nil {
+			return store.Image{}, err
+		}
+		defer use.Close()
+		return use.Image, nil
+	}})
+}
+
+func newMux(h *handler) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/layers", answer(h.listLayers))
 	mux.HandleFunc("GET /v1/images", answer(h.listImages))
 	mux.HandleFunc("GET /v1/volumes", answer(h.listVolumes))
 	mux.HandleFunc("GET /v1/volumes/{id}", answer(h.describe))
-	mux.HandleFunc("POST /v1/gc", answer(h.collect))
+	mux.HandleFunc("POST /v1/gc", answer(h.gc))
 	mux.HandleFunc("POST /v1/pull", h.pull)
 	return mux
 }
 
-// answer writes what a function returns as JSON, or its error with the HTTP status of its kind.
+// answer writes the result of a function as JSON, or its error with the HTTP status of its kind.
 func answer[T any](do func(r *http.Request) (T, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		value, err := do(r)
@@ -80,100 +84,115 @@ func answer[T any](do func(r *http.Request) (T, error)) http.HandlerFunc {
 			return
 		}
 		w.Header().Set("Content-Type", "application/json")
-		// The one who asked is gone.
+		// An error means that the client has gone.
 		_ = json.NewEncoder(w).Encode(value)
 	}
 }
 
-func (h *handler) listLayers(*http.Request) ([]Layer, error) {
+func (h *handler) listLayers(*http.Request) ([]api.Layer, error) {
 	users, err := h.volumes.LayerUsers()
 	if err != nil {
 		return nil, err
 	}
-	list := []Layer{}
+	list := []api.Layer{}
 	for _, layer := range h.layers.Layers() {
-		list = append(list, Layer{layer, users[layer.DiffID]})
+		list = append(list, wireLayer(layer, users[layer.DiffID]))
 	}
 	return list, nil
 }
 
-func (h *handler) listImages(*http.Request) ([]store.Image, error) {
-	return append([]store.Image{}, h.layers.Images()...), nil
+func (h *handler) listImages(*http.Request) ([]api.Image, error) {
+	list := []api.Image{}
+	for _, image := range h.layers.Images() {
+		list = append(list, wireImage(image))
+	}
+	return list, nil
 }
 
 func (h *handler) listVolumes(*http.Request) ([]string, error) { return h.volumes.IDs() }
 
-func (h *handler) describe(r *http.Request) (volume.Description, error) {
-	return h.volumes.Describe(r.Context(), r.PathValue("id"))
+func (h *handler) describe(r *http.Request) (api.Volume, error) {
+	description, err := h.volumes.Describe(r.Context(), r.PathValue("id"))
+	if err != nil {
+		return api.Volume{}, err
+	}
+	return wireVolume(description)
 }
 
-func (h *handler) collect(r *http.Request) (store.Collected, error) {
+func (h *handler) gc(r *http.Request) (api.GCResult, error) {
 	query := r.URL.Query()
-	return h.layers.Collect(r.Context(), store.CollectRequest{DryRun: query.Has("dryRun"), All: query.Has("all")})
+	collected, err := h.layers.Collect(r.Context(), store.CollectRequest{DryRun: query.Has("dryRun"), All: query.Has("all")})
+	if err != nil {
+		return api.GCResult{}, err
+	}
+	result := api.GCResult{Layers: []api.Layer{}, Bytes: collected.Bytes}
+	for _, layer := range collected.Layers {
+		result.Layers = append(result.Layers, wireLayer(layer, nil))
+	}
+	return result, nil
 }
 
-// progressEvery is the time between two lines about a pull's progress.
-const progressEvery = 100 * time.Millisecond
+// progressInterval is the time between two lines about a pull's progress.
+const progressInterval = 100 * time.Millisecond
 
-// pull answers with a line of JSON now and then, until the image is here.
+// pull answers with lines of JSON about the progress until the image is in the store.
 func (h *handler) pull(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	encoder := json.NewEncoder(w)
-	send := func(event PullEvent) {
+	send := func(event api.PullEvent) {
 		_ = encoder.Encode(event)
 		_ = http.NewResponseController(w).Flush()
 	}
 	image, err := h.pullImage(r.Context(), r.URL.Query().Get("image"), send)
 	if err != nil {
-		send(PullEvent{Error: err.Error()})
+		send(api.PullEvent{Error: err.Error()})
 		return
 	}
-	send(PullEvent{Image: image})
+	send(api.PullEvent{Image: &image})
 }
 
-func (h *handler) pullImage(ctx context.Context, name string, send func(PullEvent)) (*store.Image, error) {
+func (h *handler) pullImage(ctx context.Context, name string, send func(api.PullEvent)) (api.Image, error) {
 	named, err := store.ParseName(strings.TrimPrefix(name, "oci://"))
 	if err != nil {
-		return nil, err
+		return api.Image{}, err
 	}
 	id, err := h.layers.Resolve(ctx, named, store.Credentials{})
 	if err != nil {
-		return nil, err
+		return api.Image{}, err
 	}
-	pinned, err := reference.WithDigest(named, id)
+	resolved, err := reference.WithDigest(named, id)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
+		return api.Image{}, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
 	}
 	type result struct {
-		use *store.Use
-		err error
+		image store.Image
+		err   error
 	}
 	done := make(chan result, 1)
 	go func() {
-		use, err := h.layers.Pull(ctx, pinned, store.Credentials{}, "")
-		done <- result{use, err}
+		image, err := h.fetch(ctx, resolved)
+		done <- result{image, err}
 	}()
-	ticker := time.NewTicker(progressEvery)
+	ticker := time.NewTicker(progressInterval)
 	defer ticker.Stop()
 	for {
 		select {
 		case r := <-done:
 			if r.err != nil {
-				return nil, r.err
+				return api.Image{}, r.err
 			}
-			defer r.use.Close()
-			return &r.use.Image, nil
+			return wireImage(r.image), nil
 		case <-ticker.C:
 			if progress, ok := h.layers.Progress(id); ok {
-				send(PullEvent{Progress: &progress})
+				send(api.PullEvent{Progress: wireProgress(progress)})
 			}
 		}
 	}
 }
 
-// Serve answers on the socket at path until ctx is done.
+// Serve serves the handler on the socket at path, which only root can open, until ctx is done.
 func Serve(ctx context.Context, path string, handler http.Handler) error {
-	// The data root is this process's: a socket there is of one that has ended.
+	// This process holds the lock on the data root, so a socket there was left by one that has ended.
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove the admin socket of an earlier process: %w", err)
 	}

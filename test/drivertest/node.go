@@ -18,7 +18,7 @@ import (
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 
-	"github.com/overlay-csi/overlay-csi/pkg/admin"
+	"github.com/overlay-csi/overlay-csi/pkg/admin/api"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
@@ -220,8 +220,8 @@ func (n *Node) logPath() string { return filepath.Join(n.Dir, "driver.log") }
 // Conn is the connection to the driver. It connects again when the driver was started again.
 func (n *Node) Conn() *grpc.ClientConn { return n.conn }
 
-// Admin asks the driver as overlayctl does.
-func (n *Node) Admin() *admin.Client { return admin.NewClient(n.AdminSocket()) }
+// Admin returns the client that overlayctl uses.
+func (n *Node) Admin() *api.Client { return api.NewClient(n.AdminSocket()) }
 
 // AdminSocket is the socket that overlayctl talks to.
 func (n *Node) AdminSocket() string { return filepath.Join(n.DataRoot, "overlayctl.sock") }

@@ -17,8 +17,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"google.golang.org/grpc/codes"
 
-	"github.com/overlay-csi/overlay-csi/pkg/store"
-	"github.com/overlay-csi/overlay-csi/pkg/volume"
+	"github.com/overlay-csi/overlay-csi/pkg/admin/api"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
@@ -190,8 +189,8 @@ func TestTagsArePinned(t *testing.T) {
 	}
 	described, err := node.Admin().Volume(timeout(t), pod.Request(v).GetVolumeId())
 	must(t, err)
-	if described.Pins[ref].String() != oldDigest {
-		t.Errorf("the volume's state has %v", described.Pins)
+	if described.Resolved[ref].String() != oldDigest {
+		t.Errorf("the volume's state has %v", described.Resolved)
 	}
 }
 
@@ -216,7 +215,7 @@ func TestArchiveVolume(t *testing.T) {
 
 	// The archive is replaced, and then its layer is collected, which a volume that needs it does not let happen.
 	must(t, os.WriteFile(path, rootfs("second"), 0o644))
-	collected, err := node.Admin().Collect(timeout(t), false, true)
+	collected, err := node.Admin().GC(timeout(t), false, true)
 	must(t, err)
 	if len(collected.Layers) != 0 {
 		t.Errorf("a layer that a claim needs was collected: %+v", collected)
@@ -321,7 +320,7 @@ func TestPrefetch(t *testing.T) {
 		images, err := node.Admin().Images(timeout(t))
 		return err == nil && len(images) == 1
 	})
-	collected, err := node.Admin().Collect(timeout(t), false, true)
+	collected, err := node.Admin().GC(timeout(t), false, true)
 	must(t, err)
 	if len(collected.Layers) > 0 {
 		t.Errorf("what is to be kept was collected")
@@ -347,7 +346,7 @@ func TestOverlayctl(t *testing.T) {
 		}
 		return string(output)
 	}
-	var pulled store.Image
+	var pulled api.Image
 	must(t, json.Unmarshal([]byte(run("pull", "-o", "json", r.Host+"/a:1")), &pulled))
 	if len(pulled.Layers) != 2 {
 		t.Errorf("pulled %+v", pulled)
@@ -365,13 +364,15 @@ func TestOverlayctl(t *testing.T) {
 	if output := run("images"); !strings.Contains(output, r.Host+"/a:1") || !strings.Contains(output, r.Host+"/b:1") {
 		t.Errorf("images says\n%s", output)
 	}
-	var described []volume.Description
+	var described []api.Volume
 	must(t, json.Unmarshal([]byte(run("inspect", id)), &described))
-	data := described[0].Publications[0].Data
-	if data["MergedDir"] != target || data["UpperDir"] != upperDir(node, pod, v) || len(strings.Split(data["LowerDir"], ":")) != 2 || !described[0].Publications[0].Mounted {
+	publication := described[0].Publications[0]
+	data := publication.Data
+	lowers := strings.Split(data.LowerDir, ":")
+	if data.MergedDir != target || data.UpperDir != upperDir(node, pod, v) || len(lowers) != 2 || !publication.Mounted {
 		t.Errorf("inspect says %+v", described)
 	}
-	wantFile(t, filepath.Join(strings.Split(data["LowerDir"], ":")[0], "g"), "g")
+	wantFile(t, filepath.Join(lowers[0], "g"), "g")
 	if output := run("gc", "--all", "--dry-run"); !strings.Contains(output, "1 layers") {
 		t.Errorf("gc --dry-run says %q", output)
 	}

@@ -95,7 +95,7 @@ func TestKillsDuringPulls(t *testing.T) {
 		}
 		unpublish(t, pod, v)
 		if round%3 > 0 {
-			if _, err := node.Admin().Collect(timeout(t), false, true); err != nil {
+			if _, err := node.Admin().GC(timeout(t), false, true); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -147,7 +147,7 @@ func TestCollectUnderLoad(t *testing.T) {
 	collector := make(chan error, 1)
 	go func() {
 		for ctx.Err() == nil {
-			result, err := node.Admin().Collect(t.Context(), false, true)
+			result, err := node.Admin().GC(t.Context(), false, true)
 			if err != nil {
 				collector <- err
 				return

@@ -344,8 +344,8 @@ func wantKept(t *testing.T, node *drivertest.Node, v drivertest.Volume, kept str
 	t.Helper()
 	description, err := node.Admin().Volume(timeout(t), v.ID)
 	must(t, err)
-	if string(description.Kept) != kept {
-		t.Errorf("volume %s is kept as %s, want %s", v.ID, description.Kept, kept)
+	if description.Backend != kept {
+		t.Errorf("volume %s has the backend %s, want %s", v.ID, description.Backend, kept)
 	}
 }
 

@@ -1,4 +1,4 @@
-package admin
+package api
 
 import (
 	"context"
@@ -10,12 +10,9 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
-
-	"github.com/overlay-csi/overlay-csi/pkg/store"
-	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
-// Client asks a running driver.
+// Client talks to a running driver on its admin socket.
 type Client struct{ http http.Client }
 
 // NewClient returns a client of the socket at path.
@@ -23,33 +20,33 @@ func NewClient(path string) *Client {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", path)
 	}
-	// A socket of this node: connecting costs nothing, and a connection that is kept would outlive the client.
+	// Connecting to a local socket is cheap, and an idle connection would outlive the client.
 	return &Client{http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}}
 }
 
 // Layers lists the layers of the store.
 func (c *Client) Layers(ctx context.Context) ([]Layer, error) {
-	return ask[[]Layer](ctx, c, http.MethodGet, "layers", nil)
+	return call[[]Layer](ctx, c, http.MethodGet, "layers", nil)
 }
 
 // Images lists the images whose layers are in the store.
-func (c *Client) Images(ctx context.Context) ([]store.Image, error) {
-	return ask[[]store.Image](ctx, c, http.MethodGet, "images", nil)
+func (c *Client) Images(ctx context.Context) ([]Image, error) {
+	return call[[]Image](ctx, c, http.MethodGet, "images", nil)
 }
 
 // Volumes lists the volumes on the node.
 func (c *Client) Volumes(ctx context.Context) ([]string, error) {
-	return ask[[]string](ctx, c, http.MethodGet, "volumes", nil)
+	return call[[]string](ctx, c, http.MethodGet, "volumes", nil)
 }
 
 // Volume describes a volume.
-func (c *Client) Volume(ctx context.Context, id string) (volume.Description, error) {
-	return ask[volume.Description](ctx, c, http.MethodGet, "volumes/"+url.PathEscape(id), nil)
+func (c *Client) Volume(ctx context.Context, id string) (Volume, error) {
+	return call[Volume](ctx, c, http.MethodGet, "volumes/"+url.PathEscape(id), nil)
 }
 
-// Collect removes layers that no volume uses, as a collection of the driver's own would, or all of them. With dryRun it
-// removes nothing, and answers what it would.
-func (c *Client) Collect(ctx context.Context, dryRun, all bool) (store.Collected, error) {
+// GC removes layers that no volume uses: those that the driver's own garbage collection would remove, or with all, every one.
+// With dryRun it removes nothing, and returns what it would remove.
+func (c *Client) GC(ctx context.Context, dryRun, all bool) (GCResult, error) {
 	query := url.Values{}
 	if dryRun {
 		query.Set("dryRun", "")
@@ -57,25 +54,25 @@ func (c *Client) Collect(ctx context.Context, dryRun, all bool) (store.Collected
 	if all {
 		query.Set("all", "")
 	}
-	return ask[store.Collected](ctx, c, http.MethodPost, "gc", query)
+	return call[GCResult](ctx, c, http.MethodPost, "gc", query)
 }
 
-// Pull brings an image to the node, and tells how far it is meanwhile.
-func (c *Client) Pull(ctx context.Context, image string, progress func(store.Progress)) (store.Image, error) {
+// Pull pulls an image with the node's credentials. It calls progress while the pull runs.
+func (c *Client) Pull(ctx context.Context, image string, progress func(Progress)) (Image, error) {
 	response, err := c.do(ctx, http.MethodPost, "pull", url.Values{"image": {image}})
 	if err != nil {
-		return store.Image{}, err
+		return Image{}, err
 	}
 	defer response.Body.Close()
 	decoder := json.NewDecoder(response.Body)
 	for {
 		var event PullEvent
 		if err := decoder.Decode(&event); err != nil {
-			return store.Image{}, fmt.Errorf("the driver has ended meanwhile: pull again, it goes on from where it was: %w", err)
+			return Image{}, fmt.Errorf("read the progress of the pull: %w; the driver may have restarted: pull again, it resumes", err)
 		}
 		switch {
 		case event.Error != "":
-			return store.Image{}, errors.New(event.Error)
+			return Image{}, errors.New(event.Error)
 		case event.Image != nil:
 			return *event.Image, nil
 		case event.Progress != nil:
@@ -84,7 +81,7 @@ func (c *Client) Pull(ctx context.Context, image string, progress func(store.Pro
 	}
 }
 
-func ask[T any](ctx context.Context, c *Client, method, path string, query url.Values) (T, error) {
+func call[T any](ctx context.Context, c *Client, method, path string, query url.Values) (T, error) {
 	var value T
 	response, err := c.do(ctx, method, path, query)
 	if err != nil {
@@ -105,7 +102,7 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values) 
 	}
 	response, err := c.http.Do(request)
 	if err != nil {
-		return nil, fmt.Errorf("ask the driver (is it running, and is this its socket: --socket?): %w", err)
+		return nil, fmt.Errorf("connect to the driver: %w; check that it is running, and that --socket names its admin socket", err)
 	}
 	if response.StatusCode >= 400 {
 		defer response.Body.Close()

@@ -1,0 +1,128 @@
+package api
+
+import (
+	"encoding/json"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Layer is a layer of the store.
+type Layer struct {
+	// DiffID is the digest of the uncompressed tar.
+	DiffID digest.Digest `json:"diffID"`
+	// Digest and Title are those of the blob that it was unpacked from. Title is set only for a file that is not a tar.
+	Digest digest.Digest `json:"digest,omitempty"`
+	Title  string        `json:"title,omitempty"`
+	// Bytes is about what its files take on the disk.
+	Bytes    int64     `json:"bytes"`
+	Entries  int64     `json:"entries"`
+	Created  time.Time `json:"created"`
+	LastUsed time.Time `json:"lastUsed"`
+	// Volumes are the IDs of the volumes that use it.
+	Volumes []string `json:"volumes,omitempty"`
+}
+
+// Image is an image, an artifact or an archive whose layers are in the store.
+type Image struct {
+	// Digest is what a reference resolves to, and Manifest the manifest for this node's platform.
+	Digest   digest.Digest `json:"digest"`
+	Manifest digest.Digest `json:"manifest,omitempty"`
+	Platform string        `json:"platform,omitempty"`
+	// Names are the references that led to it.
+	Names []string `json:"names"`
+	// Layers are in the order of the manifest, the lowest first.
+	Layers []ImageLayer `json:"layers"`
+	Pulled time.Time    `json:"pulled"`
+}
+
+// ImageLayer is a layer of an image. Size is that of the blob in bytes.
+type ImageLayer struct {
+	DiffID    digest.Digest `json:"diffID"`
+	Digest    digest.Digest `json:"digest"`
+	MediaType string        `json:"mediaType,omitempty"`
+	Size      int64         `json:"size"`
+	Title     string        `json:"title,omitempty"`
+}
+
+// GCResult lists the layers that a garbage collection removed, or would remove.
+type GCResult struct {
+	Layers []Layer `json:"layers"`
+	Bytes  int64   `json:"bytes"`
+}
+
+// Progress is how far a pull is.
+type Progress struct {
+	Image  string          `json:"image"`
+	Layers []LayerProgress `json:"layers"`
+}
+
+// LayerProgress is how far a layer is, in bytes of its blob.
+type LayerProgress struct {
+	Digest digest.Digest `json:"digest"`
+	Title  string        `json:"title,omitempty"`
+	Size   int64         `json:"size"`
+	Done   int64         `json:"done"`
+	// Present is set once the layer is in the store. Before that, a layer with Done equal to Size is being unpacked.
+	Present bool `json:"present"`
+}
+
+// PullEvent is one line of the answer to a pull. The last one has Image or Error.
+type PullEvent struct {
+	Progress *Progress `json:"progress,omitempty"`
+	Image    *Image    `json:"image,omitempty"`
+	Error    string    `json:"error,omitempty"`
+}
+
+// Volume describes a volume on this node.
+type Volume struct {
+	ID string `json:"id"`
+	// Spec is the specification of the volume, as the driver records it.
+	Spec json.RawMessage `json:"spec"`
+	// Inline is set for a volume that lives as long as its pod.
+	Inline bool `json:"inline,omitempty"`
+	// SizeBytes is the size of each of its uppers, and Backend how they are stored.
+	SizeBytes int64  `json:"sizeBytes,omitempty"`
+	Backend   string `json:"backend,omitempty"`
+	// Resolved are the digests that references to images and archives were resolved to, by reference.
+	Resolved map[string]digest.Digest `json:"resolved,omitempty"`
+	// Layers are the diff IDs of its layers in the store.
+	Layers       []digest.Digest `json:"layers,omitempty"`
+	Publications []Publication   `json:"publications"`
+	// Conditions are what is wrong with it.
+	Conditions []Condition `json:"conditions,omitempty"`
+}
+
+// Publication is one target of a volume.
+type Publication struct {
+	Target  string `json:"target"`
+	Pod     Pod    `json:"pod"`
+	Mounted bool   `json:"mounted"`
+	Options string `json:"options,omitempty"`
+	// Data has the directories of the view.
+	Data GraphDriverData `json:"data"`
+}
+
+// Pod names a pod.
+type Pod struct {
+	UID       string `json:"uid,omitempty"`
+	Namespace string `json:"namespace,omitempty"`
+	Name      string `json:"name,omitempty"`
+}
+
+// GraphDriverData are the directories of one overlay. Its keys are those of GraphDriver.Data in docker image inspect, which
+// tools know; LowerDir is separated by colons, the topmost directory first.
+type GraphDriverData struct {
+	LowerDir  string
+	UpperDir  string `json:",omitempty"`
+	WorkDir   string `json:",omitempty"`
+	MergedDir string
+}
+
+// Condition is something that is wrong with a volume.
+type Condition struct {
+	Severity string `json:"severity"`
+	// Reason is one word for one fault. Message names where it is and what to do.
+	Reason  string `json:"reason"`
+	Message string `json:"message"`
+}
