@@ -9,7 +9,7 @@ import (
 	"strconv"
 	"strings"
 
-	"golang.org/x/sys/unix"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // btrfsQgroup is an upper in a subvolume of btrfs, whose qgroup has the limit. It limits bytes only: btrfs has no limit of
@@ -25,11 +25,11 @@ const btrfsProgram = "btrfs"
 // probeBtrfs returns nil if the data root is on btrfs with quotas. The driver does not switch them on, because of what they
 // cost: the operator does.
 func probeBtrfs(root *os.File, commands commands) error {
-	var stat unix.Statfs_t
-	if err := unix.Fstatfs(int(root.Fd()), &stat); err != nil {
-		return fmt.Errorf("fstatfs: %w", err)
+	magic, err := linux.FileSystemMagic(root)
+	if err != nil {
+		return err
 	}
-	if stat.Type != unix.BTRFS_SUPER_MAGIC {
+	if magic != linux.BtrfsMagic {
 		return errors.New("the file system is not btrfs")
 	}
 	if _, err := runBtrfs(context.Background(), commands, "qgroup", "show", root.Name()); err != nil {
@@ -80,7 +80,7 @@ func (q btrfsQgroup) Usage(ctx context.Context) (Usage, error) {
 	if err != nil {
 		return Usage{}, err
 	}
-	usage, err := FileSystemUsage(q.path())
+	usage, err := fileSystemUsage(q.path())
 	if err != nil {
 		return Usage{}, err
 	}

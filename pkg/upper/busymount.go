@@ -1,14 +1,14 @@
 package upper
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
-	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // busyMounter mounts and unmounts busy mounts. A busy mount is a directory mounted on itself: the mount that it lies on cannot be
@@ -19,21 +19,22 @@ type busyMounter interface {
 }
 
 func (p podVolume) mountBusy(volume, base *os.File) error {
-	isRoot, sameMount, err := compareMounts(volume, base)
+	compared, err := compareMounts(volume, base)
 	if err != nil {
 		return p.wrap("stat the upper's directory", err)
 	}
 	switch {
-	case sameMount && !isRoot:
+	case compared.inside:
 		if err := p.mounter.AddBusyMount(base); err != nil {
 			return p.wrap("mount the busy mount", err)
 		}
 		return nil
-	case isRoot && !sameMount && sameDevice(volume, base):
+	case compared.busy:
 		// The busy mount of an earlier Prepare.
 		return nil
 	}
-	return fmt.Errorf("%w: upper volume path %q in %s is a mount point; name a path that nothing is mounted on", errdefs.ErrInvalidArgument, p.at.Path, p.at.Volume)
+	return fmt.Errorf("%w: upper volume path %q in %s is a mount point; name a path that nothing is mounted on",
+		errdefs.ErrInvalidArgument, p.at.Path, p.at.Volume)
 }
 
 // maxBusyMounts is how many busy mounts are unmounted at one path. There is more than one only after a crash.
@@ -63,8 +64,8 @@ func (p podVolume) unmountBusy(volume *os.File) error {
 
 // detach unmounts the mount whose root is base, if it is a busy mount in the volume.
 func (p podVolume) detach(volume, base *os.File) (isBusy bool, err error) {
-	isRoot, sameMount, err := compareMounts(volume, base)
-	if err != nil || !isRoot || sameMount || !sameDevice(volume, base) {
+	compared, err := compareMounts(volume, base)
+	if err != nil || !compared.busy {
 		return false, err
 	}
 	return true, p.mounter.Detach(base)
@@ -98,16 +99,26 @@ func (p podVolume) unmountBusyElsewhere(volume *os.File) error {
 	return nil
 }
 
-// compareMounts reports whether dir is the root of a mount, and whether it is on the mount that volume is on.
-func compareMounts(volume, dir *os.File) (isRoot, same bool, err error) {
-	var ofVolume, ofDir unix.Statx_t
-	err = errors.Join(
-		unix.Statx(int(volume.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &ofVolume),
-		unix.Statx(int(dir.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &ofDir))
-	return ofDir.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0, ofDir.Mnt_id == ofVolume.Mnt_id, err
+// mountComparison says where a directory beneath a volume is mounted. If neither is set, it is on another mount.
+type mountComparison struct {
+	// inside: it is on the mount of the volume, and nothing is mounted on it.
+	inside bool
+	// busy: it is the root of another mount of the same file system.
+	busy bool
 }
 
-func sameDevice(a, b *os.File) bool {
-	var ofA, ofB unix.Stat_t
-	return unix.Fstat(int(a.Fd()), &ofA) == nil && unix.Fstat(int(b.Fd()), &ofB) == nil && ofA.Dev == ofB.Dev
+func compareMounts(volume, dir *os.File) (mountComparison, error) {
+	ofVolume, err := linux.StatMount(volume, "")
+	if err != nil {
+		return mountComparison{}, err
+	}
+	ofDir, err := linux.StatMount(dir, "")
+	if err != nil {
+		return mountComparison{}, err
+	}
+	same := ofDir.MountID == ofVolume.MountID
+	return mountComparison{
+		inside: same && !ofDir.IsRoot,
+		busy:   !same && ofDir.IsRoot && ofDir.ID.Dev == ofVolume.ID.Dev,
+	}, nil
 }

@@ -7,7 +7,7 @@ import (
 	"io/fs"
 	"os"
 
-	"golang.org/x/sys/unix"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // directory is an upper in a plain directory of the data root. It has no limit.
@@ -21,12 +21,12 @@ type directory struct {
 var _ Upper = directory{}
 
 func (d directory) Prepare(_ context.Context, root RootAttr) (Dirs, error) {
-	base, err := d.open(unix.O_PATH)
+	base, err := d.open(linux.O_PATH)
 	if errors.Is(err, fs.ErrNotExist) {
-		if err := unix.Mkdirat(int(d.root.Fd()), d.base, 0o700); err != nil {
+		if err := linux.Mkdirat(d.root, d.base, 0o700); err != nil {
 			return Dirs{}, fmt.Errorf("make the upper's directory %s: %w", d.path(), err)
 		}
-		base, err = d.open(unix.O_PATH)
+		base, err = d.open(linux.O_PATH)
 	}
 	if err != nil {
 		return Dirs{}, err
@@ -40,15 +40,12 @@ func (d directory) Prepare(_ context.Context, root RootAttr) (Dirs, error) {
 }
 
 // open opens the base directory. It follows no link and does not leave the root.
-func (d directory) open(flags uint64) (*os.File, error) {
-	fd, err := unix.Openat2(int(d.root.Fd()), d.base, &unix.OpenHow{
-		Flags:   flags | unix.O_DIRECTORY | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
-	})
+func (d directory) open(flags int) (*os.File, error) {
+	dir, err := linux.Open(d.root, d.base, flags|linux.O_DIRECTORY, linux.ResolveBeneath|linux.ResolveNoSymlinks)
 	if err != nil {
-		return nil, notFound(fmt.Errorf("open the upper's directory %s: %w", d.path(), err))
+		return nil, notFound(fmt.Errorf("open the upper's directory: %w", err))
 	}
-	return os.NewFile(uintptr(fd), d.path()), nil
+	return dir, nil
 }
 
 func (d directory) Paths() (upper, work string) {
@@ -83,7 +80,7 @@ func (d directory) DiskUsage(ctx context.Context) (int64, error) {
 	return used.bytes, err
 }
 
-func (d directory) Free(context.Context) (Usage, error) { return FileSystemUsage(d.path()) }
+func (d directory) Free(context.Context) (Usage, error) { return fileSystemUsage(d.path()) }
 
 func (d directory) Exists() (bool, error) {
 	path, _ := d.Paths()

@@ -7,7 +7,8 @@ import (
 	"os"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // Names of the directories within an upper's base directory, in the words of overlayfs.
@@ -25,11 +26,11 @@ type RootAttr struct {
 
 // RootAttrOf returns the attributes of an open directory.
 func RootAttrOf(dir *os.File) (RootAttr, error) {
-	var stat unix.Stat_t
-	if err := unix.Fstat(int(dir.Fd()), &stat); err != nil {
-		return RootAttr{}, &os.PathError{Op: "fstat", Path: dir.Name(), Err: err}
+	stat, err := linux.StatFile(dir)
+	if err != nil {
+		return RootAttr{}, err
 	}
-	return RootAttr{UID: stat.Uid, GID: stat.Gid, Mode: stat.Mode & 0o7777}, nil
+	return RootAttr{UID: stat.Uid, GID: stat.Gid, Mode: stat.Perm()}, nil
 }
 
 // SetGroup gives the root of an existing upper to a group, and adds the bits of mode.
@@ -47,13 +48,10 @@ func SetGroup(dir *os.File, gid, mode uint32) error {
 
 // apply sets the attributes of an open directory (O_PATH).
 func (r RootAttr) apply(dir *os.File) error {
-	if err := unix.Fchownat(int(dir.Fd()), "", int(r.UID), int(r.GID), unix.AT_EMPTY_PATH); err != nil {
-		return &os.PathError{Op: "chown", Path: dir.Name(), Err: err}
+	if err := linux.Fchownat(dir, "", r.UID, r.GID); err != nil {
+		return err
 	}
-	if err := unix.Fchmodat(int(dir.Fd()), ".", r.Mode, 0); err != nil {
-		return &os.PathError{Op: "chmod", Path: dir.Name(), Err: err}
-	}
-	return nil
+	return linux.Fchmodat(dir, "", r.Mode)
 }
 
 // openDirs makes the two directories in base, an open directory, if they are missing, and opens them.
@@ -62,14 +60,14 @@ func openDirs(base *os.File, root RootAttr) (Dirs, error) {
 	if err != nil {
 		return Dirs{}, err
 	}
-	if err := unix.Mkdirat(int(base.Fd()), workName, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return Dirs{}, &os.PathError{Op: "mkdir", Path: base.Name() + "/" + workName, Err: err}
+	if err := linux.Mkdirat(base, workName, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return Dirs{}, err
 	}
-	upperDir, err := openIn(base, upperName)
+	upperDir, err := linux.OpenDirAt(base, upperName)
 	if err != nil {
 		return Dirs{}, err
 	}
-	workDir, err := openIn(base, workName)
+	workDir, err := linux.OpenDirAt(base, workName)
 	if err != nil {
 		upperDir.Close()
 		return Dirs{}, err
@@ -81,20 +79,20 @@ func openDirs(base *os.File, root RootAttr) (Dirs, error) {
 // leaves no upper with a wrong root.
 func makeUpper(base *os.File, root RootAttr) (existed bool, err error) {
 	if root == (RootAttr{Mode: 0o755}) {
-		err := unix.Mkdirat(int(base.Fd()), upperName, root.Mode)
+		err := linux.Mkdirat(base, upperName, root.Mode)
 		if err != nil && !errors.Is(err, fs.ErrExist) {
-			return false, &os.PathError{Op: "mkdir", Path: base.Name() + "/" + upperName, Err: err}
+			return false, err
 		}
 		return err != nil, nil
 	}
-	if err := unix.Fstatat(int(base.Fd()), upperName, &unix.Stat_t{}, unix.AT_SYMLINK_NOFOLLOW); err == nil {
+	if _, err := linux.Fstatat(base, upperName); err == nil {
 		return true, nil
 	}
 	const temporary = upperName + ".new"
-	if err := unix.Mkdirat(int(base.Fd()), temporary, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return false, &os.PathError{Op: "mkdir", Path: base.Name() + "/" + temporary, Err: err}
+	if err := linux.Mkdirat(base, temporary, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return false, err
 	}
-	dir, err := openIn(base, temporary)
+	dir, err := linux.OpenDirAt(base, temporary)
 	if err != nil {
 		return false, err
 	}
@@ -102,20 +100,7 @@ func makeUpper(base *os.File, root RootAttr) (existed bool, err error) {
 	if err := root.apply(dir); err != nil {
 		return false, err
 	}
-	err = unix.Renameat2(int(base.Fd()), temporary, int(base.Fd()), upperName, unix.RENAME_NOREPLACE)
-	if err != nil {
-		return false, &os.PathError{Op: "rename", Path: base.Name() + "/" + temporary, Err: err}
-	}
-	return false, nil
-}
-
-// openIn opens a directory entry that is a directory itself, not a link to one (O_PATH).
-func openIn(base *os.File, name string) (*os.File, error) {
-	fd, err := unix.Openat(int(base.Fd()), name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: base.Name() + "/" + name, Err: err}
-	}
-	return os.NewFile(uintptr(fd), base.Name()+"/"+name), nil
+	return false, linux.Renameat(base, temporary, base, upperName, linux.RenameNoReplace)
 }
 
 // pather has the paths of an upper's directories.

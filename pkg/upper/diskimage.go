@@ -8,20 +8,21 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
 	mountutils "k8s.io/mount-utils"
 	"k8s.io/utils/exec"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // commands runs programs.
 type commands = exec.Interface
 
 const (
-	loopControl = "/dev/loop-control"
-	makeExt4    = "mkfs.ext4"
-	checkExt4   = "e2fsck"
+	makeExt4  = "mkfs.ext4"
+	checkExt4 = "e2fsck"
 	// diskInodeBytes is how many bytes of a disk image there are for each inode. It is the default of mkfs.ext4: more inodes
 	// would take their tables from the size.
 	diskInodeBytes = 16 << 10
@@ -44,7 +45,7 @@ type diskImage struct {
 var _ Upper = diskImage{}
 
 func probeDiskImage(commands commands) error {
-	if _, err := os.Stat(loopControl); err != nil {
+	if err := linux.HasLoopDevices(); err != nil {
 		return fmt.Errorf("there are no loop devices (modprobe loop): %w", err)
 	}
 	for _, program := range []string{makeExt4, checkExt4} {
@@ -100,7 +101,7 @@ func (d diskImage) make(ctx context.Context) (made bool, err error) {
 		return false, errors.Join(err, os.Remove(temporary))
 	}
 	if !d.ephemeral {
-		if err := syncPath(temporary); err != nil {
+		if err := linux.SyncPath(temporary); err != nil {
 			return false, err
 		}
 	}
@@ -110,18 +111,7 @@ func (d diskImage) make(ctx context.Context) (made bool, err error) {
 	if d.ephemeral {
 		return true, nil
 	}
-	return true, syncPath(d.base)
-}
-
-func syncPath(path string) error {
-	file, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(file.Sync(), file.Close()); err != nil {
-		return fmt.Errorf("sync %s: %w", path, err)
-	}
-	return nil
+	return true, linux.SyncPath(d.base)
 }
 
 // mountOptions are for sparse images: blocks that are freed are freed on the node's disk as well (discard), and the tables of
@@ -131,29 +121,39 @@ const mountOptions = "discard,noinit_itable,errors=remount-ro"
 // mount mounts the image. If the image still has a loop device, the overlay of a container that has not ended is still on it:
 // mount then uses that device, so that there is never a second file system on one image.
 func (d diskImage) mount(ctx context.Context, path string, made bool) error {
-	var loop *os.File
-	var err error
-	if !made {
-		if loop, err = findLoop(d.file()); err != nil {
-			return err
-		}
-	}
-	if loop == nil {
-		if !made {
-			if err := d.check(ctx); err != nil {
-				return err
-			}
-		}
-		if loop, err = attachLoop(d.file()); err != nil {
-			return err
-		}
+	loop, err := d.attach(ctx, made)
+	if err != nil {
+		return err
 	}
 	// The kernel detaches the device with its last user (LO_FLAGS_AUTOCLEAR).
 	defer loop.Close()
-	if err := unix.Mount(loop.Name(), path, "ext4", unix.MS_NOSUID|unix.MS_NODEV, mountOptions); err != nil {
-		return fmt.Errorf("mount the disk image %s: %w", d.file(), &os.PathError{Op: "mount", Path: loop.Name(), Err: err})
+	if err := linux.Mount(loop.Name(), path, "ext4", syscall.MS_NOSUID|syscall.MS_NODEV, mountOptions); err != nil {
+		return fmt.Errorf("mount the disk image %s: %w", d.file(), err)
 	}
 	return nil
+}
+
+// attach returns the loop device of the image, or checks the image and attaches it to a new device.
+func (d diskImage) attach(ctx context.Context, made bool) (*os.File, error) {
+	if !made {
+		loop, err := linux.FindLoop(d.file())
+		if !errors.Is(err, fs.ErrNotExist) {
+			return loop, err
+		}
+		if err := d.check(ctx); err != nil {
+			return nil, err
+		}
+	}
+	image, err := os.OpenFile(d.file(), os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer image.Close()
+	loop, err := linux.AttachLoop(image)
+	if err != nil {
+		return nil, fmt.Errorf("attach the disk image %s to a loop device: %w", d.file(), err)
+	}
+	return loop, nil
 }
 
 // check lets e2fsck repair what it safely can. It returns ErrDataLoss if more is wrong.
@@ -183,20 +183,17 @@ func (d diskImage) Grow(_ context.Context, limit Limit) error {
 			return fmt.Errorf("grow a disk image to %d bytes: %w", limit.Bytes, err)
 		}
 		// Before anything is written beyond the old end.
-		if err := syncPath(d.file()); err != nil {
+		if err := linux.SyncPath(d.file()); err != nil {
 			return err
 		}
 	}
-	loop, err := findLoop(d.file())
+	loop, err := linux.FindLoop(d.file())
 	if err != nil {
-		return err
-	}
-	if loop == nil {
-		return fmt.Errorf("%w: grow the disk image %s: it is not mounted", errdefs.ErrFailedPrecondition, d.file())
+		return fmt.Errorf("grow the disk image %s: %w", d.file(), err)
 	}
 	defer loop.Close()
-	if err := unix.IoctlSetInt(int(loop.Fd()), unix.LOOP_SET_CAPACITY, 0); err != nil {
-		return fmt.Errorf("grow the loop device of %s: %w", d.file(), &os.PathError{Op: "LOOP_SET_CAPACITY", Path: loop.Name(), Err: err})
+	if err := linux.GrowLoop(loop); err != nil {
+		return fmt.Errorf("grow the disk image %s: %w", d.file(), err)
 	}
 	if _, err := mountutils.NewResizeFs(d.commands).Resize(loop.Name(), d.path); err != nil {
 		return fmt.Errorf("grow the file system in %s: %w", d.file(), err)
@@ -213,11 +210,11 @@ func (d diskImage) Discard(ctx context.Context) error {
 
 // DiskUsage is what the image takes on the disk. Its holes take nothing.
 func (d diskImage) DiskUsage(context.Context) (int64, error) {
-	var stat unix.Stat_t
-	if err := unix.Stat(d.file(), &stat); err != nil {
-		return 0, notFound(&os.PathError{Op: "stat", Path: d.file(), Err: err})
+	stat, err := linux.StatPath(d.file())
+	if err != nil {
+		return 0, notFound(err)
 	}
-	return stat.Blocks * 512, nil
+	return stat.DiskBytes(), nil
 }
 
 func (d diskImage) Exists() (bool, error) { return exists(d.file()) }

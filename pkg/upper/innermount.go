@@ -11,7 +11,8 @@ import (
 	"path/filepath"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // innerMount is the mount of an upper that has a file system of its own.
@@ -28,17 +29,7 @@ func (m innerMount) Paths() (upper, work string) {
 }
 
 // isMounted reports whether the file system is mounted.
-func (m innerMount) isMounted() (bool, error) {
-	var stat unix.Statx_t
-	err := unix.Statx(unix.AT_FDCWD, m.path, unix.AT_SYMLINK_NOFOLLOW, 0, &stat)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, &os.PathError{Op: "statx", Path: m.path, Err: err}
-	}
-	return stat.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0, nil
-}
+func (m innerMount) isMounted() (bool, error) { return linux.IsMountPoint(m.path) }
 
 // checkMounted returns ErrNotFound if the file system is not mounted.
 func (m innerMount) checkMounted() error {
@@ -69,7 +60,7 @@ func (m innerMount) open(ctx context.Context, root RootAttr, mount func(path str
 			}
 		}()
 	}
-	base, err := os.OpenFile(m.path, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	base, err := linux.OpenDirAt(nil, m.path)
 	if err != nil {
 		return Dirs{}, fmt.Errorf("open the file system of an upper: %w", err)
 	}
@@ -92,8 +83,8 @@ func (m innerMount) Release(context.Context) error {
 		if !mounted {
 			break
 		}
-		if err := unix.Unmount(m.path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINTR) {
-			return fmt.Errorf("unmount the file system of an upper: %w", &os.PathError{Op: "umount", Path: m.path, Err: err})
+		if err := linux.UnmountLazily(m.path); err != nil {
+			return fmt.Errorf("unmount the file system of an upper: %w", err)
 		}
 	}
 	if err := os.Remove(m.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -107,7 +98,7 @@ func (m innerMount) Usage(context.Context) (Usage, error) {
 	if err := m.checkMounted(); err != nil {
 		return Usage{}, err
 	}
-	return FileSystemUsage(m.path)
+	return fileSystemUsage(m.path)
 }
 
 func (m innerMount) Free(ctx context.Context) (Usage, error) { return m.Usage(ctx) }

@@ -1,5 +1,7 @@
 package upper
 
+import "github.com/overlay-csi/overlay-csi/pkg/linux"
+
 // Limit bounds what an upper may take. Zero is no limit.
 type Limit struct{ Bytes, Inodes int64 }
 
@@ -20,15 +22,12 @@ func LimitOf(bytes int64) Limit {
 }
 
 // Usage is how much of its limit an upper takes.
-type Usage struct{ Bytes, Inodes Amount }
+type Usage = linux.Usage
 
-// Amount is a quantity of bytes or inodes.
-type Amount struct{ Total, Used, Available int64 }
-
-// within returns what a limit (0 for none) leaves of a file system's amount.
-func within(all Amount, limit, used int64) Amount {
+// within returns what a limit (0 for none) leaves of a file system's space.
+func within(all linux.Space, limit, used int64) linux.Space {
 	if limit == 0 {
-		return Amount{Total: used + all.Available, Used: used, Available: all.Available}
+		return linux.Space{Total: used + all.Available, Used: used, Available: all.Available}
 	}
-	return Amount{Total: limit, Used: used, Available: min(max(limit-used, 0), all.Available)}
+	return linux.Space{Total: limit, Used: used, Available: min(max(limit-used, 0), all.Available)}
 }

@@ -9,10 +9,12 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // lockName is the file beside an upper in another volume of the pod:
@@ -45,14 +47,13 @@ type LockHolder struct {
 
 // readLockFile returns existed false if there is no lock file.
 func readLockFile(dir *os.File) (file lockFile, existed bool, err error) {
-	fd, err := unix.Openat(int(dir.Fd()), lockName, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	reader, err := linux.Open(dir, lockName, os.O_RDONLY|linux.O_NOFOLLOW|linux.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return lockFile{}, false, nil
 	}
 	if err != nil {
 		return lockFile{}, false, err
 	}
-	reader := os.NewFile(uintptr(fd), dir.Name()+"/"+lockName)
 	defer reader.Close()
 	if info, err := reader.Stat(); err != nil || !info.Mode().IsRegular() {
 		return lockFile{}, false, fmt.Errorf("%w: it is not a regular file (%w)", errdefs.ErrFailedPrecondition, errors.Join(err))
@@ -69,23 +70,7 @@ func writeLockFile(dir *os.File, file lockFile) error {
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", lockName, err)
 	}
-	const temporary = lockName + ".new"
-	if err := unix.Unlinkat(int(dir.Fd()), temporary, 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return &os.PathError{Op: "unlink", Path: dir.Name() + "/" + temporary, Err: err}
-	}
-	fd, err := unix.Openat(int(dir.Fd()), temporary, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
-	if err != nil {
-		return &os.PathError{Op: "create", Path: dir.Name() + "/" + temporary, Err: err}
-	}
-	writer := os.NewFile(uintptr(fd), dir.Name()+"/"+temporary)
-	_, err = writer.Write(data)
-	if err := errors.Join(err, writer.Sync(), writer.Close()); err != nil {
-		return fmt.Errorf("write %s: %w", temporary, err)
-	}
-	if err := unix.Renameat(int(dir.Fd()), temporary, int(dir.Fd()), lockName); err != nil {
-		return &os.PathError{Op: "rename", Path: dir.Name() + "/" + temporary, Err: err}
-	}
-	return nil
+	return linux.WriteFileAtomic(dir, lockName, data, true)
 }
 
 // lock locks the upper for the holder. It fails if the upper was made on other layers, or if the file system cannot hold one.
@@ -97,7 +82,8 @@ func (p podVolume) lock(ctx context.Context, base *os.File) error {
 			}
 		}
 		if existed && !slices.Equal(file.Layers, p.layers) {
-			return p.wrap("lock it", fmt.Errorf("%w: it was made on other layers (%q), and overlayfs supports an upper only on the layers that it was made on; name these layers, or another path", errdefs.ErrFailedPrecondition, file.Layers))
+			return p.wrap("lock it", fmt.Errorf("%w: it was made on other layers (%q), and overlayfs supports an upper only on the layers "+
+				"that it was made on; name these layers, or another path", errdefs.ErrFailedPrecondition, file.Layers))
 		}
 		if file.Holder != nil && *file.Holder == p.holder {
 			return nil
@@ -121,7 +107,8 @@ func (p podVolume) checkStale(holder *LockHolder, base *os.File) error {
 	case holder.Node != p.holder.Node && isNodeLocal(base):
 		return nil
 	}
-	return p.wrap("lock it", fmt.Errorf("%w: volume %s on node %s uses it (published at %s), and two overlays never share one upper; name another path, or remove %s there once nothing uses it",
+	return p.wrap("lock it", fmt.Errorf("%w: volume %s on node %s uses it (published at %s), and two overlays never share one upper; "+
+		"name another path, or remove %s there once nothing uses it",
 		errdefs.ErrFailedPrecondition, holder.VolumeID, holder.Node, holder.Target, lockName))
 }
 
@@ -136,19 +123,18 @@ func (p podVolume) unlock(ctx context.Context, base *os.File) error {
 
 // withLockFile reads the lock file and calls do with it, while no other process and no other volume does the same.
 func (p podVolume) withLockFile(ctx context.Context, base *os.File, do func(file lockFile, existed bool) error) error {
-	fd, err := unix.Openat(int(base.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	dir, err := linux.Open(base, ".", os.O_RDONLY|linux.O_DIRECTORY, 0)
 	if err != nil {
 		return p.wrap("open it", err)
 	}
-	dir := os.NewFile(uintptr(fd), base.Name())
 	defer dir.Close()
 	// Another overlay volume holds it for milliseconds. A pod that holds it for longer delays only its own volumes.
 	for {
-		err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err := linux.Flock(dir)
 		if err == nil {
 			break
 		}
-		if !errors.Is(err, unix.EWOULDBLOCK) {
+		if !errors.Is(err, syscall.EWOULDBLOCK) {
 			return p.wrap("lock it (flock)", err)
 		}
 		select {

@@ -7,10 +7,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 	"github.com/cyphar/filepath-securejoin/pathrs-lite"
-	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // DefaultPath is the path of an upper in another volume if the user names none. It is not the volume's root, because the busy
@@ -144,7 +146,7 @@ func (p podVolume) Usage(ctx context.Context) (Usage, error) {
 		return Usage{}, notFound(err)
 	}
 	defer upper.Close()
-	return usageOf(ctx, fmt.Sprintf("/proc/self/fd/%d", upper.Fd()))
+	return usageOf(ctx, linux.ProcPath(upper))
 }
 
 // DiskUsage is zero: the other volume takes the space.
@@ -156,7 +158,7 @@ func (p podVolume) Free(context.Context) (Usage, error) {
 		return Usage{}, notFound(err)
 	}
 	defer volume.Close()
-	return FileSystemUsage(fmt.Sprintf("/proc/self/fd/%d", volume.Fd()))
+	return linux.FileSystemUsage(volume)
 }
 
 func (p podVolume) Exists() (bool, error) {
@@ -194,8 +196,8 @@ type openBase struct{ dir *os.File }
 
 // Paths returns paths that hold as long as the directory is open.
 func (b openBase) Paths() (upper, work string) {
-	base := fmt.Sprintf("/proc/self/fd/%d/", b.dir.Fd())
-	return base + upperName, base + workName
+	base := linux.ProcPath(b.dir)
+	return base + "/" + upperName, base + "/" + workName
 }
 
 // openBase opens the base directory. It returns ErrNotFound if that or the volume is gone.
@@ -212,19 +214,16 @@ func (p podVolume) openBase() (*os.File, error) {
 // open opens a directory in the volume, through the busy mount if there is one. It follows no link: the directory was made
 // without one, and the pod must not lead the driver to another mount.
 func (p podVolume) open(volume *os.File, path string) (*os.File, error) {
-	fd, err := unix.Openat2(int(volume.Fd()), path, &unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
-	})
+	dir, err := linux.Open(volume, path, linux.O_PATH|linux.O_DIRECTORY, linux.ResolveBeneath|linux.ResolveNoSymlinks)
 	if err != nil {
 		return nil, p.wrap("open the upper's directory", err)
 	}
-	return os.NewFile(uintptr(fd), p.at.Volume+"/"+path), nil
+	return dir, nil
 }
 
 // isMoved reports whether an error of open says that the pod has moved the directory, or put something else at its path.
 func isMoved(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENOTDIR)
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ELOOP) || errors.Is(err, syscall.ENOTDIR)
 }
 
 func (p podVolume) wrap(action string, err error) error {
@@ -232,7 +231,7 @@ func (p podVolume) wrap(action string, err error) error {
 }
 
 func (p podVolume) openVolume() (*os.File, error) {
-	volume, err := os.OpenFile(p.at.Volume, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	volume, err := linux.OpenDirAt(nil, p.at.Volume)
 	if err != nil {
 		return nil, fmt.Errorf("open the volume that contains the upper: %w", err)
 	}

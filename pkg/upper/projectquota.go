@@ -4,12 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"sync"
-	"unsafe"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // projectQuota is an upper in a directory that belongs to a project of ext4 or xfs. What is made in it belongs to the project
@@ -23,7 +24,7 @@ type projectQuota struct {
 
 // Prepare sets the directory's project and limit before there is an upper in it.
 func (q projectQuota) Prepare(ctx context.Context, root RootAttr) (Dirs, error) {
-	if err := unix.Mkdirat(int(q.root.Fd()), q.base, 0o700); err != nil && !errors.Is(err, unix.EEXIST) {
+	if err := linux.Mkdirat(q.root, q.base, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return Dirs{}, fmt.Errorf("make the upper's directory %s: %w", q.path(), err)
 	}
 	if err := q.Grow(ctx, q.limit); err != nil {
@@ -33,7 +34,7 @@ func (q projectQuota) Prepare(ctx context.Context, root RootAttr) (Dirs, error) 
 }
 
 func (q projectQuota) Grow(_ context.Context, limit Limit) error {
-	dir, err := q.open(unix.O_RDONLY)
+	dir, err := q.open(os.O_RDONLY)
 	if err != nil {
 		return err
 	}
@@ -50,12 +51,12 @@ func (q projectQuota) Usage(context.Context) (Usage, error) {
 	if err != nil {
 		return Usage{}, err
 	}
-	usage, err := FileSystemUsage(q.path())
+	usage, err := fileSystemUsage(q.path())
 	if err != nil {
 		return Usage{}, err
 	}
-	usage.Bytes = within(usage.Bytes, int64(counted.blockLimit)<<10, int64(counted.space))
-	usage.Inodes = within(usage.Inodes, int64(counted.inodeLimit), int64(counted.inodes))
+	usage.Bytes = within(usage.Bytes, counted.BytesLimit, counted.Bytes)
+	usage.Inodes = within(usage.Inodes, counted.InodesLimit, counted.Inodes)
 	return usage, nil
 }
 
@@ -63,20 +64,20 @@ func (q projectQuota) Free(ctx context.Context) (Usage, error) { return q.Usage(
 
 func (q projectQuota) DiskUsage(context.Context) (int64, error) {
 	counted, err := q.counted()
-	return int64(counted.space), err
+	return counted.Bytes, err
 }
 
-func (q projectQuota) counted() (dqblk, error) {
-	dir, err := q.open(unix.O_RDONLY)
+func (q projectQuota) counted() (linux.ProjectQuota, error) {
+	dir, err := q.open(os.O_RDONLY)
 	if err != nil {
-		return dqblk{}, err
+		return linux.ProjectQuota{}, err
 	}
 	defer dir.Close()
-	attributes, err := getProject(dir)
+	project, err := linux.Project(dir)
 	if err != nil {
-		return dqblk{}, err
+		return linux.ProjectQuota{}, err
 	}
-	return q.projects.get(attributes.project)
+	return linux.GetProjectQuota(q.root, project)
 }
 
 // The driver takes project IDs from a range of its own, whose first bytes are the letters "ov". kubelet takes IDs from 1048577,
@@ -97,21 +98,21 @@ func newProjects(root *os.File) *projects { return &projects{root: root, next: f
 
 // probe returns nil if the file system counts projects and enforces their limits.
 func (p *projects) probe() error {
-	var state quotaState
-	if err := p.quotactl(qXGetQStat, 0, unsafe.Pointer(&state)); err != nil {
-		return fmt.Errorf("the file system has no project quota (mount it with prjquota): quotactl_fd: %w", err)
+	counted, enforced, err := linux.ProjectQuotaState(p.root)
+	if err != nil {
+		return fmt.Errorf("the file system has no project quota (mount it with prjquota): %w", err)
 	}
-	if state.flags&quotaProjectCounted == 0 || state.flags&quotaProjectEnforced == 0 {
+	if !counted || !enforced {
 		return errors.New("the project quota of the file system is off (mount it with prjquota)")
 	}
-	dir, err := os.Open(p.root.Name())
+	root, err := linux.Open(p.root, ".", os.O_RDONLY|linux.O_DIRECTORY, 0)
 	if err != nil {
 		return err
 	}
-	defer dir.Close()
-	attributes, err := getProject(dir)
-	if err == nil && attributes.project != 0 {
-		return fmt.Errorf("the data root itself belongs to project %d", attributes.project)
+	defer root.Close()
+	project, err := linux.Project(root)
+	if err == nil && project != 0 {
+		return fmt.Errorf("the data root itself belongs to project %d", project)
 	}
 	return err
 }
@@ -120,23 +121,20 @@ func (p *projects) probe() error {
 func (p *projects) limit(dir *os.File, limit Limit) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	attributes, err := getProject(dir)
+	project, err := linux.Project(dir)
 	if err != nil {
 		return err
 	}
-	if attributes.project != 0 {
-		return p.set(attributes.project, limit)
+	if project != 0 {
+		return linux.SetProjectLimits(p.root, project, limit.Bytes, limit.Inodes)
 	}
-	id, err := p.free()
-	if err != nil {
+	if project, err = p.free(); err != nil {
 		return err
 	}
-	if err := p.set(id, limit); err != nil {
+	if err := linux.SetProjectLimits(p.root, project, limit.Bytes, limit.Inodes); err != nil {
 		return err
 	}
-	attributes.project = id
-	attributes.flags |= inheritProject
-	return setProject(dir, attributes)
+	return linux.SetProject(dir, project)
 }
 
 // free returns a project that no file belongs to. The file system itself is asked, so that nothing need be remembered.
@@ -146,109 +144,13 @@ func (p *projects) free() (uint32, error) {
 		if p.next++; p.next > lastProject {
 			p.next = firstProject
 		}
-		counted, err := p.get(id)
+		counted, err := linux.GetProjectQuota(p.root, id)
 		if err != nil {
 			return 0, err
 		}
-		if counted.inodes == 0 && counted.space == 0 {
+		if counted.Inodes == 0 && counted.Bytes == 0 {
 			return id, nil
 		}
 	}
 	return 0, fmt.Errorf("%w: all %d projects of %s are in use", errdefs.ErrResourceExhausted, lastProject-firstProject+1, p.root.Name())
-}
-
-func (p *projects) set(id uint32, limit Limit) error {
-	value := dqblk{blockLimit: uint64((limit.Bytes + 1023) >> 10), inodeLimit: uint64(limit.Inodes), valid: validLimits}
-	if err := p.quotactl(qSetQuota, id, unsafe.Pointer(&value)); err != nil {
-		return fmt.Errorf("limit project %d of %s: quotactl_fd: %w", id, p.root.Name(), err)
-	}
-	return nil
-}
-
-// get returns what a project has. A project that the file system does not know has nothing.
-func (p *projects) get(id uint32) (dqblk, error) {
-	var value dqblk
-	err := p.quotactl(qGetQuota, id, unsafe.Pointer(&value))
-	if errors.Is(err, unix.ENOENT) {
-		return dqblk{}, nil
-	}
-	if err != nil {
-		return dqblk{}, fmt.Errorf("query project %d of %s: quotactl_fd: %w", id, p.root.Name(), err)
-	}
-	return value, nil
-}
-
-// What follows is from include/uapi/linux/quota.h, dqblk_xfs.h and fs.h: golang.org/x/sys has none of it, and the libraries
-// for project quotas need cgo.
-const (
-	qGetQuota            = 0x800007
-	qSetQuota            = 0x800008
-	qXGetQStat           = 'X'<<8 + 5
-	quotaOfProject       = 2
-	validLimits          = 1 | 4
-	quotaProjectCounted  = 1 << 4
-	quotaProjectEnforced = 1 << 5
-	inheritProject       = 0x200
-	fsIOCGetXattr        = 0x801c581f
-	fsIOCSetXattr        = 0x401c5820
-)
-
-// dqblk is struct if_dqblk: limits of space are in KiB, the space itself in bytes.
-type dqblk struct {
-	blockLimit, blockSoftLimit, space  uint64
-	inodeLimit, inodeSoftLimit, inodes uint64
-	blockTime, inodeTime               uint64
-	valid                              uint32
-	_                                  uint32
-}
-
-// quotaState is the head of struct fs_quota_stat; the kernel writes 80 bytes.
-type quotaState struct {
-	version int8
-	_       int8
-	flags   uint16
-	_       [76]byte
-}
-
-// quotactl is quotactl_fd(2) (Linux 5.14): it needs no block device, which a container has not.
-func (p *projects) quotactl(command uintptr, id uint32, value unsafe.Pointer) error {
-	// O_PATH is not enough.
-	dir, err := os.Open(p.root.Name())
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	_, _, errno := unix.Syscall6(unix.SYS_QUOTACTL_FD, dir.Fd(), command<<8|quotaOfProject, uintptr(id), uintptr(value), 0, 0)
-	if errno != 0 {
-		return errno
-	}
-	return nil
-}
-
-// fsxattr is struct fsxattr.
-type fsxattr struct {
-	flags, extentSize, extents, project, cowExtentSize uint32
-	_                                                  [8]byte
-}
-
-func getProject(dir *os.File) (fsxattr, error) {
-	var attributes fsxattr
-	if err := ioctl(dir, fsIOCGetXattr, unsafe.Pointer(&attributes)); err != nil {
-		return attributes, fmt.Errorf("read the project of %s: %w", dir.Name(), err)
-	}
-	return attributes, nil
-}
-
-func setProject(dir *os.File, attributes fsxattr) error {
-	if err := ioctl(dir, fsIOCSetXattr, unsafe.Pointer(&attributes)); err != nil {
-		return fmt.Errorf("set the project of %s: %w", dir.Name(), err)
-	}
-	return nil
-}
-
-func ioctl(file *os.File, request uintptr, value unsafe.Pointer) error {
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, file.Fd(), request, uintptr(value)); errno != 0 {
-		return errno
-	}
-	return nil
 }

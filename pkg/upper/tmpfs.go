@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
+	"syscall"
 
-	"golang.org/x/sys/unix"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // tmpfs is an upper in a tmpfs of its own (Linux, Documentation/filesystems/tmpfs.rst). The memory is charged to the pod whose
@@ -24,7 +24,7 @@ func (m tmpfs) Prepare(ctx context.Context, root RootAttr) (Dirs, error) {
 	return m.open(ctx, root, func(path string) error {
 		options := "mode=0700," + tmpfsOptions(m.limit)
 		err := mountTmpfs(path, 0, options+",noswap")
-		if errors.Is(err, unix.EINVAL) {
+		if errors.Is(err, syscall.EINVAL) {
 			err = mountTmpfs(path, 0, options)
 		}
 		return err
@@ -32,9 +32,8 @@ func (m tmpfs) Prepare(ctx context.Context, root RootAttr) (Dirs, error) {
 }
 
 func mountTmpfs(path string, flags uintptr, options string) error {
-	err := unix.Mount("overlay-csi", path, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|flags, options)
-	if err != nil {
-		return fmt.Errorf("mount a tmpfs (%s): %w", options, &os.PathError{Op: "mount", Path: path, Err: err})
+	if err := linux.Mount("overlay-csi", path, "tmpfs", syscall.MS_NOSUID|syscall.MS_NODEV|flags, options); err != nil {
+		return fmt.Errorf("mount a tmpfs (%s): %w", options, err)
 	}
 	return nil
 }
@@ -52,7 +51,7 @@ func (m tmpfs) Grow(_ context.Context, limit Limit) error {
 	if err := m.Check(); err != nil {
 		return err
 	}
-	return mountTmpfs(m.path, unix.MS_REMOUNT, tmpfsOptions(limit))
+	return mountTmpfs(m.path, syscall.MS_REMOUNT, tmpfsOptions(limit))
 }
 
 // DiskUsage is zero: memory takes nothing of the disk.

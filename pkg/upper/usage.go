@@ -9,7 +9,8 @@ import (
 	"syscall"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // tally is what a tree takes on the disk.
@@ -62,31 +63,20 @@ func usageOf(ctx context.Context, path string) (Usage, error) {
 	if err != nil {
 		return Usage{}, err
 	}
-	free, err := FileSystemUsage(path)
+	free, err := fileSystemUsage(path)
 	if err != nil {
 		return Usage{}, err
 	}
 	return Usage{
-		Bytes:  Amount{Total: used.bytes + free.Bytes.Available, Used: used.bytes, Available: free.Bytes.Available},
-		Inodes: Amount{Total: used.inodes + free.Inodes.Available, Used: used.inodes, Available: free.Inodes.Available},
+		Bytes:  linux.Space{Total: used.bytes + free.Bytes.Available, Used: used.bytes, Available: free.Bytes.Available},
+		Inodes: linux.Space{Total: used.inodes + free.Inodes.Available, Used: used.inodes, Available: free.Inodes.Available},
 	}, nil
 }
 
-// FileSystemUsage returns the usage of the file system of a path.
-func FileSystemUsage(path string) (Usage, error) {
-	var stat unix.Statfs_t
-	if err := unix.Statfs(path, &stat); err != nil {
-		return Usage{}, notFound(fmt.Errorf("statfs %s: %w", path, err))
-	}
-	block := int64(stat.Bsize)
-	return Usage{
-		Bytes: Amount{
-			Total:     int64(stat.Blocks) * block,
-			Used:      int64(stat.Blocks-stat.Bfree) * block,
-			Available: int64(stat.Bavail) * block,
-		},
-		Inodes: Amount{Total: int64(stat.Files), Used: int64(stat.Files - stat.Ffree), Available: int64(stat.Ffree)},
-	}, nil
+// fileSystemUsage returns the usage of the file system of a path. It returns ErrNotFound if there is no such path.
+func fileSystemUsage(path string) (Usage, error) {
+	usage, err := linux.FileSystemUsageAt(path)
+	return usage, notFound(err)
 }
 
 func ignoreNotExist(err error) error {

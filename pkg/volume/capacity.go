@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
 
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
@@ -32,7 +33,7 @@ func (m *Manager) chooseKind(r *record) (upper.Backend, error) {
 	case r.Spec.Limit == LimitQuota:
 		want.Backend = upper.ProjectQuota
 	}
-	disk, err := upper.FileSystemUsage(m.root.Path())
+	disk, err := linux.FileSystemUsageAt(m.root.Path())
 	if err != nil {
 		return "", err
 	}
@@ -48,7 +49,7 @@ func (m *Manager) promisable(bytes int64) int64 { return int64(float64(bytes) * 
 // Capacity is how many bytes can still be promised to new volumes of this node: what is free and what limited volumes
 // take already, as many times as the operator lets it be promised, less what is promised.
 func (m *Manager) Capacity(ctx context.Context) (int64, error) {
-	disk, err := upper.FileSystemUsage(m.root.Path())
+	disk, err := linux.FileSystemUsageAt(m.root.Path())
 	if err != nil {
 		return 0, err
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
@@ -168,7 +169,7 @@ const (
 func lacking(usage upper.Usage) string {
 	var lacks []string
 	for _, amount := range []struct {
-		upper.Amount
+		linux.Space
 		few  int64
 		unit string
 	}{{usage.Bytes, fewBytes, "bytes"}, {usage.Inodes, fewInodes, "inodes"}} {
@@ -184,7 +185,7 @@ func (m *Manager) StorageHealth() []Condition {
 	var found findings
 	found.addError(upper.CheckWritable(filepath.Join(m.root.Path(), volumesName)), Condition{Severity: Inaccessible, Reason: reasonDataRootFails},
 		Condition{Severity: Degraded, Reason: reasonDataRootReadOnly}, Condition{Severity: Inaccessible, Reason: reasonDataRootFails})
-	usage, err := upper.FileSystemUsage(m.root.Path())
+	usage, err := linux.FileSystemUsageAt(m.root.Path())
 	if err != nil {
 		found.add(Inaccessible, reasonDataRootFails, err.Error())
 	} else if what := lacking(usage); what != "" {
