@@ -6,7 +6,8 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // Attributes are the per-mount attributes of a view (mount_setattr(2), MOUNT_ATTR_*).
@@ -83,20 +84,20 @@ func allowedOptions(permitted []string) []string {
 }
 
 // bits returns the attributes as MOUNT_ATTR_* flags.
-func (a Attributes) bits() int {
-	bits := unix.MOUNT_ATTR_RELATIME
+func (a Attributes) bits() uint64 {
+	var bits uint64 = linux.MountAttrRelATime
 	for _, flag := range []struct {
 		on  bool
-		bit int
+		bit uint64
 	}{
-		{a.ReadOnly, unix.MOUNT_ATTR_RDONLY},
-		{a.NoSUID, unix.MOUNT_ATTR_NOSUID},
-		{a.NoDev, unix.MOUNT_ATTR_NODEV},
-		{a.NoExec, unix.MOUNT_ATTR_NOEXEC},
-		{a.NoSymFollow, unix.MOUNT_ATTR_NOSYMFOLLOW},
-		{a.NoDirATime, unix.MOUNT_ATTR_NODIRATIME},
-		{a.ATime == "noatime", unix.MOUNT_ATTR_NOATIME},
-		{a.ATime == "strictatime", unix.MOUNT_ATTR_STRICTATIME},
+		{a.ReadOnly, linux.MountAttrReadOnly},
+		{a.NoSUID, linux.MountAttrNoSUID},
+		{a.NoDev, linux.MountAttrNoDev},
+		{a.NoExec, linux.MountAttrNoExec},
+		{a.NoSymFollow, linux.MountAttrNoSymFollow},
+		{a.NoDirATime, linux.MountAttrNoDirATime},
+		{a.ATime == "noatime", linux.MountAttrNoATime},
+		{a.ATime == "strictatime", linux.MountAttrStrictATime},
 	} {
 		if flag.on {
 			bits |= flag.bit

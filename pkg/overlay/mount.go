@@ -21,7 +21,7 @@ func (m *Mounter) mountWithAPI(spec Spec, target *os.File) error {
 		return contextError(fsContext, "create", "overlay", err)
 	}
 	// fsmount takes MOUNT_ATTR_* flags: the MS_* ones of mount(2) have other values.
-	fd, err := unix.Fsmount(int(fsContext.Fd()), unix.FSMOUNT_CLOEXEC, spec.Attributes.bits())
+	fd, err := unix.Fsmount(int(fsContext.Fd()), unix.FSMOUNT_CLOEXEC, int(spec.Attributes.bits()))
 	if err != nil {
 		return contextError(fsContext, "fsmount", "overlay", err)
 	}
@@ -92,18 +92,6 @@ func setLayerFD(fsContext int, key string, dir *os.File) error {
 
 func setLayerPath(fsContext int, key string, dir *os.File) error {
 	return unix.FsconfigSetString(fsContext, key, procPath(dir))
-}
-
-// attach puts a detached mount at target, which is an open directory.
-func attach(mount, target *os.File) error {
-	err := unix.MoveMount(int(mount.Fd()), "", int(target.Fd()), "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
-	if errors.Is(err, unix.ENOSPC) {
-		return fmt.Errorf("%w: attach %s at %s: the mount namespace is full (sysctl fs.mount-max): %w", errdefs.ErrResourceExhausted, mount.Name(), target.Name(), err)
-	}
-	if err != nil {
-		return fmt.Errorf("move_mount %s to %s: %w", mount.Name(), target.Name(), err)
-	}
-	return nil
 }
 
 // contextError adds the kernel's own words, which stand in the context's message queue, to an errno of fsconfig.

@@ -110,52 +110,6 @@ func (m *Mounter) mount(spec Spec, target *os.File) error {
 	return m.mountWithCommand(spec, target)
 }
 
-// Bind mounts the tree that source is the root of, without what is mounted beneath it, at target as well. Both are
-// open directories.
-func (m *Mounter) Bind(source, target *os.File, attributes Attributes) error {
-	if !m.features.MountAPI {
-		return m.bindWithCommand(source, target, attributes.options())
-	}
-	clone, err := cloneMount(source)
-	if err != nil {
-		return err
-	}
-	defer clone.Close()
-	// A clone has the attributes of its source: the ones that are not wanted are cleared.
-	all := Attributes{ReadOnly: true, NoSUID: true, NoDev: true, NoExec: true, NoSymFollow: true, NoDirATime: true}
-	attr := unix.MountAttr{
-		Attr_set: uint64(attributes.bits()),
-		Attr_clr: uint64(all.bits()&^attributes.bits()) | unix.MOUNT_ATTR__ATIME,
-	}
-	if err := unix.MountSetattr(int(clone.Fd()), "", unix.AT_EMPTY_PATH, &attr); err != nil {
-		return fmt.Errorf("mount_setattr of a bind of %s: %w", source.Name(), err)
-	}
-	return attach(clone, target)
-}
-
-// AddBusyMount mounts an open directory on itself, with the attributes of the mount that it is on: that mount then cannot be
-// unmounted (EBUSY) before the busy mount is detached. Nothing else changes.
-func (m *Mounter) AddBusyMount(dir *os.File) error {
-	if !m.features.MountAPI {
-		return m.bindWithCommand(dir, dir, nil)
-	}
-	clone, err := cloneMount(dir)
-	if err != nil {
-		return err
-	}
-	defer clone.Close()
-	return attach(clone, dir)
-}
-
-// cloneMount returns a detached bind mount of an open directory.
-func cloneMount(source *os.File) (*os.File, error) {
-	fd, err := unix.OpenTree(int(source.Fd()), "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH)
-	if err != nil {
-		return nil, fmt.Errorf("open_tree %s: %w", source.Name(), err)
-	}
-	return os.NewFile(uintptr(fd), "open_tree:"+source.Name()), nil
-}
-
 // UpperInUse reports whether some overlay in the kernel, in whatever mount namespace, or in none that can be reached
 // any more, has this directory as its upper. It asks for an overlay that cannot be: with an index the kernel refuses
 // an upper that is in use (EBUSY) before it finds that the work directory is the upper itself (EINVAL).
@@ -205,19 +159,6 @@ func (m *Mounter) probeUpperWithMount(upper *os.File) error {
 		return unix.Unmount(procPath(m.empty), unix.MNT_DETACH)
 	}
 	return err
-}
-
-// Detach takes the mount whose root is this open directory out of the tree, also while it is open. What was written
-// through it stays. A directory that is no mount's root, or whose mount is out of the tree already, is left alone.
-func (m *Mounter) Detach(root *os.File) error {
-	if mounted, err := isMountRoot(int(root.Fd()), "", unix.AT_EMPTY_PATH); err != nil || !mounted {
-		return err
-	}
-	err := unix.Unmount(procPath(root), unix.MNT_DETACH)
-	if err != nil && !errors.Is(err, unix.EINVAL) {
-		return fmt.Errorf("detach the mount at %s: %w", root.Name(), err)
-	}
-	return nil
 }
 
 // Unmount unmounts what is mounted at target (mount.Interface). It follows no link at target itself.

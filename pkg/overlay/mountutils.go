@@ -73,15 +73,6 @@ func (m *Mounter) mountWithCommand(spec Spec, target *os.File) error {
 	return nil
 }
 
-func (m *Mounter) bindWithCommand(source, target *os.File, attributes []string) error {
-	options := append([]string{"bind"}, attributes...)
-	err := m.Interface.MountSensitiveWithoutSystemd(processPath(source), target.Name(), "", options, nil)
-	if err != nil {
-		return fmt.Errorf("bind %s to %s with mount(8): %w", source.Name(), target.Name(), err)
-	}
-	return nil
-}
-
 // commandError gives the errors of mount(8) that have a known cause the same meaning as the mount API's.
 func commandError(err error) error {
 	switch text := err.Error(); {

@@ -215,33 +215,6 @@ func TestKernelMessages(t *testing.T) {
 	}
 }
 
-func TestPinAndDetach(t *testing.T) {
-	for name, m := range mounters(t) {
-		t.Run(name, func(t *testing.T) {
-			dir := tmpfs(t)
-			pinned := open(t, dir+"/a/b")
-			if err := m.AddBusyMount(pinned); err != nil {
-				t.Fatal(err)
-			}
-			if err := unix.Unmount(dir, 0); !errors.Is(err, unix.EBUSY) {
-				t.Errorf("unmount a pinned file system: %v", err)
-			}
-			pinned.Close()
-			root := open(t, dir+"/a/b")
-			if err := m.Detach(root); err != nil {
-				t.Fatal(err)
-			}
-			if err := m.Detach(root); err != nil {
-				t.Errorf("detach again: %v", err)
-			}
-			root.Close()
-			if err := unix.Unmount(dir, 0); err != nil {
-				t.Errorf("unmount after the pin is gone: %v", err)
-			}
-		})
-	}
-}
-
 func TestEveryFeatureHasAFallback(t *testing.T) {
 	said := Features{}.Fallbacks()
 	if len(said) != len(FeatureNames()) {
