@@ -75,7 +75,7 @@ func run(ctx context.Context, opts options) error {
 	}
 	csi.RegisterIdentityServer(server, driver.NewIdentity(opts.driverName, version, manager.Ready))
 	csi.RegisterControllerServer(server, newController(manager, specs, opts))
-	csi.RegisterNodeServer(server, driver.NewNode(opts.driverName, opts.nodeID, manager, opts.permittedOptions, opts.volumeHealth))
+	csi.RegisterNodeServer(server, driver.NewNode(opts.driverName, opts.nodeID, manager, opts.allowedMountOptions, opts.volumeHealth))
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { manager.Run(ctx); return nil })
@@ -125,8 +125,8 @@ func probeKernel(dataRoot string, opts options) (overlay.Features, error) {
 	if err != nil {
 		return overlay.Features{}, err
 	}
-	if features, err = features.Without(opts.withoutFeatures...); err != nil {
-		return overlay.Features{}, fmt.Errorf("--without-kernel-features: %w", err)
+	if features, err = features.Without(opts.disabledFeatures...); err != nil {
+		return overlay.Features{}, fmt.Errorf("--disable-kernel-features: %w", err)
 	}
 	klog.Background().Info("Probed the kernel", "features", features.String(), "fallbacks", features.Fallbacks())
 	return features, nil
@@ -163,7 +163,7 @@ func newManager(root *volume.DataRoot, mounter *overlay.Mounter, detached *overl
 	}
 	backends := upper.NewBackends(upper.Config{
 		Root:     root.Dir(),
-		MountDir: opts.upperMounts,
+		MountDir: opts.upperMountDir,
 		Discard:  root.Discard,
 		Commands: exec.New(),
 		Mounter:  mounter,

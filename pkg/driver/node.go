@@ -26,22 +26,22 @@ type publisher interface {
 // Node is the CSI Node service (CSI spec, "Node Service RPC").
 type Node struct {
 	csi.UnimplementedNodeServer
-	volumes          publisher
-	nodeID           string
-	topology         *csi.Topology
-	permittedOptions []string
-	health           bool
+	volumes             publisher
+	nodeID              string
+	topology            *csi.Topology
+	allowedMountOptions []string
+	health              bool
 }
 
-// NewNode returns the service of a node. permittedOptions are the mount options beyond the safe ones that volumes may
+// NewNode returns the service of a node. allowedMountOptions are the mount options beyond the safe ones that volumes may
 // name. health switches the health RPCs on.
-func NewNode(driverName, nodeID string, volumes publisher, permittedOptions []string, health bool) *Node {
-	return &Node{volumes: volumes, nodeID: nodeID, topology: nodeTopology(driverName, nodeID), permittedOptions: permittedOptions, health: health}
+func NewNode(driverName, nodeID string, volumes publisher, allowedMountOptions []string, health bool) *Node {
+	return &Node{volumes: volumes, nodeID: nodeID, topology: nodeTopology(driverName, nodeID), allowedMountOptions: allowedMountOptions, health: health}
 }
 
 // NodePublishVolume mounts a view of the volume at the target path.
 func (n *Node) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolumeRequest) (*csi.NodePublishVolumeResponse, error) {
-	request, err := publishRequest(req, n.permittedOptions)
+	request, err := publishRequest(req, n.allowedMountOptions)
 	if err != nil {
 		return nil, err
 	}

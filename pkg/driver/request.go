@@ -42,7 +42,7 @@ var accessModes = map[csi.VolumeCapability_AccessMode_Mode]volume.Access{
 }
 
 // publishRequest turns kubelet's request into the driver's own. It looks at nothing but the request.
-func publishRequest(req *csi.NodePublishVolumeRequest, permittedOptions []string) (volume.PublishRequest, error) {
+func publishRequest(req *csi.NodePublishVolumeRequest, allowedMountOptions []string) (volume.PublishRequest, error) {
 	if err := volume.CheckID(req.GetVolumeId()); err != nil {
 		return volume.PublishRequest{}, err
 	}
@@ -53,7 +53,7 @@ func publishRequest(req *csi.NodePublishVolumeRequest, permittedOptions []string
 	if err != nil {
 		return volume.PublishRequest{}, err
 	}
-	attributes, err := overlay.ParseMountOptions(req.GetVolumeCapability().GetMount().GetMountFlags(), permittedOptions)
+	attributes, err := overlay.ParseMountOptions(req.GetVolumeCapability().GetMount().GetMountFlags(), allowedMountOptions)
 	if err != nil {
 		return volume.PublishRequest{}, err
 	}

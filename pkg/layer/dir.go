@@ -19,9 +19,9 @@ import (
 type Root struct {
 	// Path of the directory.
 	Path string
-	// Mounts lets a layer lie on another mount beneath the directory. Without it a path that leaves the directory's
+	// AllowSubmounts lets a layer be on another mount beneath the directory. Without it a path that leaves the directory's
 	// own mount is refused, so that what somebody mounts there does not become a layer.
-	Mounts bool
+	AllowSubmounts bool
 }
 
 // Roots are the layer roots by name.
@@ -96,7 +96,7 @@ func (r *Roots) open(ref reference.Reference, opened openedRoots) (*os.File, err
 		opened[ref.Name()] = at
 	}
 	var resolve uint64
-	if !root.Mounts {
+	if !root.AllowSubmounts {
 		resolve = unix.RESOLVE_NO_XDEV
 	}
 	dir, err := openBeneath(at.dir, ref, resolve)
@@ -123,7 +123,7 @@ func (r *Roots) openArchive(ref reference.Reference) (*os.File, error) {
 	}
 	defer openedRoots{ref.Name(): at}.close()
 	var resolve uint64
-	if !root.Mounts {
+	if !root.AllowSubmounts {
 		resolve = unix.RESOLVE_NO_XDEV
 	}
 	file, err := openFileBeneath(at.dir, ref, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, resolve)
@@ -226,7 +226,7 @@ func openFileBeneath(root *os.File, ref reference.Reference, flags, resolve uint
 	case errors.Is(err, unix.ENOTDIR):
 		return nil, fmt.Errorf("%w: layer %s: %q in %s is a file: a layer is a directory", errdefs.ErrInvalidArgument, ref, ref.Path(), root.Name())
 	case errors.Is(err, unix.EXDEV) && resolve&unix.RESOLVE_NO_XDEV != 0:
-		return nil, fmt.Errorf("%w: layer %s leaves %s by a link, `..` or another mount (the operator can allow mounts beneath the root with --layer-root-mounts=%s)", errdefs.ErrInvalidArgument, ref, root.Name(), ref.Name())
+		return nil, fmt.Errorf("%w: layer %s leaves %s by a link, `..` or another mount (the operator can allow mounts beneath the root with --layer-root-allow-submounts=%s)", errdefs.ErrInvalidArgument, ref, root.Name(), ref.Name())
 	case errors.Is(err, unix.EXDEV), errors.Is(err, unix.ELOOP):
 		return nil, fmt.Errorf("%w: layer %s leaves %s by a link or `..`", errdefs.ErrInvalidArgument, ref, root.Name())
 	case errors.Is(err, unix.EAGAIN):

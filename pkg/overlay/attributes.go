@@ -53,7 +53,7 @@ func ParseMountOptions(options, permitted []string) (Attributes, error) {
 		case !known:
 			return Attributes{}, fmt.Errorf("%w: mount option %q: allowed are %s", errdefs.ErrInvalidArgument, name, strings.Join(allowedOptions(permitted), ", "))
 		case option.loosens && !slices.Contains(permitted, name):
-			return Attributes{}, fmt.Errorf("%w: mount option %q: layers are untrusted, only the operator can allow it (--permit-mount-option=%s)", errdefs.ErrInvalidArgument, name, name)
+			return Attributes{}, fmt.Errorf("%w: mount option %q: layers are untrusted, only the operator can allow it (--allow-mount-option=%s)", errdefs.ErrInvalidArgument, name, name)
 		}
 		option.set(&attributes)
 	}

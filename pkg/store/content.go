@@ -92,7 +92,7 @@ func checkReserve(dir *os.File, percent int) error {
 		return fmt.Errorf("fstatfs %s: %w", dir.Name(), err)
 	}
 	if stat.Bavail*100 < stat.Blocks*uint64(percent) {
-		return fmt.Errorf("%w: the disk of %s has less than %d %% free, which are kept for the volumes (--layer-disk-reserve): make room there", errdefs.ErrResourceExhausted, dir.Name(), percent)
+		return fmt.Errorf("%w: the disk of %s has less than %d %% free, which are kept for the volumes (--min-free-disk-percent): make room there", errdefs.ErrResourceExhausted, dir.Name(), percent)
 	}
 	return nil
 }

@@ -275,6 +275,6 @@ func (s *Store) makeRoom(ctx context.Context, sources []source) error {
 			s.collectFor(ctx, wanted-free)
 		}
 	}
-	return fmt.Errorf("%w: the layers have %s to download, and the disk of %s has %s that pulls may take (%d %% are kept for the volumes: --layer-disk-reserve)",
+	return fmt.Errorf("%w: the layers have %s to download, and the disk of %s has %s that pulls may take (%d %% are kept for the volumes: --min-free-disk-percent)",
 		errdefs.ErrResourceExhausted, humanize.IBytes(uint64(wanted)), s.path, humanize.IBytes(uint64(max(free, 0))), s.config.Limits.ReservePercent)
 }

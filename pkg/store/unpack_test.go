@@ -575,7 +575,7 @@ func TestLimits(t *testing.T) {
 	}{
 		"bytes":   {store.Limits{LayerBytes: 1 << 20}, []registrytest.Entry{zeros}, "--max-layer-size"},
 		"entries": {store.Limits{LayerEntries: 49}, many, "--max-layer-entries"},
-		"reserve": {store.Limits{ReservePercent: 90}, many, "--layer-disk-reserve"},
+		"reserve": {store.Limits{ReservePercent: 90}, many, "--min-free-disk-percent"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := newDisk(t, 64<<20)

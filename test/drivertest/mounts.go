@@ -43,7 +43,7 @@ func (n *Node) Leftovers() ([]string, error) {
 	for _, mount := range mounts {
 		found = append(found, "mount "+mount.Mountpoint)
 	}
-	for _, dir := range []string{filepath.Join(n.DataRoot, "volumes"), filepath.Join(n.DataRoot, "mounter", "l"), n.upperMounts()} {
+	for _, dir := range []string{filepath.Join(n.DataRoot, "volumes"), filepath.Join(n.DataRoot, "mounter", "l"), n.upperMountDir()} {
 		err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
 			if err == nil && path != dir {
 				found = append(found, strings.TrimPrefix(path, n.Dir+"/"))
@@ -60,8 +60,8 @@ func (n *Node) Leftovers() ([]string, error) {
 	return found, nil
 }
 
-// upperMounts is where the driver mounts the file systems of uppers.
-func (n *Node) upperMounts() string {
+// upperMountDir is where the driver mounts the file systems of uppers.
+func (n *Node) upperMountDir() string {
 	return filepath.Join(n.KubeletDir, "plugins", DriverName, "uppers")
 }
 

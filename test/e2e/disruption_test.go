@@ -161,7 +161,7 @@ func TestUpgradeUnderLoad(t *testing.T) {
 func TestMountProgramOfTheImage(t *testing.T) {
 	n := newNamespace(t, "baseline")
 	restoreChart(t)
-	must(t, helmInstall("--set", `driver.extraArgs[0]=--without-kernel-features=mount-api\,layer-fd\,detached-layer\,statmount`))
+	must(t, helmInstall("--set", `driver.extraArgs[0]=--disable-kernel-features=mount-api\,layer-fd\,detached-layer\,statmount`))
 	n.comesAndGoes("inline")
 	n.claim("kept")
 	for i, want := range []string{"top", "top\nmore"} {

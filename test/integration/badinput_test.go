@@ -203,7 +203,7 @@ func TestPublishedAgainWithSomethingElse(t *testing.T) {
 }
 
 func TestLayerInTheDataRoot(t *testing.T) {
-	node := newNode(t, "--layer-root-mounts=everything")
+	node := newNode(t, "--layer-root-allow-submounts=everything")
 	node.AddArgs("--layer-root=everything="+node.Dir, "--layer-root=alias="+filepath.Join(node.Dir, "alias"))
 	must(t, os.MkdirAll(filepath.Join(node.Dir, "alias"), 0o755))
 	must(t, os.MkdirAll(node.DataRoot, 0o755))

@@ -62,7 +62,7 @@ func TestLayerPathsWithSpecialCharacters(t *testing.T) {
 
 func TestLayersOnEveryFileSystem(t *testing.T) {
 	files := map[string]string{"dir/f": "from the layer", "g": "g"}
-	node := startNode(t, "--layer-root-mounts=layers")
+	node := startNode(t, "--layer-root-allow-submounts=layers")
 	content := filepath.Join(node.Dir, "content")
 	fill(t, content, files)
 	for _, kind := range []string{"tmpfs", "ext4", "xfs", "btrfs", "erofs", "squashfs"} {
@@ -100,7 +100,7 @@ func TestMountsBeneathALayerRootAreNoLayers(t *testing.T) {
 	}
 	mountTmpfs(t, filepath.Join(node.LayerDir, "mounted"))
 	_, err := newPod(t, node, "pod").Publish(timeout(t), inline("layers", drivertest.Layers("mounted")))
-	wantCode(t, err, codes.InvalidArgument, "mount", "--layer-root-mounts=layers")
+	wantCode(t, err, codes.InvalidArgument, "mount", "--layer-root-allow-submounts=layers")
 	wantNothingLeft(t, node)
 }
 

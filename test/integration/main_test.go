@@ -78,9 +78,9 @@ func printFeatures(dir string) error {
 // kernels are what the driver is made to believe of the kernel: every way to mount is tested as really as the others.
 var kernels = map[string][]string{
 	"layers by descriptor": nil,
-	"layers by path":       {"--without-kernel-features=layer-fd"},
-	"no detached layers":   {"--without-kernel-features=detached-layer"},
-	"mount(8)":             {"--without-kernel-features=mount-api,statmount"},
+	"layers by path":       {"--disable-kernel-features=layer-fd"},
+	"no detached layers":   {"--disable-kernel-features=detached-layer"},
+	"mount(8)":             {"--disable-kernel-features=mount-api,statmount"},
 }
 
 // onEachKernel runs a test once for each way to mount. In a virtual machine with a kernel to be tried (test/kernel) there

@@ -244,7 +244,7 @@ func TestInterruptedWalkIsFinished(t *testing.T) {
 
 // TestLayerThatCannotBeMapped: an overlay is such a file system.
 func TestLayerThatCannotBeMapped(t *testing.T) {
-	node := newNode(t, "--layer-root-mounts="+drivertest.LayerRoot)
+	node := newNode(t, "--layer-root-allow-submounts="+drivertest.LayerRoot)
 	start(t, node)
 	layers := layersOf(t, node, map[string]string{"f": "f"})
 	view := filepath.Join(node.LayerDir, "view")

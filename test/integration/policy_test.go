@@ -252,14 +252,14 @@ func TestMountOptions(t *testing.T) {
 		target := publish(t, pod, v)
 		wantMountFlags(t, target, unix.ST_NOSUID|unix.ST_NODEV|unix.ST_NOEXEC|unix.ST_NOATIME, unix.ST_RDONLY)
 		unpublish(t, pod, v)
-		for option, words := range map[string]string{"suid": "--permit-mount-option=suid", "lowerdir=/etc": "allowed are", "context=x": "allowed are"} {
+		for option, words := range map[string]string{"suid": "--allow-mount-option=suid", "lowerdir=/etc": "allowed are", "context=x": "allowed are"} {
 			v.Options = []string{option}
 			_, err := pod.Publish(timeout(t), v)
 			wantCode(t, err, codes.InvalidArgument, words)
 		}
 	})
 	t.Run("permitted", func(t *testing.T) {
-		node := startNode(t, "--permit-mount-option=suid,dev")
+		node := startNode(t, "--allow-mount-option=suid,dev")
 		v := claim("options", readWriteOnce, "layers", layersOf(t, node, map[string]string{"f": "f"}))
 		v.Options = []string{"suid", "dev"}
 		wantMountFlags(t, publish(t, newPod(t, node, "pod"), v), 0, unix.ST_NOSUID|unix.ST_NODEV)

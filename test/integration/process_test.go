@@ -99,11 +99,11 @@ func TestCommandLine(t *testing.T) {
 		"unknown flag":     {[]string{"--nonsense"}, 2, "nonsense"},
 		"argument":         {[]string{"run"}, 2, `"run"`},
 		"layer root":       {[]string{"--layer-root=models"}, 2, "NAME=PATH"},
-		"layer root twice": {[]string{"--layer-root=m=/a", "--layer-root=m=/b"}, 2, "another root"},
-		"mounts of none":   {[]string{"--layer-root-mounts=m"}, 2, "no --layer-root"},
+		"layer root twice": {[]string{"--layer-root=m=/a", "--layer-root=m=/b"}, 2, "duplicate name"},
+		"mounts of none":   {[]string{"--layer-root-allow-submounts=m"}, 2, "no --layer-root"},
 		"relative root":    {[]string{"--data-root=" + t.TempDir(), "--layer-root=m=relative", "--register=false", "--http-endpoint=", "--endpoint=/tmp/x.sock"}, 1, "absolute"},
-		"kernel feature":   {[]string{"--data-root=" + t.TempDir(), "--without-kernel-features=warp"}, 1, "warp"},
-		"mount option":     {[]string{"--permit-mount-option=exec"}, 2, "dev, suid"},
+		"kernel feature":   {[]string{"--data-root=" + t.TempDir(), "--disable-kernel-features=warp"}, 1, "warp"},
+		"mount option":     {[]string{"--allow-mount-option=exec"}, 2, "dev, suid"},
 		"endpoint":         {[]string{"--data-root=" + t.TempDir(), "--endpoint=tcp://1.2.3.4:5"}, 1, "unix://"},
 	} {
 		output, err := exec.Command(driverBinary(t), c.args...).CombinedOutput()
