@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"syscall"
 	"time"
 
@@ -95,9 +96,9 @@ type Node struct {
 
 	binary string
 	args   []string
-	cmd    *exec.Cmd
-	exited chan error
-	conn   *grpc.ClientConn
+	// running is nil where the driver was stopped, or not started yet.
+	running *process
+	conn    *grpc.ClientConn
 }
 
 // NewNode makes a node in dir, on which binary will run with these flags beside those for the directories.
@@ -127,10 +128,18 @@ func NewNode(dir, binary string, args ...string) (*Node, error) {
 func (n *Node) AddArgs(args ...string) { n.args = append(n.args, args...) }
 
 // Forget is for a driver that was not meant to start: it has ended by itself.
-func (n *Node) Forget() { n.cmd = nil }
+func (n *Node) Forget() { n.running = nil }
 
-// Start starts the driver and returns when it is ready.
+// Start starts the driver and returns when it is ready. The error says what it logged where it ended instead.
 func (n *Node) Start(ctx context.Context) error {
+	if err := n.Launch(); err != nil {
+		return err
+	}
+	return n.waitReady(ctx)
+}
+
+// Launch starts the driver and does not wait for it.
+func (n *Node) Launch() error {
 	args := append([]string{
 		"--endpoint=unix://" + n.Socket,
 		"--data-root=" + n.DataRoot,
@@ -141,38 +150,66 @@ func (n *Node) Start(ctx context.Context) error {
 		"--register=false",
 		"--certs-dir=" + n.CertsDir(),
 	}, n.args...)
-	n.cmd = exec.Command(n.binary, args...)
 	log, err := os.OpenFile(n.logPath(), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return err
 	}
 	defer log.Close()
-	n.cmd.Stderr = log
+	p := &process{cmd: exec.Command(n.binary, args...), ended: make(chan struct{})}
+	p.cmd.Stderr = log
 	// The driver does not outlive a test that is killed.
-	n.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := n.cmd.Start(); err != nil {
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	started := make(chan error)
+	go func() {
+		// Pdeathsig is sent when the thread ends that started the process, and this one lasts as long as the driver.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := p.cmd.Start()
+		started <- err
+		if err == nil {
+			p.err = p.cmd.Wait()
+			close(p.ended)
+		}
+	}()
+	if err := <-started; err != nil {
 		return fmt.Errorf("start the driver: %w", err)
 	}
-	exited := make(chan error, 1)
-	n.exited = exited
-	go func(cmd *exec.Cmd) { exited <- cmd.Wait() }(n.cmd)
-	return n.waitReady(ctx)
+	n.running = p
+	return nil
+}
+
+// process is a driver that was started.
+type process struct {
+	cmd   *exec.Cmd
+	ended chan struct{}
+	// err is how it ended, once it has.
+	err error
 }
 
 func (n *Node) waitReady(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
+	p := n.running
+	go func() {
+		select {
+		case <-p.ended:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
 	for {
 		response, err := csi.NewIdentityClient(n.conn).Probe(ctx, &csi.ProbeRequest{}, grpc.WaitForReady(true))
 		if err == nil && response.GetReady().GetValue() {
 			return nil
 		}
 		select {
-		case err := <-n.exited:
-			n.exited <- err
-			return fmt.Errorf("the driver ended: %w\n%s", err, n.Log())
 		case <-ctx.Done():
-			return fmt.Errorf("the driver is not ready: %w\n%s", ctx.Err(), n.Log())
+			select {
+			case <-p.ended:
+				return fmt.Errorf("the driver ended: %w\n%s", p.err, n.Log())
+			default:
+				return fmt.Errorf("the driver is not ready: %w\n%s", ctx.Err(), n.Log())
+			}
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
@@ -185,26 +222,27 @@ func (n *Node) Stop() error { return n.end(syscall.SIGTERM) }
 func (n *Node) Kill() error { return n.end(syscall.SIGKILL) }
 
 func (n *Node) end(signal syscall.Signal) error {
-	if n.cmd == nil {
+	p := n.running
+	if p == nil {
 		return nil
 	}
-	if err := n.cmd.Process.Signal(signal); err != nil && !errors.Is(err, os.ErrProcessDone) {
+	if err := p.cmd.Process.Signal(signal); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
 	}
 	select {
-	case err := <-n.exited:
-		n.cmd = nil
+	case <-p.ended:
+		n.running = nil
 		if signal == syscall.SIGTERM {
-			return err
+			return p.err
 		}
 		return nil
-	case <-time.After(30 * time.Second):
+	case <-time.After(time.Minute):
 		return fmt.Errorf("the driver does not end after %s\n%s", signal, n.Log())
 	}
 }
 
 // PID is that of the driver's process.
-func (n *Node) PID() int { return n.cmd.Process.Pid }
+func (n *Node) PID() int { return n.running.cmd.Process.Pid }
 
 // Log is what the driver has logged since it was first started.
 func (n *Node) Log() string {

@@ -187,12 +187,13 @@ func TestPublishedAgainWithSomethingElse(t *testing.T) {
 			"read-only":     func(v *drivertest.Volume) { v.ReadOnly = true },
 			"other options": func(v *drivertest.Volume) { v.Options = []string{"noexec"} },
 		} {
-			other := v
-			change(&other)
-			_, err := pod.Publish(timeout(t), other)
-			wantCode(t, err, codes.AlreadyExists)
-			wantFile(t, filepath.Join(pod.Target(v.Name), "f"), "0")
-			_ = name
+			t.Run(v.Name+" with "+name, func(t *testing.T) {
+				other := v
+				change(&other)
+				_, err := pod.Publish(timeout(t), other)
+				wantCode(t, err, codes.AlreadyExists)
+				wantFile(t, filepath.Join(pod.Target(v.Name), "f"), "0")
+			})
 		}
 		unpublish(t, pod, v)
 	}

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -20,9 +21,11 @@ import (
 // starts it again. Workers try again as kubelet does. In the end no mount, directory or state file is left, and
 // persistent volumes have every byte that was written to them.
 func TestCrash(t *testing.T) {
+	t.Parallel()
 	takesMinutes(t)
 	onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
-		crash(t, node, 8, 15, []string{"limit", "none"}, func(i int, layers string) []drivertest.Volume {
+		c := crash{workers: 8, rounds: proof(2, 15), kills: proof(8, 40), limit: []string{"limit", "none"}}
+		c.run(t, node, func(i int, layers string) []drivertest.Volume {
 			return []drivertest.Volume{claim(fmt.Sprint("own-", i), readWriteOnce, "layers", layers)}
 		})
 	})
@@ -31,15 +34,18 @@ func TestCrash(t *testing.T) {
 // TestCrashOfLimitedUppers is the same with uppers of every kind that the data root can hold. That they are mounted does
 // not depend on the way in which views are.
 func TestCrashOfLimitedUppers(t *testing.T) {
+	t.Parallel()
 	takesMinutes(t)
-	for system, rounds := range map[string]int{"the node's own": 8, "btrfs with quota": 4} {
+	for _, system := range []string{"the node's own", "btrfs with quota"} {
 		t.Run(system, func(t *testing.T) {
+			t.Parallel()
 			node := newNode(t)
 			if system != "the node's own" {
 				mountImage(t, system, 2<<30, node.DataRoot, "")
 			}
 			start(t, node)
-			crash(t, node, 4, rounds, nil, func(i int, layers string) []drivertest.Volume {
+			c := crash{workers: 4, rounds: proof(2, 8), kills: proof(8, 40)}
+			c.run(t, node, func(i int, layers string) []drivertest.Volume {
 				return []drivertest.Volume{
 					inline("layers", layers, "sizeLimit", "8Mi"),
 					inline("layers", layers, "sizeLimit", "8Mi", "medium", "memory"),
@@ -51,41 +57,55 @@ func TestCrashOfLimitedUppers(t *testing.T) {
 	}
 }
 
-// crash has workers use volumes for so many rounds: these, more of their own, and two claims that are limited as said.
-func crash(t *testing.T, node *drivertest.Node, workers, rounds int, limit []string, own func(i int, layers string) []drivertest.Volume) {
-	layers := layersOf(t, node, map[string]string{"f": "layer"}, map[string]string{"g": "layer"})
-	shared := create(t, node, "shared", readWriteOnce, append([]string{"layers", layers}, limit...)...)
-	each := create(t, node, "each", readWriteMany, append([]string{"layers", layers, "upper", "pod"}, limit...)...)
+// crash has workers use volumes, pod after pod, while the driver is killed.
+type crash struct {
+	workers int
+	// Each worker has so many pods at least, and more until the driver was killed so often while an RPC was under way. A fast
+	// disk has more pods, a slow one takes longer.
+	rounds, kills int
+	// limit is what is said of the size of the two claims that all workers use.
+	limit []string
+}
 
-	var publishes, kills atomic.Int64
+// crashDeadline is far beyond what the slowest disk takes: a driver that makes no progress fails the test.
+const crashDeadline = 15 * time.Minute
+
+// run has every worker use these volumes, its own among them, and looks at what is left of them.
+func (c crash) run(t *testing.T, node *drivertest.Node, own func(i int, layers string) []drivertest.Volume) {
+	layers := layersOf(t, node, map[string]string{"f": "layer"}, map[string]string{"g": "layer"})
+	shared := create(t, node, "shared", readWriteOnce, append([]string{"layers", layers}, c.limit...)...)
+	each := create(t, node, "each", readWriteMany, append([]string{"layers", layers, "upper", "pod"}, c.limit...)...)
+
+	ctx, cancel := contextWithTimeout(t, crashDeadline)
+	defer cancel()
+	k := killer{node: node, finished: make(chan struct{}, 1000)}
 	stop, stopped := make(chan struct{}), make(chan error, 1)
-	go func() { stopped <- killer(t, node, stop, &kills) }()
-	err := atOnce(workers, func(i int) error {
-		w := worker{t: t, node: node, publishes: &publishes, name: fmt.Sprint("worker-", i), volumes: append([]drivertest.Volume{
+	go func() { stopped <- k.run(ctx, stop, 2*c.workers) }()
+	var publishes atomic.Int64
+	rounds := make([]int, c.workers)
+	err := atOnce(c.workers, func(i int) error {
+		w := worker{t: t, node: node, killer: &k, publishes: &publishes, name: fmt.Sprint("worker-", i), volumes: append([]drivertest.Volume{
 			inline("layers", layers),
 			inline("layers", layers, "upper", "none"),
 			inline("layers", layers, "upper", "volume://scratch"),
 			shared,
 			each,
 		}, own(i, layers)...)}
-		for round := range rounds {
-			if err := w.round(round); err != nil {
-				return err
+		for ; rounds[i] < c.rounds || k.interrupting.Load() < int64(c.kills); rounds[i]++ {
+			if err := w.round(ctx, rounds[i]); err != nil {
+				return fmt.Errorf("%s, round %d, after %d kills: %w", w.name, rounds[i], k.kills.Load(), err)
 			}
 		}
 		return nil
 	})
 	close(stop)
 	must(t, errors.Join(err, <-stopped))
-	t.Logf("%d publishes and as many unpublishes, %d kills", publishes.Load(), kills.Load())
-	if publishes.Load() < int64(workers*rounds*5) || kills.Load() < 20 {
-		t.Errorf("only %d publishes and %d kills", publishes.Load(), kills.Load())
-	}
+	t.Logf("%d publishes and as many unpublishes, %d kills, %d of them while an RPC was under way", publishes.Load(), k.kills.Load(), k.interrupting.Load())
 
 	pod := newPod(t, node, "reader")
 	view := publish(t, pod, shared)
-	for i := range workers {
-		for round := range rounds {
+	for i := range c.workers {
+		for round := range rounds[i] {
 			wantFile(t, filepath.Join(view, fmt.Sprintf("worker-%d-%d", i, round)), payload(round))
 		}
 		for _, kept := range own(i, layers) {
@@ -93,7 +113,7 @@ func crash(t *testing.T, node *drivertest.Node, workers, rounds int, limit []str
 				continue
 			}
 			target := publish(t, pod, kept)
-			for round := range rounds {
+			for round := range rounds[i] {
 				wantFile(t, filepath.Join(target, fmt.Sprint("round-", round)), payload(round))
 			}
 			unpublish(t, pod, kept)
@@ -107,33 +127,74 @@ func crash(t *testing.T, node *drivertest.Node, workers, rounds int, limit []str
 	wantNothingLeft(t, node)
 }
 
-// killer kills the driver until stop is closed, sometimes before it is ready. It leaves it running.
-func killer(t *testing.T, node *drivertest.Node, stop chan struct{}, kills *atomic.Int64) error {
-	pause := 150 * time.Millisecond
-	if os.Getenv("OVERLAY_CSI_TEST_NATIVE") != "" {
-		// Under emulation the driver takes longer than that to start.
-		pause = 3 * time.Second
-	}
+// killer kills the driver and starts it again. It goes by what the driver gets done and not by the clock, so that a slow
+// machine gets forward between the kills, and a fast one has as many.
+type killer struct {
+	node *drivertest.Node
+	// finished has a value for each RPC that ended well since the driver was last started.
+	finished chan struct{}
+	underWay atomic.Int64
+	// interrupting are those of the kills that came while an RPC was under way.
+	kills, interrupting atomic.Int64
+}
+
+// run kills the driver, each time after up to so many RPCs and a part of the next, until stop is closed. It leaves it running.
+func (k *killer) run(ctx context.Context, stop <-chan struct{}, rpcs int) error {
 	for {
 		select {
 		case <-stop:
 			return nil
-		case <-time.After(time.Duration(rand.Int64N(int64(pause)))):
+		default:
 		}
-		if err := node.Kill(); err != nil {
+		began := time.Now()
+		n := rand.IntN(rpcs)
+		for range n {
+			select {
+			case <-stop:
+				return nil
+			case <-ctx.Done():
+				return fmt.Errorf("after %d kills no RPC ends any more: %w", k.kills.Load(), ctx.Err())
+			case <-k.finished:
+			}
+		}
+		time.Sleep(rand.N(time.Since(began)/time.Duration(n+1) + time.Millisecond))
+		interrupting := k.underWay.Load() > 0
+		if err := k.node.Kill(); err != nil {
 			return err
 		}
-		kills.Add(1)
-		if err := node.Start(t.Context()); err != nil {
+		k.kills.Add(1)
+		if interrupting {
+			k.interrupting.Add(1)
+		}
+		if rand.IntN(4) == 0 {
+			if err := k.killWhileItStarts(); err != nil {
+				return err
+			}
+		}
+		for len(k.finished) > 0 {
+			<-k.finished
+		}
+		if err := k.node.Start(ctx); err != nil {
 			return err
 		}
 	}
+}
+
+// killWhileItStarts kills the driver before it is ready, most times: reconciling is cut off then.
+func (k *killer) killWhileItStarts() error {
+	if err := k.node.Launch(); err != nil {
+		return err
+	}
+	time.Sleep(rand.N(100 * time.Millisecond))
+	k.kills.Add(1)
+	return k.node.Kill()
 }
 
 // worker is kubelet for one pod after the other.
 type worker struct {
 	t         *testing.T
 	node      *drivertest.Node
+	killer    *killer
 	publishes *atomic.Int64
 	name      string
 	volumes   []drivertest.Volume
@@ -141,7 +202,7 @@ type worker struct {
 
 func payload(round int) string { return fmt.Sprintf("written in round %d", round) }
 
-func (w *worker) round(round int) error {
+func (w *worker) round(ctx context.Context, round int) error {
 	pod, err := w.node.NewPod(fmt.Sprint(w.name, "-", round))
 	if err != nil {
 		return err
@@ -156,7 +217,7 @@ func (w *worker) round(round int) error {
 			w.volumes[i].Name = fmt.Sprint("v", i)
 		}
 		v := w.volumes[i]
-		if err := w.again(func() error { _, err := pod.Publish(timeout(w.t), v); return err }); err != nil {
+		if err := w.again(ctx, func(ctx context.Context) error { _, err := pod.Publish(ctx, v); return err }); err != nil {
 			return fmt.Errorf("publish %s: %w", v.Name, err)
 		}
 		w.publishes.Add(1)
@@ -165,7 +226,7 @@ func (w *worker) round(round int) error {
 		}
 	}
 	for _, v := range w.volumes {
-		if err := w.again(func() error { return pod.Unpublish(timeout(w.t), v) }); err != nil {
+		if err := w.again(ctx, func(ctx context.Context) error { return pod.Unpublish(ctx, v) }); err != nil {
 			return fmt.Errorf("unpublish %s: %w", v.Name, err)
 		}
 	}
@@ -200,15 +261,26 @@ func (w *worker) use(pod *drivertest.Pod, v drivertest.Volume, round int) error 
 	return os.WriteFile(filepath.Join(target, "own"), nil, 0o644)
 }
 
-// again tries until it works, as kubelet does, but for longer than any crash lasts.
-func (w *worker) again(do func() error) error {
-	deadline := time.Now().Add(time.Minute)
+// again tries until it works, with kubelet's patience each time.
+func (w *worker) again(ctx context.Context, do func(ctx context.Context) error) error {
 	for {
-		err := do()
-		if err == nil || time.Now().After(deadline) {
-			return err
+		rpc, cancel := context.WithTimeout(ctx, 2*time.Minute)
+		w.killer.underWay.Add(1)
+		err := do(rpc)
+		w.killer.underWay.Add(-1)
+		cancel()
+		if err == nil {
+			select {
+			case w.killer.finished <- struct{}{}:
+			default:
+			}
+			return nil
 		}
-		time.Sleep(5 * time.Millisecond)
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(5 * time.Millisecond):
+		}
 	}
 }
 

@@ -12,12 +12,15 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
@@ -27,13 +30,96 @@ func contextWithTimeout(t *testing.T, timeout time.Duration) (context.Context, c
 	return context.WithTimeout(t.Context(), timeout)
 }
 
-// TestKillsDuringPulls kills the driver 100 times while it pulls and unpacks. What is in the store then is whole.
+// TestKillsDuringPulls kills the driver while it pulls and unpacks. What is in the store then is whole. The registry holds a
+// blob back until the kill has come, so that no disk is too fast for it.
 func TestKillsDuringPulls(t *testing.T) {
+	t.Parallel()
 	takesMinutes(t)
 	node := newNode(t, "--layer-gc-min-age=0s")
 	r := startRegistry(t, node, registrytest.Options{})
-	want := map[string]string{}
-	var layers []v1.Layer
+	layers, want := pulledLayers(t)
+	image, err := registrytest.Image(layers...)
+	must(t, err)
+	v := inline("layers", pushAny(t, r, "a:1", image))
+	start(t, node)
+	reference := newPod(t, node, "reference")
+	began := time.Now()
+	publish(t, reference, v)
+	whole := time.Since(began)
+	for id := range want {
+		want[id] = hashTree(t, filepath.Join(node.DataRoot, "layers/sha256", id, "tree"))
+	}
+	unpublish(t, reference, v)
+
+	ctx, cancel := contextWithTimeout(t, crashDeadline)
+	defer cancel()
+	var interrupted, partial, rounds int
+	for ; interrupted < proof(12, 60) || partial < proof(4, 20); rounds++ {
+		if ctx.Err() != nil {
+			t.Fatalf("after %s, %d publishes were interrupted, and %d times some layers were there and others not", crashDeadline, interrupted, partial)
+		}
+		if len(storedLayers(t, node)) == len(want) || rounds%3 > 0 {
+			_, err := node.Admin().GC(timeout(t), false, true)
+			must(t, err)
+		}
+		pod := newPod(t, node, fmt.Sprint("pod-", rounds))
+		done := make(chan error, 1)
+		held := holdBlob(r, rounds%3, layers)
+		go func() { _, err := pod.Publish(timeout(t), v); done <- err }()
+		var published error
+		var ended bool
+		select {
+		case <-held:
+		case published = <-done:
+			// The blob that is held had come before the last kill, all of it.
+			ended = true
+		}
+		switch rounds % 3 {
+		case 0:
+			// Nothing is held: at any moment, the end of a pull among them.
+			time.Sleep(rand.N(whole))
+		case 1:
+			// In the middle of a blob: what has come of it is unpacked, or not yet.
+			time.Sleep(rand.N(10 * time.Millisecond))
+		case 2:
+			// Without one layer, and with others.
+			eventually(t, "a layer is there", func() bool { return len(storedLayers(t, node)) > 0 })
+		}
+		must(t, node.Kill())
+		if !ended {
+			published = <-done
+		}
+		if published != nil {
+			interrupted++
+		}
+		r.SetFault(nil)
+		must(t, node.Start(t.Context()))
+		stored := storedLayers(t, node)
+		if len(stored) > 0 && len(stored) < len(want) {
+			partial++
+		}
+		for _, id := range stored {
+			if got := hashTree(t, filepath.Join(node.DataRoot, "layers/sha256", id, "tree")); got != want[id] {
+				t.Fatalf("round %d: layer %s is not whole", rounds, id)
+			}
+		}
+		if trees, err := filepath.Glob(filepath.Join(node.DataRoot, "layers/incoming/*/tree")); err != nil || len(trees) > 0 {
+			t.Fatalf("round %d: half of a layer is left: %v %v", rounds, trees, err)
+		}
+		if rounds%5 == 4 {
+			publish(t, pod, v)
+			wantFile(t, filepath.Join(pod.Target(v.Name), "layer-5/dir-9/file-149"), strings.Repeat(fmt.Sprint(5, 149), 3000))
+		}
+		unpublish(t, pod, v)
+	}
+	t.Logf("%d kills interrupted %d publishes; %d times some layers were there and others not", rounds, interrupted, partial)
+	wantNothingLeft(t, node)
+}
+
+// pulledLayers are layers of 150 files each, and the IDs under which they are stored.
+func pulledLayers(t *testing.T) (layers []v1.Layer, ids map[string]string) {
+	t.Helper()
+	ids = map[string]string{}
 	for i := range 6 {
 		var entries []registrytest.Entry
 		for j := range 150 {
@@ -43,68 +129,55 @@ func TestKillsDuringPulls(t *testing.T) {
 		must(t, err)
 		id, err := layer.DiffID()
 		must(t, err)
-		layers = append(layers, layer)
-		want[id.Hex] = ""
+		layers, ids[id.Hex] = append(layers, layer), ""
 	}
-	image, err := registrytest.Image(layers...)
-	must(t, err)
-	pinned := pushAny(t, r, "a:1", image)
-	// Slow enough that most kills come while something is under way.
-	r.SetFault(func(_ http.ResponseWriter, request *http.Request) bool {
-		if registrytest.IsBlob(request, "") {
-			time.Sleep(rand.N(40 * time.Millisecond))
+	return layers, ids
+}
+
+// holdBlob has the registry hold back one layer: nothing of it where how is 2, all but a part where it is 1, and no layer
+// where it is 0. The channel is closed when the driver waits for what is held.
+func holdBlob(r *registrytest.Registry, how int, layers []v1.Layer) <-chan struct{} {
+	held := make(chan struct{})
+	if how == 0 {
+		close(held)
+		return held
+	}
+	layer := layers[rand.IntN(len(layers))]
+	digest, err := layer.Digest()
+	if err != nil {
+		panic(err)
+	}
+	size, err := layer.Size()
+	if err != nil {
+		panic(err)
+	}
+	after := 0
+	if how == 1 {
+		after = rand.IntN(int(size))
+	}
+	var once sync.Once
+	r.SetFault(func(w http.ResponseWriter, request *http.Request) bool {
+		if !registrytest.IsBlob(request, digest.Hex) {
+			return false
 		}
+		w.(*registrytest.ResponseWriter).StopAfter(after, func() {
+			once.Do(func() { close(held) })
+			<-request.Context().Done()
+		})
 		return false
 	})
-	start(t, node)
-	v := inline("layers", pinned)
-	reference := newPod(t, node, "reference")
-	publish(t, reference, v)
-	for id := range want {
-		want[id] = hashTree(t, filepath.Join(node.DataRoot, "layers/sha256", id, "tree"))
-	}
-	unpublish(t, reference, v)
+	return held
+}
 
-	var interrupted, partial int
-	for round := range 100 {
-		pod := newPod(t, node, fmt.Sprint("pod-", round))
-		done := make(chan error, 1)
-		go func() { _, err := pod.Publish(timeout(t), v); done <- err }()
-		time.Sleep(rand.N(400 * time.Millisecond))
-		must(t, node.Kill())
-		if err := <-done; err != nil {
-			interrupted++
-		}
-		must(t, node.Start(t.Context()))
-		names, err := os.ReadDir(filepath.Join(node.DataRoot, "layers/sha256"))
-		must(t, err)
-		if len(names) > 0 && len(names) < len(want) {
-			partial++
-		}
-		for _, entry := range names {
-			if got := hashTree(t, filepath.Join(node.DataRoot, "layers/sha256", entry.Name(), "tree")); got != want[entry.Name()] {
-				t.Fatalf("round %d: layer %s is not whole", round, entry.Name())
-			}
-		}
-		if trees, err := filepath.Glob(filepath.Join(node.DataRoot, "layers/incoming/*/tree")); err != nil || len(trees) > 0 {
-			t.Fatalf("round %d: half of a layer is left: %v %v", round, trees, err)
-		}
-		if round%5 == 4 {
-			publish(t, pod, v)
-			wantFile(t, filepath.Join(pod.Target(v.Name), "layer-5/dir-9/file-149"), strings.Repeat(fmt.Sprint(5, 149), 3000))
-		}
-		unpublish(t, pod, v)
-		if round%3 > 0 {
-			if _, err := node.Admin().GC(timeout(t), false, true); err != nil {
-				t.Fatal(err)
-			}
-		}
+// storedLayers are the IDs of the layers that the node has.
+func storedLayers(t *testing.T, node *drivertest.Node) (ids []string) {
+	t.Helper()
+	entries, err := os.ReadDir(filepath.Join(node.DataRoot, "layers/sha256"))
+	must(t, err)
+	for _, entry := range entries {
+		ids = append(ids, entry.Name())
 	}
-	t.Logf("%d publishes were interrupted, %d times some layers were there and others not", interrupted, partial)
-	if interrupted < 30 {
-		t.Errorf("only %d publishes were interrupted", interrupted)
-	}
-	wantNothingLeft(t, node)
+	return ids
 }
 
 // hashTree is a digest of all that is in a directory.
@@ -131,9 +204,10 @@ func hashTree(t *testing.T, root string) string {
 	return hex.EncodeToString(hash.Sum(nil))
 }
 
-// TestCollectUnderLoad has pods come and go for a minute while every layer that is not used is collected all the time. No
-// view ever loses a file.
+// TestCollectUnderLoad has pods come and go while every layer that is not used is collected all the time. No view ever loses
+// a file.
 func TestCollectUnderLoad(t *testing.T) {
+	t.Parallel()
 	takesMinutes(t)
 	node := startNode(t, "--layer-gc-min-age=0s")
 	r := startRegistry(t, node, registrytest.Options{})
@@ -141,72 +215,79 @@ func TestCollectUnderLoad(t *testing.T) {
 	for i := range 8 {
 		images = append(images, pushImage(t, r, fmt.Sprint("image-", i, ":1"), map[string]string{"shared": "shared"}, map[string]string{"own": fmt.Sprint(i)}, map[string]string{"last": "last"}))
 	}
-	ctx, cancel := contextWithTimeout(t, time.Minute)
+	ctx, cancel := contextWithTimeout(t, crashDeadline)
 	defer cancel()
 	var publishes, collected atomic.Int64
-	collector := make(chan error, 1)
-	go func() {
-		for ctx.Err() == nil {
-			result, err := node.Admin().GC(t.Context(), false, true)
-			if err != nil {
-				collector <- err
-				return
-			}
-			collected.Add(int64(len(result.Layers)))
-		}
-		collector <- nil
-	}()
-	var workers errgroup.Group
-	work := func(worker int) error {
-		for round := 0; ctx.Err() == nil; round++ {
-			number := rand.IntN(len(images))
-			pod, err := node.NewPod(fmt.Sprint("pod-", worker, "-", round))
-			if err != nil {
-				return err
-			}
-			v := inline("layers", images[number])
-			if err := publishAgain(t, pod, v); err != nil {
-				return err
-			}
-			publishes.Add(1)
-			for range 3 {
-				for file, want := range map[string]string{"shared": "shared", "own": fmt.Sprint(number), "last": "last"} {
-					got, err := os.ReadFile(filepath.Join(pod.Target(v.Name), file))
-					if err != nil || string(got) != want {
-						return fmt.Errorf("a view lost a file: %q instead of %q: %w", got, want, err)
-					}
-				}
-				time.Sleep(time.Millisecond)
-			}
-			if err := errors.Join(pod.Unpublish(timeout(t), v), os.RemoveAll(pod.Dir())); err != nil {
-				return err
-			}
-		}
-		return nil
+	enough := func() bool {
+		return publishes.Load() >= int64(proof(300, 5000)) && collected.Load() >= int64(proof(300, 5000))
 	}
+	var workers errgroup.Group
+	stop := make(chan struct{})
+	collector := make(chan error, 1)
+	go func() { collector <- collectUntil(t, node, stop, &collected) }()
 	for worker := range 6 {
-		workers.Go(func() error { return work(worker) })
+		workers.Go(func() error {
+			for round := 0; !enough(); round++ {
+				if err := readWhileCollected(ctx, node, fmt.Sprint("pod-", worker, "-", round), images); err != nil {
+					return fmt.Errorf("after %d publishes, with %d layers collected: %w", publishes.Load(), collected.Load(), err)
+				}
+				publishes.Add(1)
+			}
+			return nil
+		})
 	}
 	err := workers.Wait()
-	cancel()
+	close(stop)
 	must(t, errors.Join(err, <-collector))
 	t.Logf("%d publishes, %d layers collected", publishes.Load(), collected.Load())
-	if publishes.Load() < 100 || collected.Load() < 100 {
-		t.Errorf("only %d publishes and %d layers collected", publishes.Load(), collected.Load())
-	}
 	wantNothingLeft(t, node)
 }
 
-// publishAgain publishes as kubelet does, again where the driver says that it may work later.
-func publishAgain(t *testing.T, pod *drivertest.Pod, v drivertest.Volume) error {
-	var err error
-	for range 100 {
-		if _, err = pod.Publish(timeout(t), v); err == nil {
+// collectUntil collects every layer that is not used until stop is closed.
+func collectUntil(t *testing.T, node *drivertest.Node, stop <-chan struct{}, collected *atomic.Int64) error {
+	for {
+		select {
+		case <-stop:
 			return nil
+		default:
 		}
-		if !strings.Contains(err.Error(), "gone again") {
+		result, err := node.Admin().GC(t.Context(), false, true)
+		if err != nil {
+			return err
+		}
+		collected.Add(int64(len(result.Layers)))
+	}
+}
+
+// readWhileCollected publishes one of the images for a new pod, reads its files several times, and unpublishes it.
+func readWhileCollected(ctx context.Context, node *drivertest.Node, name string, images []string) error {
+	number := rand.IntN(len(images))
+	pod, err := node.NewPod(name)
+	if err != nil {
+		return err
+	}
+	v := inline("layers", images[number])
+	if err := publishAgain(ctx, pod, v); err != nil {
+		return err
+	}
+	for range 3 {
+		for file, want := range map[string]string{"shared": "shared", "own": fmt.Sprint(number), "last": "last"} {
+			got, err := os.ReadFile(filepath.Join(pod.Target(v.Name), file))
+			if err != nil || string(got) != want {
+				return fmt.Errorf("a view lost a file: %q instead of %q: %w", got, want, err)
+			}
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return errors.Join(pod.Unpublish(ctx, v), os.RemoveAll(pod.Dir()))
+}
+
+// publishAgain publishes as kubelet does, again where the driver says that it may work later.
+func publishAgain(ctx context.Context, pod *drivertest.Pod, v drivertest.Volume) error {
+	for {
+		_, err := pod.Publish(ctx, v)
+		if status.Code(err) != codes.Unavailable || ctx.Err() != nil {
 			return err
 		}
 	}
-	return err
 }

@@ -91,7 +91,10 @@ func onEachKernel(t *testing.T, test func(t *testing.T, node *drivertest.Node)) 
 		return
 	}
 	for name, args := range kernels {
-		t.Run(name, func(t *testing.T) { test(t, startNode(t, args...)) })
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test(t, startNode(t, args...))
+		})
 	}
 }
 
@@ -191,6 +194,15 @@ func takesMinutes(t *testing.T) {
 	}
 }
 
+// proof is how often a test of much load does what it does: with OVERLAY_CSI_PROOF=1, as make proof sets it, so often that
+// rare faults are met.
+func proof(short, long int) int {
+	if os.Getenv("OVERLAY_CSI_PROOF") == "1" {
+		return long
+	}
+	return short
+}
+
 // timeout is kubelet's patience, two minutes.
 func timeout(t *testing.T) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -256,12 +268,13 @@ func must(t *testing.T, err error) {
 // eventually waits for something that the driver does in the background.
 func eventually(t *testing.T, what string, done func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
+	const patience = 2 * time.Minute
+	deadline := time.Now().Add(patience)
 	for !done() {
 		if time.Now().After(deadline) {
-			t.Fatalf("not after 30 s: %s", what)
+			t.Fatalf("not after %s: %s", patience, what)
 		}
-		time.Sleep(20 * time.Millisecond)
+		time.Sleep(2 * time.Millisecond)
 	}
 }
 

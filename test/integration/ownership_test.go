@@ -8,7 +8,6 @@ import (
 	"runtime"
 	"strings"
 	"testing"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -213,6 +212,7 @@ func TestOwnershipWalk(t *testing.T) {
 
 // TestInterruptedWalkIsFinished: a view whose files have not all been gone over is no published volume.
 func TestInterruptedWalkIsFinished(t *testing.T) {
+	t.Parallel()
 	takesMinutes(t)
 	node := startNode(t)
 	files := map[string]string{}
@@ -222,15 +222,22 @@ func TestInterruptedWalkIsFinished(t *testing.T) {
 	v := claim("walked", readWriteOnce, "layers", layersOf(t, node, files), "ownership", "walk")
 	v.Group = "2000"
 	pod := newPod(t, node, "pod")
+	upper := upperDir(node, pod, v)
 	for round := range 4 {
 		published := make(chan error, 1)
 		go func() {
 			_, err := pod.Publish(timeout(t), v)
 			published <- err
 		}()
-		time.Sleep(time.Duration(10+20*round) * time.Millisecond)
+		// Further on each time, and never at the end.
+		eventually(t, "a part of the directories is copied up", func() bool {
+			entries, _ := os.ReadDir(upper)
+			return len(entries) > 7*round
+		})
 		must(t, node.Kill())
-		<-published
+		if <-published == nil {
+			t.Errorf("round %d: the publish was over before the kill", round)
+		}
 		start(t, node)
 	}
 	target := publish(t, pod, v)

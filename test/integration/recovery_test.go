@@ -97,11 +97,24 @@ func TestMissingKubeletDirectoryIsNoProof(t *testing.T) {
 	pods := filepath.Join(node.KubeletDir, "pods")
 	must(t, os.Rename(pods, pods+".away"))
 	start(t, node)
-	time.Sleep(300 * time.Millisecond)
+	for range 2 {
+		waitForReconcile(t, node)
+	}
 	must(t, os.Rename(pods+".away", pods))
 	// Of the same boot, so that what was written is still there.
 	wantFile(t, filepath.Join(publish(t, pod, v), "f"), "pod")
 	unpublish(t, pod, v)
+}
+
+// waitForReconcile waits until the driver has looked through its volumes: it then has removed a directory without a state.
+func waitForReconcile(t *testing.T, node *drivertest.Node) {
+	t.Helper()
+	dir := filepath.Join(node.DataRoot, "volumes", "zz-left-by-a-crash")
+	must(t, os.MkdirAll(dir, 0o700))
+	eventually(t, "the driver has reconciled", func() bool {
+		_, err := os.Lstat(dir)
+		return os.IsNotExist(err)
+	})
 }
 
 func TestLiveViewsOutliveTheDriver(t *testing.T) {

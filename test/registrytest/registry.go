@@ -160,14 +160,20 @@ func (w *rangeWriter) Write(data []byte) (int, error) {
 	return n + int(skip), err
 }
 
-// ResponseWriter is what faults write to. It can cut the connection in the middle of the registry's answer.
+// ResponseWriter is what faults write to. It can stop in the middle of the registry's answer.
 type ResponseWriter struct {
 	http.ResponseWriter
 	left int
+	stop func()
 }
 
 // CutAfter cuts the connection after so many bytes of the answer.
-func (w *ResponseWriter) CutAfter(bytes int) { w.left = bytes }
+func (w *ResponseWriter) CutAfter(bytes int) {
+	w.StopAfter(bytes, func() { panic(http.ErrAbortHandler) })
+}
+
+// StopAfter calls stop after so many bytes of the answer have been sent. The rest follows when stop returns.
+func (w *ResponseWriter) StopAfter(bytes int, stop func()) { w.left, w.stop = bytes, stop }
 
 // Unwrap is for http.ResponseController.
 func (w *ResponseWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
@@ -179,9 +185,15 @@ func (w *ResponseWriter) Write(data []byte) (int, error) {
 		}
 		return w.ResponseWriter.Write(data)
 	}
-	_, _ = w.ResponseWriter.Write(data[:w.left])
+	before := w.left
+	w.left = -1
+	if n, err := w.ResponseWriter.Write(data[:before]); err != nil {
+		return n, err
+	}
 	_ = http.NewResponseController(w.ResponseWriter).Flush()
-	panic(http.ErrAbortHandler)
+	w.stop()
+	n, err := w.ResponseWriter.Write(data[before:])
+	return before + n, err
 }
 
 // CA is the certificate in PEM that the registry's own is of.
