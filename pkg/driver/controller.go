@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
@@ -53,10 +54,10 @@ func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	if err != nil {
 		return nil, err
 	}
-	if request.Spec.Upper == volume.UpperVolume && !c.isWanted(req.GetAccessibilityRequirements()) {
+	if request.Spec.Upper == spec.UpperClaim && !c.isWanted(req.GetAccessibilityRequirements()) {
 		return nil, fmt.Errorf("%w: the volume is wanted on other nodes than this one (%v)", errdefs.ErrResourceExhausted, c.topology.GetSegments())
 	}
-	if req.GetParameters()[volume.KeyLayersFrom] == volume.LayersFromClaim {
+	if req.GetParameters()[spec.KeyLayersFrom] == spec.LayersFromClaim {
 		request.ClaimLayers = func(ctx context.Context) ([]reference.Reference, error) {
 			return c.claimLayers(ctx, req.GetParameters()[keyClaimNamespace], req.GetParameters()[keyClaimName])
 		}
@@ -72,9 +73,9 @@ func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 func (c *Controller) claimLayers(ctx context.Context, namespace, name string) ([]reference.Reference, error) {
 	switch {
 	case c.claims == nil:
-		return nil, fmt.Errorf("%w: key %q: the driver has no access to the API server, which claims are read from (--kubeconfig)", errdefs.ErrFailedPrecondition, volume.KeyLayersFrom)
+		return nil, fmt.Errorf("%w: key %q: the driver has no access to the API server, which claims are read from (--kubeconfig)", errdefs.ErrFailedPrecondition, spec.KeyLayersFrom)
 	case namespace == "" || name == "":
-		return nil, fmt.Errorf("%w: key %q: the request does not say which claim it is for: start external-provisioner with --extra-create-metadata", errdefs.ErrFailedPrecondition, volume.KeyLayersFrom)
+		return nil, fmt.Errorf("%w: key %q: the request does not say which claim it is for: start external-provisioner with --extra-create-metadata", errdefs.ErrFailedPrecondition, spec.KeyLayersFrom)
 	}
 	annotations, err := c.claims.Annotations(ctx, namespace, name)
 	if err != nil {
@@ -138,7 +139,7 @@ func (c *Controller) ValidateVolumeCapabilities(ctx context.Context, req *csi.Va
 	if err != nil {
 		return nil, err
 	}
-	if _, _, err := parseCapabilities(v.Spec.Parameters(), volume.Usage{}, req.GetVolumeCapabilities()); err != nil {
+	if _, _, err := parseCapabilities(v.Spec.Parameters(), spec.Scope{}, req.GetVolumeCapabilities()); err != nil {
 		return &csi.ValidateVolumeCapabilitiesResponse{Message: err.Error()}, nil
 	}
 	if given := userKeys(req.GetVolumeContext()); len(given) > 0 && !maps.Equal(given, v.Spec.Parameters()) {
@@ -201,7 +202,7 @@ func (c *Controller) GetCapacity(ctx context.Context, req *csi.GetCapacityReques
 	if err != nil {
 		return nil, err
 	}
-	return &csi.GetCapacityResponse{AvailableCapacity: left, MinimumVolumeSize: wrapperspb.Int64(volume.MinKeptSize)}, nil
+	return &csi.GetCapacityResponse{AvailableCapacity: left, MinimumVolumeSize: wrapperspb.Int64(spec.MinPersistentSize)}, nil
 }
 
 // ControllerGetCapabilities tells what the service can do.

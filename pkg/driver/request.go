@@ -11,6 +11,7 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
@@ -32,13 +33,13 @@ const (
 var addedPrefixes = []string{"csi.storage.k8s.io/", "storage.kubernetes.io/"}
 
 // accessModes are the CSI access modes that an overlay volume can have.
-var accessModes = map[csi.VolumeCapability_AccessMode_Mode]volume.Access{
-	csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER:        volume.SingleNode,
-	csi.VolumeCapability_AccessMode_SINGLE_NODE_MULTI_WRITER:  volume.SingleNode,
-	csi.VolumeCapability_AccessMode_SINGLE_NODE_SINGLE_WRITER: volume.SinglePod,
-	csi.VolumeCapability_AccessMode_SINGLE_NODE_READER_ONLY:   volume.SingleNodeReader,
-	csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY:    volume.ManyReaders,
-	csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER:   volume.ManyWriters,
+var accessModes = map[csi.VolumeCapability_AccessMode_Mode]spec.AccessMode{
+	csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER:        spec.ReadWriteOnce,
+	csi.VolumeCapability_AccessMode_SINGLE_NODE_MULTI_WRITER:  spec.ReadWriteOnce,
+	csi.VolumeCapability_AccessMode_SINGLE_NODE_SINGLE_WRITER: spec.ReadWriteOncePod,
+	csi.VolumeCapability_AccessMode_SINGLE_NODE_READER_ONLY:   spec.SingleNodeReaderOnly,
+	csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY:    spec.ReadOnlyMany,
+	csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER:   spec.ReadWriteMany,
 }
 
 // publishRequest turns kubelet's request into the driver's own. It looks at nothing but the request.
@@ -62,7 +63,7 @@ func publishRequest(req *csi.NodePublishVolumeRequest, allowedMountOptions []str
 	if err != nil {
 		return volume.PublishRequest{}, err
 	}
-	spec, err := volume.ParseSpec(userKeys(volumeContext), volume.Usage{Inline: inline, Access: access})
+	parsed, err := spec.Parse(userKeys(volumeContext), spec.Scope{Inline: inline, Access: access})
 	if err != nil {
 		return volume.PublishRequest{}, err
 	}
@@ -70,11 +71,11 @@ func publishRequest(req *csi.NodePublishVolumeRequest, allowedMountOptions []str
 	if err != nil {
 		return volume.PublishRequest{}, err
 	}
-	attributes.ReadOnly = attributes.ReadOnly || req.GetReadonly() || spec.Upper == volume.UpperNone
+	attributes.ReadOnly = attributes.ReadOnly || req.GetReadonly() || parsed.Upper == spec.UpperNone
 	return volume.PublishRequest{
 		VolumeID:    req.GetVolumeId(),
 		Target:      req.GetTargetPath(),
-		Spec:        spec,
+		Spec:        parsed,
 		Inline:      inline,
 		Provisioned: volumeContext[keyProvisioner] != "",
 		Access:      access,
@@ -105,20 +106,20 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 	case len(req.GetMutableParameters()) > 0:
 		return volume.CreateRequest{}, fmt.Errorf("%w: the driver has no mutable parameters: leave the VolumeAttributesClass out", errdefs.ErrInvalidArgument)
 	}
-	access, spec, err := parseCapabilities(userKeys(req.GetParameters()), volume.Usage{Create: true}, req.GetVolumeCapabilities())
+	access, parsed, err := parseCapabilities(userKeys(req.GetParameters()), spec.Scope{Create: true}, req.GetVolumeCapabilities())
 	if err != nil {
 		return volume.CreateRequest{}, err
 	}
-	if required > 0 && (spec.Upper == volume.UpperVolume || spec.Upper == volume.UpperPod) {
-		spec.Size = max(required, volume.MinKeptSize)
+	if required > 0 && parsed.ManagesUpper() {
+		parsed.Size = max(required, spec.MinPersistentSize)
 	}
-	if limit > 0 && spec.Size > limit {
-		return volume.CreateRequest{}, fmt.Errorf("%w: capacity of at most %d bytes: a volume has at least %d", errdefs.ErrOutOfRange, limit, spec.Size)
+	if limit > 0 && parsed.Size > limit {
+		return volume.CreateRequest{}, fmt.Errorf("%w: capacity of at most %d bytes: a volume has at least %d", errdefs.ErrOutOfRange, limit, parsed.Size)
 	}
-	if err := spec.CheckSized(); err != nil {
+	if err := parsed.CheckSized(); err != nil {
 		return volume.CreateRequest{}, err
 	}
-	return volume.CreateRequest{Name: req.GetName(), Spec: spec, Access: access, Secrets: req.GetSecrets(), Required: required, Limit: limit}, nil
+	return volume.CreateRequest{Name: req.GetName(), Spec: parsed, Access: access, Secrets: req.GetSecrets(), Required: required, Limit: limit}, nil
 }
 
 // capacityRange reads the bounds of a volume's size. Zero is no bound.
@@ -130,42 +131,43 @@ func capacityRange(capacity *csi.CapacityRange) (required, limit int64, err erro
 	return required, limit, nil
 }
 
-// breadth orders access modes by how many may use a volume that has several.
-var breadth = []volume.Access{volume.SinglePod, volume.SingleNodeReader, volume.SingleNode, volume.ManyReaders, volume.ManyWriters}
+// accessModeOrder has the access modes in the order of how many may use a volume; the last of several counts.
+var accessModeOrder = []spec.AccessMode{spec.ReadWriteOncePod, spec.SingleNodeReaderOnly, spec.ReadWriteOnce, spec.ReadOnlyMany, spec.ReadWriteMany}
 
-// parseCapabilities reads the keys as each of the capabilities means them, and wants them to mean the same.
-func parseCapabilities(parameters map[string]string, usage volume.Usage, capabilities []*csi.VolumeCapability) (volume.Access, volume.Spec, error) {
+// parseCapabilities parses the keys for each of the capabilities. It returns ErrInvalidArgument if they mean different
+// volumes for different capabilities.
+func parseCapabilities(parameters map[string]string, scope spec.Scope, capabilities []*csi.VolumeCapability) (spec.AccessMode, spec.Spec, error) {
 	if len(capabilities) == 0 {
-		return "", volume.Spec{}, fmt.Errorf("%w: the volume capabilities are missing", errdefs.ErrInvalidArgument)
+		return "", spec.Spec{}, fmt.Errorf("%w: the volume capabilities are missing", errdefs.ErrInvalidArgument)
 	}
-	var widest volume.Access
-	var first volume.Spec
+	var widest spec.AccessMode
+	var first spec.Spec
 	for i, capability := range capabilities {
 		access, err := accessOf(capability)
 		if err != nil {
-			return "", volume.Spec{}, err
+			return "", spec.Spec{}, err
 		}
 		if _, err := overlay.ParseMountOptions(capability.GetMount().GetMountFlags(), overlay.LooseningOptions()); err != nil {
-			return "", volume.Spec{}, err
+			return "", spec.Spec{}, err
 		}
-		usage.Access = access
-		spec, err := volume.ParseSpec(parameters, usage)
+		scope.Access = access
+		parsed, err := spec.Parse(parameters, scope)
 		if err != nil {
-			return "", volume.Spec{}, err
+			return "", spec.Spec{}, err
 		}
 		if i == 0 {
-			first = spec
-		} else if !first.Equal(spec) {
-			return "", volume.Spec{}, fmt.Errorf("%w: the access modes of the claim ask for different uppers: name one access mode, or say upper", errdefs.ErrInvalidArgument)
+			first = parsed
+		} else if !first.Equal(parsed) {
+			return "", spec.Spec{}, fmt.Errorf("%w: the access modes of the claim ask for different uppers: name one access mode, or say upper", errdefs.ErrInvalidArgument)
 		}
-		if slices.Index(breadth, access) > slices.Index(breadth, widest) {
+		if slices.Index(accessModeOrder, access) > slices.Index(accessModeOrder, widest) {
 			widest = access
 		}
 	}
 	return widest, first, nil
 }
 
-func accessOf(capability *csi.VolumeCapability) (volume.Access, error) {
+func accessOf(capability *csi.VolumeCapability) (spec.AccessMode, error) {
 	switch {
 	case capability == nil:
 		return "", fmt.Errorf("%w: the volume capability is missing", errdefs.ErrInvalidArgument)
@@ -190,7 +192,7 @@ func groupOf(text string) (*uint32, error) {
 	if text == "" {
 		return nil, nil
 	}
-	group, err := volume.ParseGroup(text)
+	group, err := spec.ParseGroup(text)
 	return &group, err
 }
 

@@ -150,7 +150,7 @@ func mapLower(lower, namespace *os.File) (*os.File, error) {
 	}
 	clone.Close()
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM) {
-		return nil, fmt.Errorf("%w: the owner of the files of layer %s cannot be shown as another: its file system cannot be ID-mapped on this kernel (mount_setattr: %w): say ownership: walk, or none", errdefs.ErrFailedPrecondition, lower.Name(), err)
+		return nil, fmt.Errorf("%w: the owner of the files of layer %s cannot be shown as another: its file system cannot be ID-mapped on this kernel (mount_setattr: %w): say ownership: chown, or none", errdefs.ErrFailedPrecondition, lower.Name(), err)
 	}
 	return nil, fmt.Errorf("mount_setattr (ID mapping) of layer %s: %w", lower.Name(), err)
 }

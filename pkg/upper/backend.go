@@ -109,7 +109,7 @@ func (b *Backends) Choose(need Requirements) (Backend, error) {
 		}
 		reasons = append(reasons, fmt.Errorf("%s: %w", backend, err))
 	}
-	return "", fmt.Errorf("%w: the data root %s cannot enforce a size of %d bytes (%w); make one of these available, or set limit: none",
+	return "", fmt.Errorf("%w: the data root %s cannot enforce a size of %d bytes (%w); make one of these available, or set sizeEnforcement: none",
 		errdefs.ErrFailedPrecondition, b.config.Root.Name(), need.Bytes, errors.Join(reasons...))
 }
 

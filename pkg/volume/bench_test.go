@@ -18,6 +18,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
@@ -117,7 +118,7 @@ func newBenchNode(b *testing.B) *benchNode {
 }
 
 // dirs is a volume of so many directories.
-func (n *benchNode) dirs(count int) volume.Spec {
+func (n *benchNode) dirs(count int) spec.Spec {
 	var refs []string
 	for i := range count {
 		name := fmt.Sprint("layer-", i)
@@ -126,11 +127,11 @@ func (n *benchNode) dirs(count int) volume.Spec {
 		}
 		refs = append(refs, "dir://r/"+name)
 	}
-	return n.spec(strings.Join(refs, "\n"))
+	return n.parse(strings.Join(refs, "\n"))
 }
 
 // image is a volume of an image with so many layers.
-func (n *benchNode) image(count int) volume.Spec {
+func (n *benchNode) image(count int) spec.Spec {
 	registry, err := registrytest.Start(registrytest.Options{})
 	if err != nil {
 		n.b.Fatal(err)
@@ -155,23 +156,23 @@ func (n *benchNode) image(count int) volume.Spec {
 	if err != nil {
 		n.b.Fatal(err)
 	}
-	return n.spec("oci://" + pinned)
+	return n.parse("oci://" + pinned)
 }
 
-func (n *benchNode) spec(layers string) volume.Spec {
-	spec, err := volume.ParseSpec(map[string]string{"layers": layers}, volume.Usage{Inline: true})
+func (n *benchNode) parse(layers string) spec.Spec {
+	parsed, err := spec.Parse(map[string]string{"layers": layers}, spec.Scope{Inline: true})
 	if err != nil {
 		n.b.Fatal(err)
 	}
-	return spec
+	return parsed
 }
 
 // publish publishes and unpublishes a volume of its own.
-func (n *benchNode) publish(spec volume.Spec) (publish, unpublish time.Duration) {
+func (n *benchNode) publish(made spec.Spec) (publish, unpublish time.Duration) {
 	n.count++
 	id, target := fmt.Sprint("v", n.count), filepath.Join(n.dir, "target")
 	begin := time.Now()
-	err := n.manager.Publish(n.b.Context(), volume.PublishRequest{VolumeID: id, Target: target, Spec: spec, Inline: true, Attributes: overlay.Attributes{NoSUID: true, NoDev: true}})
+	err := n.manager.Publish(n.b.Context(), volume.PublishRequest{VolumeID: id, Target: target, Spec: made, Inline: true, Attributes: overlay.Attributes{NoSUID: true, NoDev: true}})
 	publish = time.Since(begin)
 	if err != nil {
 		n.b.Fatal(err)

@@ -11,26 +11,27 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
 // chooseKind chooses how a volume's uppers are kept on this node. Where its size cannot be kept to, the error says why;
 // where it is more than the node may ever promise, it is of the kind ResourceExhausted.
 func (m *Manager) chooseKind(r *record) (upper.Backend, error) {
-	if r.Spec.Upper == UpperPodVolume {
+	if r.Spec.Upper == spec.UpperPodVolume {
 		return upper.PodVolume, nil
 	}
 	if exists(filepath.Join(m.states.volumeDir(r.ID), "upper")) {
 		// Of a driver that knew no other kind.
 		return upper.Directory, nil
 	}
-	want := upper.Requirements{Bytes: r.Size, Unenforced: r.Spec.Limit == LimitNone}
+	want := upper.Requirements{Bytes: r.Size, Unenforced: r.Spec.SizeEnforcement == spec.EnforceNone}
 	switch {
-	case r.Spec.Medium == MediumMemory:
+	case r.Spec.Medium == spec.MediumMemory:
 		want.Backend = upper.Tmpfs
-	case r.Spec.Limit == LimitImage:
+	case r.Spec.SizeEnforcement == spec.EnforceImage:
 		want.Backend = upper.DiskImage
-	case r.Spec.Limit == LimitQuota:
+	case r.Spec.SizeEnforcement == spec.EnforceQuota:
 		want.Backend = upper.ProjectQuota
 	}
 	disk, err := linux.FileSystemUsageAt(m.root.Path())
@@ -73,11 +74,11 @@ func (m *Manager) Capacity(ctx context.Context) (int64, error) {
 
 // promisedTo is what a volume was promised of the disk, and what it has taken of that.
 func (m *Manager) promisedTo(ctx context.Context, r *record) (promised, taken int64) {
-	if r.Size == 0 || r.Spec.Limit == LimitNone || r.Kept == upper.Tmpfs || !r.Spec.hasUpper() {
+	if r.Size == 0 || r.Spec.SizeEnforcement == spec.EnforceNone || r.Kept == upper.Tmpfs || !r.Spec.ManagesUpper() {
 		return 0, 0
 	}
 	targets := []string{""}
-	if r.Spec.Upper == UpperPod {
+	if r.Spec.Upper == spec.UpperPod {
 		targets = nil
 		for _, p := range r.Publications {
 			targets = append(targets, p.Target)
@@ -103,7 +104,7 @@ func (m *Manager) promisedTo(ctx context.Context, r *record) (promised, taken in
 func (m *Manager) promise(ctx context.Context, r *record, more int64) error {
 	m.promises.Lock()
 	defer m.promises.Unlock()
-	if r.Spec.Limit != LimitNone && r.Kept != upper.Tmpfs {
+	if r.Spec.SizeEnforcement != spec.EnforceNone && r.Kept != upper.Tmpfs {
 		left, err := m.Capacity(ctx)
 		if err != nil {
 			return err
@@ -135,16 +136,16 @@ func (m *Manager) Expand(ctx context.Context, id, path string, required, limit i
 	}
 	size := max(required, r.Size)
 	switch {
-	case r.Spec.Upper == UpperPodVolume:
+	case r.Spec.Upper == spec.UpperPodVolume:
 		return 0, fmt.Errorf("%w: volume %s has its upper in another volume: make that one larger", errdefs.ErrInvalidArgument, id)
 	case limit > 0 && size > limit:
 		return 0, fmt.Errorf("%w: volume %s has %d bytes, and is to have at most %d: a volume does not become smaller", errdefs.ErrOutOfRange, id, size, limit)
-	case !r.Spec.hasUpper() || r.Size == 0:
+	case !r.Spec.ManagesUpper() || r.Size == 0:
 		return size, nil
 	}
 	grown := *r
 	grown.Size = size
-	if r.Spec.Limit != LimitNone {
+	if r.Spec.SizeEnforcement != spec.EnforceNone {
 		if err := m.grow(ctx, &grown, size-r.Size); err != nil {
 			return 0, fmt.Errorf("expand volume %s: %w", id, err)
 		}

@@ -9,6 +9,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
@@ -122,7 +123,7 @@ func (m *Manager) health(ctx context.Context, r *record, target string) []Condit
 			found.addError(mark.Check(p.LowerDirs[i]), Condition{Severity: Degraded, Reason: reasonLayerMissing},
 				Condition{Severity: Degraded, Reason: reasonLayerChanged}, Condition{Severity: Degraded, Reason: reasonLayerFails})
 		}
-		if r.Spec.Upper != UpperNone {
+		if r.Spec.Upper != spec.UpperNone {
 			m.upperHealth(ctx, &found, m.openUpper(r, p))
 		}
 	}

@@ -12,16 +12,17 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
 // Description is what there is to know of a volume on this node.
 type Description struct {
 	ID   string
-	Spec Spec
+	Spec spec.Spec
 	// Inline: the volume lives as long as its pod.
 	Inline bool `json:",omitempty"`
-	// SizeBytes is the limit of each of its uppers, or what is only reported (limit: none), and Kept how it is kept.
+	// SizeBytes is the limit of each of its uppers, or what is only reported (sizeEnforcement: none), and Kept how it is kept.
 	SizeBytes int64         `json:",omitempty"`
 	Kept      upper.Backend `json:",omitempty"`
 	// Pins are the images that the references to images and archives stand for, Layers their layers by diff ID.
@@ -71,7 +72,7 @@ func (m *Manager) Describe(ctx context.Context, id string) (Description, error) 
 // graphDriverData are the directories of a view.
 func (m *Manager) graphDriverData(r *record, p *publication) map[string]string {
 	data := map[string]string{"LowerDir": strings.Join(p.LowerDirs, ":"), "MergedDir": p.Target}
-	if r.Spec.Upper != UpperNone {
+	if r.Spec.Upper != spec.UpperNone {
 		data["UpperDir"], data["WorkDir"] = m.openUpper(r, p).Paths()
 	}
 	return data

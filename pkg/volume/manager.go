@@ -17,12 +17,13 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
 // mounter mounts views and takes them down. Every method costs the same however many mounts there are.
 type mounter interface {
-	Overlay(spec overlay.Spec, target *os.File) error
+	Overlay(view overlay.Spec, target *os.File) error
 	Bind(source, target *os.File, attributes overlay.Attributes) error
 	Unmount(target string) error
 	At(path string) (overlay.Mounted, error)
@@ -130,7 +131,7 @@ func (m *Manager) Ready() bool { return m.ready.Load() }
 // baseDir is where the upper of a publication is kept beneath the data root, where that is not in another volume.
 func (m *Manager) baseDir(r *record, target string) string {
 	dir := filepath.Join(volumesName, r.ID)
-	if r.Spec.Upper == UpperPod && !r.Inline {
+	if r.Spec.Upper == spec.UpperPod && !r.Inline {
 		return filepath.Join(dir, podUppersName, m.podKey(target))
 	}
 	return dir
@@ -141,11 +142,11 @@ func (m *Manager) openUpper(r *record, p *publication) upper.Upper {
 	if p == nil {
 		p = &publication{}
 	}
-	at := upper.Location{Backend: r.Kept, Base: m.baseDir(r, p.Target), Limit: r.limit(), Ephemeral: r.Spec.ephemeral()}
+	at := upper.Location{Backend: r.Kept, Base: m.baseDir(r, p.Target), Limit: r.limit(), Ephemeral: r.Spec.Ephemeral()}
 	if p.PodVolume != nil {
 		at.PodVolume = *p.PodVolume
 		at.Holder = upper.LockHolder{Node: m.config.Node, BootID: p.BootID, VolumeID: r.ID, Target: p.Target}
-		at.Layers = r.Spec.layerStrings()
+		at.Layers = r.Spec.LayerNames()
 	}
 	return m.uppers.Open(at)
 }

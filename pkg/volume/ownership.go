@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
@@ -29,7 +30,7 @@ func (r *record) owner(p *publication) overlay.IDs {
 	if r.Spec.LayerOwner != nil {
 		owner = overlay.IDs{UID: r.Spec.LayerOwner.UID, GID: r.Spec.LayerOwner.GID}
 	}
-	if p.Group != nil && r.Spec.Ownership != OwnershipNone {
+	if p.Group != nil && r.Spec.Ownership != spec.OwnershipNone {
 		owner.GID = *p.Group
 	}
 	return owner
@@ -37,7 +38,7 @@ func (r *record) owner(p *publication) overlay.IDs {
 
 // shownOwner is the owner where the kernel only shows it.
 func (r *record) shownOwner(p *publication) overlay.IDs {
-	if r.Spec.Ownership == OwnershipWalk {
+	if r.Spec.Ownership == spec.OwnershipChown {
 		return overlay.IDs{}
 	}
 	return r.owner(p)
@@ -64,7 +65,7 @@ const walkedName = "trusted.overlay-csi.walked"
 
 // walkMark is what the attribute says, "" where there is nothing to be done.
 func (r *record) walkMark(p *publication) string {
-	if r.Spec.Ownership != OwnershipWalk || p.Attributes.ReadOnly || (p.Group == nil && r.Spec.LayerOwner == nil) {
+	if r.Spec.Ownership != spec.OwnershipChown || p.Attributes.ReadOnly || (p.Group == nil && r.Spec.LayerOwner == nil) {
 		return ""
 	}
 	owner := r.owner(p)
@@ -90,7 +91,7 @@ func (r *record) isWalked(p *publication) (bool, error) {
 
 // unmountUnfinished takes a view away whose publish ended while its files were gone over. No container has it yet.
 func (m *Manager) unmountUnfinished(before *record, req PublishRequest) error {
-	if before == nil || req.Spec.Ownership != OwnershipWalk || before.publication(req.Target) == nil {
+	if before == nil || req.Spec.Ownership != spec.OwnershipChown || before.publication(req.Target) == nil {
 		return nil
 	}
 	if err := m.unmount(req.Target); err != nil {

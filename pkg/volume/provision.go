@@ -12,18 +12,19 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
 )
 
 // CreateRequest asks for a volume that pods will name by a claim.
 type CreateRequest struct {
 	// Name is the same for every try to create the one volume.
 	Name string
-	Spec Spec
+	Spec spec.Spec
 	// ClaimLayers reads the layers that the claim names, and is nil where they are in Spec. It is asked once: the
 	// volume keeps its layers whatever becomes of the claim's annotation.
 	ClaimLayers func(ctx context.Context) ([]reference.Reference, error)
 	// Access is the widest of the modes that the volume is to have.
-	Access Access
+	Access spec.AccessMode
 	// Secrets have the credentials for registries.
 	Secrets map[string]string
 	// Required and Limit bound the capacity in bytes. Zero is no bound.
@@ -34,7 +35,7 @@ type CreateRequest struct {
 type Volume struct {
 	ID       string
 	Capacity int64
-	Spec     Spec
+	Spec     spec.Spec
 	// OnThisNode says that the volume's upper is kept here, and the volume can be used nowhere else.
 	OnThisNode bool
 }
@@ -73,9 +74,9 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error)
 	if slices.Equal(asked, req.Spec.Layers) {
 		asked = nil
 	} else {
-		klog.FromContext(ctx).Info("Layers are pinned", "layers", req.Spec.layerStrings())
+		klog.FromContext(ctx).Info("Layers are pinned", "layers", req.Spec.LayerNames())
 	}
-	if req.Spec.Upper != UpperVolume {
+	if req.Spec.Upper != spec.UpperClaim {
 		return Volume{ID: id, Capacity: max(req.Spec.Size, req.Required), Spec: req.Spec}, nil
 	}
 	if err := m.layers.CheckHere(req.Spec.Layers); err != nil {
@@ -113,7 +114,7 @@ func (m *Manager) Delete(ctx context.Context, id string) error {
 		if live {
 			return fmt.Errorf("%w: volume %s is published at %s: it can be deleted when it is unpublished", errdefs.ErrFailedPrecondition, id, p.Target)
 		}
-		if r.Spec.Upper != UpperNone && !r.sharesUpper() {
+		if r.Spec.Upper != spec.UpperNone && !r.sharesUpper() {
 			if err := m.openUpper(r, p).Release(ctx); err != nil {
 				return err
 			}

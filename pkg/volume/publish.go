@@ -14,6 +14,8 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
@@ -21,11 +23,11 @@ import (
 type PublishRequest struct {
 	VolumeID string
 	Target   string
-	Spec     Spec
+	Spec     spec.Spec
 	Inline   bool
 	// Provisioned: CreateVolume made the volume. If its upper is to be kept it must be here.
 	Provisioned bool
-	Access      Access
+	Access      spec.AccessMode
 	Attributes  overlay.Attributes
 	Pod         layer.Pod
 	// Group is the pod's fsGroup, nil where it has none.
@@ -119,7 +121,7 @@ func (m *Manager) loadForPublish(req PublishRequest) (*record, error) {
 	if !req.Inline && upper.ContainsUpper(dir) {
 		return nil, fmt.Errorf("%w: volume %s: %s holds an upper without its state, so that its layers are not known: restore %s or move the directory away", errdefs.ErrDataLoss, req.VolumeID, dir, stateName)
 	}
-	if req.Spec.Upper == UpperVolume && req.Provisioned {
+	if req.Spec.Upper == spec.UpperClaim && req.Provisioned {
 		return nil, fmt.Errorf("%w: volume %s: node %s does not have it: its upper was made here or elsewhere and is lost: an empty one is not put in its place", errdefs.ErrNotFound, req.VolumeID, m.config.Node)
 	}
 	if !exists(dir) {
@@ -131,7 +133,7 @@ func (m *Manager) loadForPublish(req PublishRequest) (*record, error) {
 // discardStale drops an ephemeral upper of an earlier boot: nothing of it was synced. It comes before the state that
 // says that the upper is of this boot.
 func (m *Manager) discardStale(ctx context.Context, before, r *record, p *publication) error {
-	if before == nil || !r.Spec.ephemeral() {
+	if before == nil || !r.Spec.Ephemeral() {
 		return nil
 	}
 	if old := before.publication(p.Target); old != nil && old.BootID == p.BootID {
@@ -151,7 +153,7 @@ func (m *Manager) admit(r *record, req PublishRequest) (done bool, err error) {
 	}
 	if !r.Spec.Equal(req.Spec) || r.Inline != req.Inline {
 		return false, fmt.Errorf("%w: volume %s is of layers %v with upper %q on this node, and is asked for with layers %v and upper %q: an upper stays on the layers that it was made on: use another volume",
-			errdefs.ErrAlreadyExists, r.ID, r.Spec.layerStrings(), r.Spec.Upper, req.Spec.layerStrings(), req.Spec.Upper)
+			errdefs.ErrAlreadyExists, r.ID, r.Spec.LayerNames(), r.Spec.Upper, req.Spec.LayerNames(), req.Spec.Upper)
 	}
 	if p := r.publication(req.Target); p != nil {
 		live, err := m.isLive(p)
@@ -165,7 +167,7 @@ func (m *Manager) admit(r *record, req PublishRequest) (done bool, err error) {
 			return r.isWalked(p)
 		}
 	}
-	if req.Access != SinglePod && !req.Inline {
+	if req.Access != spec.ReadWriteOncePod && !req.Inline {
 		return false, nil
 	}
 	for i := range r.Publications {
@@ -195,20 +197,20 @@ func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, 
 		pod.UID = uid
 	}
 	p := publication{Target: req.Target, Pod: pod, Access: req.Access, Attributes: req.Attributes, Group: req.Group, BootID: m.config.BootID, LowerDirs: stack.Paths(), LowerMarks: stack.Marks}
-	if req.Spec.Upper == UpperPodVolume {
+	if req.Spec.Upper == spec.UpperPodVolume {
 		root, err := m.podVolumes.Root(ctx, *req.Spec.UpperRef, req.Pod)
 		if err != nil {
 			return nil, nil, err
 		}
 		root.Close()
-		p.PodVolume = &upper.PodVolumePath{Volume: root.Name(), Path: req.Spec.upperPath()}
+		p.PodVolume = &upper.PodVolumePath{Volume: root.Name(), Path: podVolumePath(*req.Spec.UpperRef)}
 	}
 	if len(stack.Pins) > 0 {
 		klog.FromContext(ctx).Info("Layers are pinned", "digests", stack.Pins)
 	}
 	r = r.with(p)
 	r.Pins, r.Stored = stack.Pins, stack.Stored
-	if r.Kept == "" && r.Spec.Upper != UpperNone {
+	if r.Kept == "" && r.Spec.Upper != spec.UpperNone {
 		kept, err := m.chooseKind(r)
 		if err != nil {
 			return nil, nil, fmt.Errorf("publish volume %s: %w", r.ID, err)
@@ -226,8 +228,8 @@ func (m *Manager) mountView(ctx context.Context, r *record, p *publication, stac
 		defer shared.Close()
 		return m.mounter.Bind(shared, target, p.Attributes)
 	}
-	spec := overlay.Spec{Lowers: stack.Dirs, LayerOwner: r.shownOwner(p), Metacopy: r.Spec.Ownership == OwnershipWalk, Attributes: p.Attributes}
-	if r.Spec.Upper != UpperNone {
+	view := overlay.Spec{Lowers: stack.Dirs, LayerOwner: r.shownOwner(p), Metacopy: r.Spec.Ownership == spec.OwnershipChown, Attributes: p.Attributes}
+	if r.Spec.Upper != spec.UpperNone {
 		root, err := r.root(p, stack.Dirs[0])
 		if err != nil {
 			return err
@@ -242,12 +244,12 @@ func (m *Manager) mountView(ctx context.Context, r *record, p *publication, stac
 				return fmt.Errorf("publish volume %s: %w", r.ID, err)
 			}
 		}
-		spec.Upper, spec.Work, spec.Volatile = dirs.Upper, dirs.Work, r.Spec.ephemeral()
+		view.Upper, view.Work, view.Volatile = dirs.Upper, dirs.Work, r.Spec.Ephemeral()
 	}
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("publish volume %s: %w", r.ID, err)
 	}
-	if err := m.mounter.Overlay(spec, target); err != nil {
+	if err := m.mounter.Overlay(view, target); err != nil {
 		return fmt.Errorf("publish volume %s: %w", r.ID, err)
 	}
 	if err := r.walk(ctx, p); err != nil {
@@ -259,7 +261,7 @@ func (m *Manager) mountView(ctx context.Context, r *record, p *publication, stac
 // openShared opens the root of the volume's view at another target, if there is one: pods that share an upper share
 // the overlay on it. It is nil where there is none.
 func (m *Manager) openShared(r *record, p *publication) (*os.File, error) {
-	if r.Spec.Upper != UpperVolume {
+	if r.Spec.Upper != spec.UpperClaim {
 		return nil, nil
 	}
 	for i := range r.Publications {
@@ -287,7 +289,7 @@ func (m *Manager) openShared(r *record, p *publication) (*os.File, error) {
 
 // prepareUpper prepares the upper of a view, and checks that no other overlay is mounted on it.
 func (m *Manager) prepareUpper(ctx context.Context, r *record, p *publication, root upper.RootAttr, steps *[]step) (dirs upper.Dirs, err error) {
-	if r.Spec.ephemeral() && !r.Inline {
+	if r.Spec.Ephemeral() && !r.Inline {
 		base := filepath.Join(m.root.Path(), m.baseDir(r, p.Target))
 		if !exists(base) {
 			*steps = append(*steps, step{"make the pod's upper", func() error { return m.trash.put(base) }})
@@ -326,7 +328,7 @@ func (m *Manager) prepareUpper(ctx context.Context, r *record, p *publication, r
 	if inUse {
 		return dirs, fmt.Errorf("%w: %w: %s: a container that had the volume may still be going: it is tried again", errdefs.ErrUnavailable, overlay.ErrUpperInUse, dirs.Upper.Name())
 	}
-	if r.Spec.ephemeral() {
+	if r.Spec.Ephemeral() {
 		// Of this boot: its view was unmounted by other hands or never mounted. The kernel marks the work directory of a
 		// volatile view so that it is not mounted again after a crash of the node, which this is not.
 		return dirs, u.ClearWork()
@@ -368,4 +370,12 @@ func undo(ctx context.Context, steps []step) error {
 		}
 	}
 	return failed
+}
+
+// podVolumePath returns the path of the upper in another volume of the pod.
+func podVolumePath(ref reference.Reference) string {
+	if ref.Path() == "" {
+		return upper.DefaultPath
+	}
+	return ref.Path()
 }

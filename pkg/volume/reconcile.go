@@ -6,6 +6,7 @@ import (
 
 	"k8s.io/klog/v2"
 
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
@@ -81,7 +82,7 @@ func (m *Manager) reconcilePublication(ctx context.Context, id string, p publica
 		klog.FromContext(ctx).Info("Cleaning up after a pod that is gone", "volume", id, "pod", p.Pod, "target", p.Target)
 		return m.forget(ctx, r, p.Target)
 	}
-	if r.Spec.Upper == UpperNone {
+	if r.Spec.Upper == spec.UpperNone {
 		return nil
 	}
 	// kubelet may be waiting to unmount the volume that holds the upper. The next publish prepares it again.

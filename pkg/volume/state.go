@@ -16,13 +16,14 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
 // The data root:
 //
 //	volumes/<volume handle>/volume.json       the state below
-//	volumes/<volume handle>/...               the upper (package upper) of an inline volume, and of a claim with upper: volume
+//	volumes/<volume handle>/...               the upper (package upper) of an inline volume, and of a claim with upper: claim
 //	volumes/<volume handle>/pods/<pod>/...    those of a claim with upper: pod
 //	trash/                                    see trash.go
 //
@@ -41,9 +42,9 @@ const stateVersion = 1
 
 // record is the state of one volume on this node.
 type record struct {
-	Version int    `json:"version"`
-	ID      string `json:"id"`
-	Spec    Spec   `json:"spec"`
+	Version int       `json:"version"`
+	ID      string    `json:"id"`
+	Spec    spec.Spec `json:"spec"`
 	// Inline: the volume lives as long as its pod.
 	Inline bool `json:"inline,omitempty"`
 	// Provisioned is set where CreateVolume made the volume, and nil where kubelet brought a static one.
@@ -67,14 +68,14 @@ type provisioned struct {
 	Name string `json:"name"`
 	// Asked are the layers as they were asked for, where their images were pinned since.
 	Asked  []reference.Reference `json:"asked,omitempty"`
-	Access Access                `json:"access"`
+	Access spec.AccessMode       `json:"access"`
 }
 
 // publication is one target of a volume.
 type publication struct {
 	Target     string             `json:"target"`
 	Pod        layer.Pod          `json:"pod"`
-	Access     Access             `json:"access,omitempty"`
+	Access     spec.AccessMode    `json:"access,omitempty"`
 	Attributes overlay.Attributes `json:"attributes"`
 	// Group is the pod's fsGroup, nil where it has none.
 	Group *uint32 `json:"group,omitempty"`
@@ -90,14 +91,14 @@ type publication struct {
 
 // keepsUpper reports whether the volume has an upper that outlives its pods. Its state does too, and must be found whole
 // after a power cut.
-func (r *record) keepsUpper() bool { return r.Spec.Upper == UpperVolume }
+func (r *record) keepsUpper() bool { return r.Spec.Upper == spec.UpperClaim }
 
 // sharesUpper reports whether all publications of the volume share one upper.
-func (r *record) sharesUpper() bool { return r.Spec.Upper == UpperVolume }
+func (r *record) sharesUpper() bool { return r.Spec.Upper == spec.UpperClaim }
 
 // limit is what each upper of the volume may take.
 func (r *record) limit() upper.Limit {
-	if r.Spec.Limit == LimitNone {
+	if r.Spec.SizeEnforcement == spec.EnforceNone {
 		return upper.Limit{}
 	}
 	return upper.LimitOf(r.Size)

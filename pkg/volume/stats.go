@@ -8,6 +8,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
@@ -28,7 +29,7 @@ func (m *Manager) Stats(ctx context.Context, id, path string) (Stats, error) {
 	if !live {
 		return Stats{}, fmt.Errorf("%w: volume %s is not mounted at %s", errdefs.ErrNotFound, id, path)
 	}
-	if r.Spec.Upper == UpperNone {
+	if r.Spec.Upper == spec.UpperNone {
 		return Stats{}, nil
 	}
 	usage := func() (Stats, error) { return m.openUpper(r, p).Usage(ctx) }

@@ -11,6 +11,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
 )
 
 // maxStacked is how many views are unmounted at one target. More than one is there only if somebody mounted by hand.
@@ -78,7 +79,7 @@ func (m *Manager) forget(ctx context.Context, r *record, target string) error {
 		return nil
 	}
 	left := r.without(target)
-	if r.Spec.Upper != UpperNone && (!r.sharesUpper() || len(left.Publications) == 0) {
+	if r.Spec.Upper != spec.UpperNone && (!r.sharesUpper() || len(left.Publications) == 0) {
 		if err := m.openUpper(r, p).Release(ctx); err != nil {
 			return err
 		}
@@ -86,7 +87,7 @@ func (m *Manager) forget(ctx context.Context, r *record, target string) error {
 	if len(left.Publications) == 0 && !r.keepsUpper() {
 		return m.trash.put(m.states.volumeDir(r.ID))
 	}
-	if r.Spec.ephemeral() {
+	if r.Spec.Ephemeral() {
 		// Before the state: without its publication nobody would look for the upper.
 		if err := m.trash.put(filepath.Join(m.root.Path(), m.baseDir(r, target))); err != nil {
 			return err

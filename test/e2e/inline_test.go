@@ -40,7 +40,7 @@ func TestPodIsToldWhatIsWrongWithItsVolume(t *testing.T) {
 	}{
 		"missing": {[]string{"layers", "dir://layers/no/such"}, "no/such"},
 		"root":    {[]string{"layers", "dir://other/x"}, "other"},
-		"key":     {[]string{"layers", "dir://layers/top", "size", "1Gi"}, "known are"},
+		"key":     {[]string{"layers", "dir://layers/top", "size", "1Gi"}, "the keys are"},
 		"escape":  {[]string{"layers", "dir://layers/../etc"}, ".."},
 	} {
 		p := n.start(name, withVolume(inlineVolume("work", c.keys...)))

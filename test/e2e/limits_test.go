@@ -46,7 +46,7 @@ func TestPodThatIsNotRootEditsALayersFile(t *testing.T) {
 	mapped := n.run("mapped", restricted(3000), group, withVolume(inlineVolume("work", "layers", threeLayers)))
 	mapped.want("stat -c %u:%g /work/f && echo new > /work/new && stat -c %u:%g /work/new", "0:4000\n3000:4000")
 	mapped.refused("echo more >> /work/f", "ermission denied")
-	walked := n.run("walked", restricted(3000), group, withVolume(inlineVolume("work", "layers", threeLayers, "ownership", "walk")))
+	walked := n.run("walked", restricted(3000), group, withVolume(inlineVolume("work", "layers", threeLayers, "ownership", "chown")))
 	walked.want("stat -c %u:%g:%a /work/f && echo more >> /work/f && cat /work/f", "0:4000:664\ntop\nmore")
 	for _, p := range []*pod{owner, mapped, walked} {
 		p.delete()

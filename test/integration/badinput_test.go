@@ -73,21 +73,21 @@ func TestBadPublish(t *testing.T) {
 		"archive in a device":   {layers("archive://layers/fifo"), codes.InvalidArgument, []string{"neither a file nor a directory"}},
 		"archive by a link":     {layers("archive://layers/absolute-link"), codes.InvalidArgument, []string{"leaves"}},
 		"size that is none":     {attribute("sizeLimit", "much"), codes.InvalidArgument, []string{"sizeLimit", "500Mi"}},
-		"size of zero":          {attribute("sizeLimit", "0"), codes.InvalidArgument, []string{"sizeLimit", "more than nothing"}},
-		"negative size":         {attribute("sizeLimit", "-1Gi"), codes.InvalidArgument, []string{"sizeLimit", "more than nothing"}},
+		"size of zero":          {attribute("sizeLimit", "0"), codes.InvalidArgument, []string{"sizeLimit", "must be positive"}},
+		"negative size":         {attribute("sizeLimit", "-1Gi"), codes.InvalidArgument, []string{"sizeLimit", "must be positive"}},
 		"tiny size":             {attribute("sizeLimit", "1Ki"), codes.InvalidArgument, []string{"sizeLimit", "at least"}},
 		"size beyond numbers":   {attribute("sizeLimit", "100E"), codes.InvalidArgument, []string{"sizeLimit", "no disk"}},
 		"size beyond the disk":  {attribute("sizeLimit", "7E"), codes.ResourceExhausted, []string{"test-node"}},
 		"memory without a size": {attribute("medium", "memory"), codes.InvalidArgument, []string{"medium", "sizeLimit"}},
-		"unknown limit":         {attribute("limit", "strict"), codes.InvalidArgument, []string{"limit", "quota", "image", "none"}},
-		"image without a size":  {attribute("limit", "image"), codes.InvalidArgument, []string{"limit", "sizeLimit"}},
+		"unknown enforcement":   {attribute("sizeEnforcement", "strict"), codes.InvalidArgument, []string{"sizeEnforcement", "quota", "image", "none"}},
+		"image without a size":  {attribute("sizeEnforcement", "image"), codes.InvalidArgument, []string{"sizeEnforcement", "sizeLimit"}},
 		"owner that is none":    {attribute("layerOwner", "app"), codes.InvalidArgument, []string{"layerOwner", "uid:gid"}},
 		"owner out of range":    {attribute("layerOwner", "1000:4294967295"), codes.InvalidArgument, []string{"layerOwner", "4294967294"}},
 		"negative owner":        {attribute("layerOwner", "-1:0"), codes.InvalidArgument, []string{"layerOwner"}},
-		"unknown ownership":     {attribute("ownership", "copy"), codes.InvalidArgument, []string{"ownership", "map", "walk"}},
+		"unknown ownership":     {attribute("ownership", "copy"), codes.InvalidArgument, []string{"ownership", "idmap", "chown"}},
 		"unknown medium":        {attribute("medium", "tape"), codes.InvalidArgument, []string{"tape", "disk"}},
 		"unknown upper":         {attribute("upper", "yes"), codes.InvalidArgument, []string{"yes", "volume://"}},
-		"inline upper: volume":  {attribute("upper", "volume"), codes.InvalidArgument, []string{"inline"}},
+		"inline upper: claim":   {attribute("upper", "claim"), codes.InvalidArgument, []string{"inline"}},
 		"upper path upwards":    {attribute("upper", "volume://x/../y"), codes.InvalidArgument, []string{"beneath"}},
 		"upper volume missing":  {attribute("upper", "volume://missing"), codes.Unavailable, []string{"missing"}},
 
@@ -113,9 +113,9 @@ func TestBadPublish(t *testing.T) {
 			r.VolumeContext["csi.storage.k8s.io/ephemeral"] = "false"
 			r.VolumeCapability.AccessMode.Mode = readWriteMany
 		}, codes.InvalidArgument, []string{"upper: pod"}},
-		"RWX with upper: volume": {func(r *csi.NodePublishVolumeRequest) {
+		"RWX with upper: claim": {func(r *csi.NodePublishVolumeRequest) {
 			r.VolumeContext["csi.storage.k8s.io/ephemeral"] = "false"
-			r.VolumeContext["upper"] = "volume"
+			r.VolumeContext["upper"] = "claim"
 			r.VolumeCapability.AccessMode.Mode = readWriteMany
 		}, codes.InvalidArgument, []string{"one node"}},
 	} {
@@ -376,7 +376,7 @@ func TestBadController(t *testing.T) {
 	}{
 		"no name":           {func(r *csi.CreateVolumeRequest) { r.Name = "" }, codes.InvalidArgument, "name"},
 		"no capability":     {func(r *csi.CreateVolumeRequest) { r.VolumeCapabilities = nil }, codes.InvalidArgument, "capabilities"},
-		"unknown key":       {func(r *csi.CreateVolumeRequest) { r.Parameters["size"] = "1" }, codes.InvalidArgument, "known are"},
+		"unknown key":       {func(r *csi.CreateVolumeRequest) { r.Parameters["size"] = "1" }, codes.InvalidArgument, "the keys are"},
 		"missing directory": {func(r *csi.CreateVolumeRequest) { r.Parameters["layers"] = "dir://layers/missing" }, codes.NotFound, "missing"},
 		"unknown root": {func(r *csi.CreateVolumeRequest) {
 			r.Parameters["layers"] = "dir://nowhere/x"

@@ -24,7 +24,7 @@ func TestCrash(t *testing.T) {
 	t.Parallel()
 	takesMinutes(t)
 	onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
-		c := crash{workers: 8, rounds: proof(2, 15), kills: proof(8, 40), limit: []string{"limit", "none"}}
+		c := crash{workers: 8, rounds: proof(2, 15), kills: proof(8, 40), limit: []string{"sizeEnforcement", "none"}}
 		c.run(t, node, func(i int, layers string) []drivertest.Volume {
 			return []drivertest.Volume{claim(fmt.Sprint("own-", i), readWriteOnce, "layers", layers)}
 		})
@@ -50,7 +50,7 @@ func TestCrashOfLimitedUppers(t *testing.T) {
 					inline("layers", layers, "sizeLimit", "8Mi"),
 					inline("layers", layers, "sizeLimit", "8Mi", "medium", "memory"),
 					claim(fmt.Sprint("own-", i), readWriteOnce, "layers", layers, "sizeLimit", "8Mi"),
-					claim(fmt.Sprint("image-", i), readWriteOnce, "layers", layers, "sizeLimit", "8Mi", "limit", "image"),
+					claim(fmt.Sprint("image-", i), readWriteOnce, "layers", layers, "sizeLimit", "8Mi", "sizeEnforcement", "image"),
 				}
 			})
 		})

@@ -114,7 +114,7 @@ func TestLostUpperIsNotMadeAnew(t *testing.T) {
 	layers := layersOf(t, node, map[string]string{"f": "f"})
 	pod := newPod(t, node, "pod")
 	for _, limit := range []string{"none", "image"} {
-		v := createSized(t, node, "kept-"+limit, readWriteOnce, 16<<20, "layers", layers, "limit", limit)
+		v := createSized(t, node, "kept-"+limit, readWriteOnce, 16<<20, "layers", layers, "sizeEnforcement", limit)
 		dir := filepath.Join(node.DataRoot, "volumes", v.ID)
 		publish(t, pod, v)
 		lost := filepath.Join(dir, "disk.img")
@@ -153,9 +153,9 @@ func TestHealthOfAFileSystemThatFailed(t *testing.T) {
 	}
 	layers := layersOf(t, node, map[string]string{"f": "f"})
 	pod := newPod(t, node, "pod")
-	kept := createSized(t, node, "kept", readWriteOnce, 16<<20, "layers", layers, "limit", "none")
+	kept := createSized(t, node, "kept", readWriteOnce, 16<<20, "layers", layers, "sizeEnforcement", "none")
 	publish(t, pod, kept)
-	image := createSized(t, node, "image", readWriteOnce, 16<<20, "layers", layers, "limit", "image")
+	image := createSized(t, node, "image", readWriteOnce, 16<<20, "layers", layers, "sizeEnforcement", "image")
 	publish(t, pod, image)
 	inner, err := filepath.Glob(filepath.Join(node.KubeletDir, "plugins", drivertest.DriverName, "uppers", "*"))
 	must(t, err)
@@ -241,7 +241,7 @@ func TestHealthOfManyVolumes(t *testing.T) {
 	node := startNode(t, "--volume-health")
 	layers := layersOf(t, node, map[string]string{"f": "f"})
 	for n := range 5 {
-		v := create(t, node, fmt.Sprint("kept-", n), readWriteOnce, "layers", layers, "limit", "none")
+		v := create(t, node, fmt.Sprint("kept-", n), readWriteOnce, "layers", layers, "sizeEnforcement", "none")
 		pod := newPod(t, node, "pod")
 		publish(t, pod, v)
 		upper := upperDir(node, pod, v)

@@ -23,10 +23,10 @@ import (
 func sizes(t *testing.T, node *drivertest.Node, layers string) map[string]drivertest.Volume {
 	return map[string]drivertest.Volume{
 		"inline":       inline("layers", layers, "sizeLimit", "16Mi"),
-		"inline image": inline("layers", layers, "sizeLimit", "16Mi", "limit", "image"),
+		"inline image": inline("layers", layers, "sizeLimit", "16Mi", "sizeEnforcement", "image"),
 		"memory":       inline("layers", layers, "sizeLimit", "16Mi", "medium", "memory"),
 		"claim":        createSized(t, node, "kept", readWriteOnce, 16<<20, "layers", layers),
-		"claim image":  createSized(t, node, "image", readWriteOnce, 16<<20, "layers", layers, "limit", "image"),
+		"claim image":  createSized(t, node, "image", readWriteOnce, 16<<20, "layers", layers, "sizeEnforcement", "image"),
 		"each pod's":   createSized(t, node, "each", readWriteMany, 16<<20, "layers", layers, "upper", "pod"),
 		"static claim": claim("static", readWriteOnce, "layers", layers, "sizeLimit", "16Mi"),
 		"pods' memory": createSized(t, node, "pods-memory", readWriteMany, 16<<20, "layers", layers, "upper", "pod", "medium", "memory"),
@@ -268,7 +268,7 @@ func TestCapacityCountsWhatIsPromised(t *testing.T) {
 	}
 	wantCode(t, expand(t, node, pod, v, 250<<20, 0), codes.ResourceExhausted, "can promise")
 	unpublish(t, pod, v)
-	createSized(t, node, "unlimited", readWriteOnce, 240<<20, "layers", layers, "limit", "none")
+	createSized(t, node, "unlimited", readWriteOnce, 240<<20, "layers", layers, "sizeEnforcement", "none")
 	deleteVolume(t, node, v)
 
 	must(t, node.Stop())
@@ -300,7 +300,7 @@ func cutPower(t *testing.T, system, limit, kept string) {
 	layers := layersOf(t, node, map[string]string{"f": "layer"})
 	attributes := []string{"layers", layers}
 	if limit != "" {
-		attributes = append(attributes, "limit", limit)
+		attributes = append(attributes, "sizeEnforcement", limit)
 	}
 	v := createSized(t, node, "kept", readWriteOnce, 32<<20, attributes...)
 	wantKept(t, node, v, kept)
@@ -361,7 +361,7 @@ func runProgram(t *testing.T, name string, args ...string) {
 func TestDamagedDiskImageIsNotMadeAnew(t *testing.T) {
 	node := startNode(t)
 	layers := layersOf(t, node, map[string]string{"f": "layer"})
-	v := createSized(t, node, "kept", readWriteOnce, 16<<20, "layers", layers, "limit", "image")
+	v := createSized(t, node, "kept", readWriteOnce, 16<<20, "layers", layers, "sizeEnforcement", "image")
 	pod := newPod(t, node, "pod")
 	target := publish(t, pod, v)
 	write(t, filepath.Join(target, "f"), "mine")
@@ -387,7 +387,7 @@ func TestManyDiskImages(t *testing.T) {
 		count = 100
 	}
 	node := startNode(t)
-	v := inline("layers", layersOf(t, node, map[string]string{"f": "layer"}), "sizeLimit", "8Mi", "limit", "image")
+	v := inline("layers", layersOf(t, node, map[string]string{"f": "layer"}), "sizeLimit", "8Mi", "sizeEnforcement", "image")
 	pods := make([]*drivertest.Pod, count)
 	must(t, atOnce(at, func(worker int) error {
 		for i := worker; i < count; i += at {
@@ -419,7 +419,7 @@ func TestManyDiskImages(t *testing.T) {
 func TestInterruptedImageIsMadeAgain(t *testing.T) {
 	node := startNode(t)
 	layers := layersOf(t, node, map[string]string{"f": "layer"})
-	v := createSized(t, node, "kept", readWriteOnce, 16<<20, "layers", layers, "limit", "image")
+	v := createSized(t, node, "kept", readWriteOnce, 16<<20, "layers", layers, "sizeEnforcement", "image")
 	dir := filepath.Join(node.DataRoot, "volumes", v.ID)
 	must(t, os.WriteFile(filepath.Join(dir, "disk.img.new"), []byte("a crash came while it was made"), 0o600))
 	pod := newPod(t, node, "pod")
@@ -433,12 +433,12 @@ func TestInterruptedImageIsMadeAgain(t *testing.T) {
 // TestUpperOfAnEarlierDriverStays: the state of a volume did not always say how its upper is kept.
 func TestUpperOfAnEarlierDriverStays(t *testing.T) {
 	node := startNode(t)
-	v := claim("kept", readWriteOnce, "layers", layersOf(t, node, map[string]string{"f": "layer"}), "limit", "none")
+	v := claim("kept", readWriteOnce, "layers", layersOf(t, node, map[string]string{"f": "layer"}), "sizeEnforcement", "none")
 	pod := newPod(t, node, "pod")
 	dir := filepath.Join(node.DataRoot, "volumes", v.ID)
 	must(t, os.MkdirAll(filepath.Join(dir, "upper"), 0o755))
 	write(t, filepath.Join(dir, "upper", "f"), "written")
-	must(t, os.WriteFile(filepath.Join(dir, "volume.json"), fmt.Appendf(nil, `{"version":1,"id":%q,"spec":{"layers":["dir://layers/layer-0"],"upper":"volume","limit":"none"}}`, v.ID), 0o600))
+	must(t, os.WriteFile(filepath.Join(dir, "volume.json"), fmt.Appendf(nil, `{"version":1,"id":%q,"spec":{"layers":["dir://layers/layer-0"],"upper":"claim","sizeEnforcement":"none"}}`, v.ID), 0o600))
 	wantFile(t, filepath.Join(publish(t, pod, v), "f"), "written")
 	unpublish(t, pod, v)
 	deleteVolume(t, node, v)

@@ -178,7 +178,7 @@ func TestOwnerOfTheLayers(t *testing.T) {
 
 func TestOwnershipWalk(t *testing.T) {
 	onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
-		v := claim("walked", readWriteOnce, "layers", ownedLayer(t, node), "ownership", "walk", "layerOwner", "1000:1000")
+		v := claim("walked", readWriteOnce, "layers", ownedLayer(t, node), "ownership", "chown", "layerOwner", "1000:1000")
 		v.Group = "2000"
 		pod := newPod(t, node, "pod")
 		target := publish(t, pod, v)
@@ -219,7 +219,7 @@ func TestInterruptedWalkIsFinished(t *testing.T) {
 	for n := range 3000 {
 		files[fmt.Sprintf("dir-%d/file-%d", n%30, n)] = "x"
 	}
-	v := claim("walked", readWriteOnce, "layers", layersOf(t, node, files), "ownership", "walk")
+	v := claim("walked", readWriteOnce, "layers", layersOf(t, node, files), "ownership", "chown")
 	v.Group = "2000"
 	pod := newPod(t, node, "pod")
 	upper := upperDir(node, pod, v)
@@ -264,13 +264,13 @@ func TestLayerThatCannotBeMapped(t *testing.T) {
 	v.Group = "2000"
 	pod := newPod(t, node, "pod")
 	_, err := pod.Publish(timeout(t), v)
-	wantCode(t, err, codes.FailedPrecondition, "view", "ID-mapped", "ownership: walk")
-	for _, ownership := range []string{"walk", "none"} {
+	wantCode(t, err, codes.FailedPrecondition, "view", "ID-mapped", "ownership: chown")
+	for _, ownership := range []string{"chown", "none"} {
 		v.Attributes["ownership"] = ownership
 		target := publish(t, pod, v)
 		wantOwner(t, target, 0, 2000, 0o2775)
-		want := map[string]uint32{"walk": 2000, "none": 0}[ownership]
-		mode := map[string]uint32{"walk": 0o664, "none": 0o644}[ownership]
+		want := map[string]uint32{"chown": 2000, "none": 0}[ownership]
+		mode := map[string]uint32{"chown": 0o664, "none": 0o644}[ownership]
 		wantOwner(t, filepath.Join(target, "f"), 0, want, mode)
 		unpublish(t, pod, v)
 	}

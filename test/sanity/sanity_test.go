@@ -54,7 +54,7 @@ func TestSanity(t *testing.T) {
 	content := fmt.Sprintf("layers: %q\n", drivertest.Layers("layer"))
 	if drivertest.LacksResource() {
 		// Where a disk image cannot grow because of that.
-		content += "limit: none\n"
+		content += "sizeEnforcement: none\n"
 	}
 	if err := os.WriteFile(parameters, []byte(content), 0o600); err != nil {
 		t.Fatal(err)

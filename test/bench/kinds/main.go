@@ -118,11 +118,11 @@ func (b *bench) own(ctx context.Context, rounds, files int) error {
 		return err
 	}
 	layers := drivertest.Layers("small")
-	kept, err := claim(ctx, node, "kept", "layers", layers, "limit", "none")
+	kept, err := claim(ctx, node, "kept", "layers", layers, "sizeEnforcement", "none")
 	if err != nil {
 		return err
 	}
-	image, err := claim(ctx, node, "image", "layers", layers, "limit", "image")
+	image, err := claim(ctx, node, "image", "layers", layers, "sizeEnforcement", "image")
 	if err != nil {
 		return err
 	}
@@ -131,7 +131,7 @@ func (b *bench) own(ctx context.Context, rounds, files int) error {
 		{name: "plain: no size", node: node, volume: inline("layers", layers)},
 		{name: "claim without a limit", node: node, volume: kept},
 		{name: "`medium: memory`", node: node, volume: inline("layers", layers, "sizeLimit", "64Mi", "medium", "memory")},
-		{name: "disk image, made for the pod", node: node, volume: inline("layers", layers, "sizeLimit", "64Mi", "limit", "image")},
+		{name: "disk image, made for the pod", node: node, volume: inline("layers", layers, "sizeLimit", "64Mi", "sizeEnforcement", "image")},
 		{name: "disk image of a claim, made before", node: node, volume: image},
 	})
 	if err != nil {
@@ -197,14 +197,14 @@ func (b *bench) owners(ctx context.Context, node *drivertest.Node, rounds, files
 		}
 	}
 	layers := drivertest.Layers("large")
-	group, walk := inline("layers", layers), inline("layers", layers, "ownership", "walk")
+	group, walk := inline("layers", layers), inline("layers", layers, "ownership", "chown")
 	group.Group, walk.Group = "2000", "2000"
 	fmt.Printf("\nA layer of %d files, %d rounds:\n\n", files, rounds)
 	return b.compare(ctx, rounds, []*kind{
 		{name: "plain", node: node, volume: inline("layers", layers)},
 		{name: "`fsGroup`", node: node, volume: group},
 		{name: "`layerOwner`", node: node, volume: inline("layers", layers, "layerOwner", "1000:1000")},
-		{name: "`fsGroup`, `ownership: walk`", node: node, volume: walk, rounds: 3},
+		{name: "`fsGroup`, `ownership: chown`", node: node, volume: walk, rounds: 3},
 	})
 }
 
