@@ -134,16 +134,7 @@ func probeKernel(dataRoot string, opts options) (overlay.Features, error) {
 
 func newMounter(dataRoot string, features overlay.Features) (*overlay.Mounter, error) {
 	dir := filepath.Join(dataRoot, mounterName)
-	mounter, err := overlay.NewMounter(dir, features, mount.NewWithoutSystemd(""))
-	if err != nil {
-		return nil, err
-	}
-	if !features.MountAPI {
-		// mount(8) inherits both: short relative links to many layers, and mount(2), since util-linux from 2.39 on
-		// hands options to the mount API one by one, each of at most 256 bytes.
-		err = errors.Join(os.Chdir(overlay.LinkDir(dir)), os.Setenv("LIBMOUNT_FORCE_MOUNT2", "always"))
-	}
-	return mounter, err
+	return overlay.NewMounter(overlay.Config{Dir: dir, Features: features, MountUtils: mount.NewWithoutSystemd(""), Commands: exec.New()})
 }
 
 func newManager(root *volume.DataRoot, mounter *overlay.Mounter, detached *overlay.DetachedRoot, specs *kubelet.PodSpecs, layers *store.Store, opts options) (*volume.Manager, error) {

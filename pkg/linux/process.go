@@ -22,3 +22,20 @@ func BootID() (string, error) {
 	}
 	return strings.TrimSpace(string(id)), nil
 }
+
+// KernelVersion returns the version of the running kernel (uname(2)).
+func KernelVersion() (major, minor int, err error) {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return 0, 0, os.NewSyscallError("uname", err)
+	}
+	return ParseKernelVersion(unix.ByteSliceToString(name.Release[:]))
+}
+
+// ParseKernelVersion returns the version that a kernel release such as 6.1.0-32-amd64 begins with.
+func ParseKernelVersion(release string) (major, minor int, err error) {
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
+		return 0, 0, fmt.Errorf("kernel release %q: %w", release, err)
+	}
+	return major, minor, nil
+}

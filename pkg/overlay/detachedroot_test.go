@@ -8,17 +8,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
-	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
 func TestDetachedRoot(t *testing.T) {
-	needs.Root(t)
+	requireFeature(t, "detached-layer")
 	features, err := Probe(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
-	}
-	if !features.DetachedLayer {
-		t.Skip("this kernel takes no layers from detached mounts (before Linux 6.15)")
 	}
 	detached, err := NewDetachedRoot(features)
 	if err != nil {

@@ -3,15 +3,18 @@ package overlay
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // IDs are the user and group that root's files of the lowers appear to be owned by. The zero value leaves them root's.
@@ -60,107 +63,104 @@ func mapping(id uint32) string {
 	return strings.Join(ranges, ",")
 }
 
-// maxNamespaces is how many mappings are kept at hand. A user namespace takes a process to make.
+// maxNamespaces is how many user namespaces are cached. It takes a process to make one.
 const maxNamespaces = 256
 
-// namespaces keeps user namespaces, which are what mappings are handed to the kernel as.
+// namespaces caches user namespaces, which are the form in which the kernel takes ID mappings.
 type namespaces struct {
 	mu    sync.Mutex
-	byMap map[IDs]*os.File
+	byIDs map[IDs]*os.File
 }
 
-// open returns the namespace of a mapping. The caller closes it.
+// open returns the namespace with the mapping of these IDs. The caller closes it.
 func (n *namespaces) open(ids IDs) (*os.File, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	namespace, ok := n.byMap[ids]
+	namespace, ok := n.byIDs[ids]
 	if !ok {
 		var err error
 		if namespace, err = mount.GetUsernsFD(mapping(ids.UID), mapping(ids.GID)); err != nil {
 			return nil, fmt.Errorf("make a user namespace for ID-mapped layers (sysctl user.max_user_namespaces): %w", err)
 		}
-		for other, file := range n.byMap {
-			if len(n.byMap) < maxNamespaces {
+		for other, file := range n.byIDs {
+			if len(n.byIDs) < maxNamespaces {
 				break
 			}
 			file.Close()
-			delete(n.byMap, other)
+			delete(n.byIDs, other)
 		}
-		if n.byMap == nil {
-			n.byMap = map[IDs]*os.File{}
+		if n.byIDs == nil {
+			n.byIDs = map[IDs]*os.File{}
 		}
-		n.byMap[ids] = namespace
+		n.byIDs[ids] = namespace
 	}
-	fd, err := unix.FcntlInt(namespace.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("duplicate the descriptor of a user namespace: %w", err)
-	}
-	return os.NewFile(uintptr(fd), "user namespace"), nil
+	return linux.Dup(namespace)
 }
 
 func (n *namespaces) close() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for ids, namespace := range n.byMap {
+	for ids, namespace := range n.byIDs {
 		namespace.Close()
-		delete(n.byMap, ids)
+		delete(n.byIDs, ids)
 	}
 }
 
-// mapped are lowers that show another owner, each on a mount of its own.
-type mapped struct {
-	dirs     []*os.File
+// mappedLowers are lowers on ID-mapped mounts, one for each.
+type mappedLowers struct {
+	dirs []*os.File
+	// attached is the directory that the mounts are attached in, "" while they are detached.
 	attached string
 }
 
-// mapLowers returns the lowers with another owner. Nobody can write through them.
-func (m *Mounter) mapLowers(lowers []*os.File, ids IDs) (*mapped, error) {
+// mapLowers returns the lowers on read-only ID-mapped mounts.
+func (m *Mounter) mapLowers(lowers []*os.File, ids IDs) (*mappedLowers, error) {
 	namespace, err := m.namespaces.open(ids)
 	if err != nil {
 		return nil, err
 	}
 	defer namespace.Close()
-	result := &mapped{}
+	mapped := &mappedLowers{}
 	for _, lower := range lowers {
 		dir, err := mapLower(lower, namespace)
 		if err != nil {
-			return nil, errors.Join(err, result.close())
+			return nil, errors.Join(err, mapped.close())
 		}
-		result.dirs = append(result.dirs, dir)
+		mapped.dirs = append(mapped.dirs, dir)
 	}
 	if m.features.DetachedLayer {
-		return result, nil
+		return mapped, nil
 	}
-	if err := m.attachMapped(result); err != nil {
-		return nil, errors.Join(err, result.close())
+	if err := m.attachMapped(mapped); err != nil {
+		return nil, errors.Join(err, mapped.close())
 	}
-	return result, nil
+	return mapped, nil
 }
 
 func mapLower(lower, namespace *os.File) (*os.File, error) {
-	fd, err := unix.OpenTree(int(lower.Fd()), "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH)
+	clone, err := linux.OpenTree(lower, "")
 	if err != nil {
-		return nil, fmt.Errorf("open_tree %s: %w", lower.Name(), err)
+		return nil, err
 	}
-	clone := os.NewFile(uintptr(fd), lower.Name())
-	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP | unix.MOUNT_ATTR_RDONLY, Propagation: unix.MS_PRIVATE, Userns_fd: uint64(namespace.Fd())}
-	err = unix.MountSetattr(int(clone.Fd()), "", unix.AT_EMPTY_PATH, &attr)
+	change := linux.MountChange{Set: linux.MountAttrIDMap | linux.MountAttrReadOnly, Private: true, UserNamespace: namespace}
+	err = linux.MountSetattr(clone, change)
 	if err == nil {
 		return clone, nil
 	}
 	clone.Close()
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM) {
-		return nil, fmt.Errorf("%w: the owner of the files of layer %s cannot be shown as another: its file system cannot be ID-mapped on this kernel (mount_setattr: %w): say ownership: chown, or none", errdefs.ErrFailedPrecondition, lower.Name(), err)
+	if errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.ENOSYS) || errors.Is(err, syscall.EPERM) {
+		return nil, fmt.Errorf("%w: layer %s cannot be ID-mapped: its file system does not support it on this kernel: %w; "+
+			"set ownership to chown or none", errdefs.ErrFailedPrecondition, lower.Name(), err)
 	}
-	return nil, fmt.Errorf("mount_setattr (ID mapping) of layer %s: %w", lower.Name(), err)
+	return nil, fmt.Errorf("ID-map layer %s: %w", lower.Name(), err)
 }
 
-// attachMapped puts the mounts into the tree for as long as the overlay is being made: overlayfs takes no layer on a mount
-// that is in no namespace before Linux 6.15.
-func (m *Mounter) attachMapped(lowers *mapped) error {
-	dir := filepath.Join(m.links, strconv.FormatUint(m.link.Add(1), 36))
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		return fmt.Errorf("make the directory of ID-mapped layers: %w", err)
+// attachMapped attaches the mounts in the tree while the overlay is mounted: before Linux 6.15, overlayfs takes no layer on a mount
+// that is in no namespace.
+func (m *Mounter) attachMapped(lowers *mappedLowers) error {
+	dir, err := m.makeScratch()
+	if err != nil {
+		return err
 	}
 	lowers.attached = dir
 	for i, lower := range lowers.dirs {
@@ -168,7 +168,7 @@ func (m *Mounter) attachMapped(lowers *mapped) error {
 		if err := os.Mkdir(path, 0o700); err != nil {
 			return fmt.Errorf("make a mount point for an ID-mapped layer: %w", err)
 		}
-		target, err := openDir(path)
+		target, err := linux.OpenDir(path)
 		if err != nil {
 			return err
 		}
@@ -181,12 +181,13 @@ func (m *Mounter) attachMapped(lowers *mapped) error {
 	return nil
 }
 
-// close takes the mounts away. The overlay has clones of its own.
-func (l *mapped) close() error {
+// close unmounts the mounts. The overlay has clones of its own.
+func (l *mappedLowers) close() error {
 	var failed error
 	for i, dir := range l.dirs {
 		if l.attached != "" {
-			if err := unix.Unmount(filepath.Join(l.attached, strconv.Itoa(i)), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+			err := linux.UnmountLazily(filepath.Join(l.attached, strconv.Itoa(i)))
+			if err != nil && !errors.Is(err, syscall.EINVAL) && !errors.Is(err, fs.ErrNotExist) {
 				failed = errors.Join(failed, fmt.Errorf("unmount an ID-mapped layer: %w", err))
 			}
 		}
@@ -198,7 +199,7 @@ func (l *mapped) close() error {
 	return failed
 }
 
-// removeEmpty removes a directory of empty directories, and never what is in something mounted there.
+// removeEmpty removes a directory of empty directories, and never the content of something that is mounted there.
 func removeEmpty(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {

@@ -13,7 +13,9 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 	mount "k8s.io/mount-utils"
+	"k8s.io/utils/exec"
 
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
@@ -34,24 +36,15 @@ func TestParseMountOptions(t *testing.T) {
 		"empty":            {options: []string{""}, word: "allowed are"},
 		"with a separator": {options: []string{"ro,suid"}, word: "allowed are"},
 	} {
-		got, err := ParseMountOptions(c.options, c.permitted)
-		if c.word == "" && (err != nil || got != c.want) {
-			t.Errorf("%s: %+v, %v; want %+v", name, got, err, c.want)
-		}
-		if c.word != "" && (!errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), c.word)) {
-			t.Errorf("%s: %v; want an invalid argument with %q", name, err, c.word)
-		}
-	}
-}
-
-func TestFeaturesWithout(t *testing.T) {
-	all := Features{MountAPI: true, LayerFD: true, StatMount: true}
-	got, err := all.Without("mount-api")
-	if err != nil || got != (Features{StatMount: true}) {
-		t.Errorf("%+v, %v: layers by descriptor need the mount API", got, err)
-	}
-	if _, err := all.Without("warp"); err == nil || !strings.Contains(err.Error(), "detached-layer, layer-fd, mount-api, statmount") {
-		t.Errorf("%v", err)
+		t.Run(name, func(t *testing.T) {
+			got, err := ParseMountOptions(c.options, c.permitted)
+			if c.word == "" && (err != nil || got != c.want) {
+				t.Errorf("got %+v, %v; want %+v", got, err, c.want)
+			}
+			if c.word != "" && (!errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), c.word)) {
+				t.Errorf("got %v; want an invalid argument with %q", err, c.word)
+			}
+		})
 	}
 }
 
@@ -68,7 +61,9 @@ func mounters(t *testing.T) map[string]*Mounter {
 		if err != nil {
 			t.Fatal(err)
 		}
-		mounter, err := NewMounter(t.TempDir(), chosen, mount.NewWithoutSystemd(""))
+		mounter, err := NewMounter(Config{
+			Dir: t.TempDir(), Features: chosen, MountUtils: mount.NewWithoutSystemd(""), Commands: exec.New(),
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -94,7 +89,7 @@ func open(t *testing.T, path string) *os.File {
 	if err := os.MkdirAll(path, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	dir, err := openDir(path)
+	dir, err := linux.OpenDir(path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -138,8 +133,10 @@ func TestMounterIsAMountInterface(t *testing.T) {
 				t.Errorf("an upper in use: %v, %v", inUse, err)
 			}
 			list, err := m.List()
-			if err != nil || !slices.ContainsFunc(list, func(p mount.MountPoint) bool { return p.Path == target && p.Type == "overlay" }) {
-				t.Errorf("not in the list of mounts: %v", err)
+			if err != nil || !slices.ContainsFunc(list, func(p mount.MountPoint) bool {
+				return p.Path == target && p.Type == "overlay" && p.Device == "overlay-csi"
+			}) {
+				t.Errorf("not in the list of mounts with the source overlay-csi: %v, %v", list, err)
 			}
 			// mount-utils' own helpers work with it.
 			if err := mount.CleanupMountPoint(target, m, true); err != nil {
@@ -192,41 +189,25 @@ func TestSpecIsChecked(t *testing.T) {
 		"volatile without upper": {Lowers: []*os.File{a}, Volatile: true},
 		"a lower twice":          {Lowers: []*os.File{a, a}},
 	} {
-		if err := m.Overlay(spec, open(t, dir+"/target")); !errdefs.IsInvalidArgument(err) {
-			t.Errorf("%s: %v", name, err)
-		}
+		t.Run(name, func(t *testing.T) {
+			if err := m.Overlay(spec, open(t, dir+"/target")); !errdefs.IsInvalidArgument(err) {
+				t.Error(err)
+			}
+		})
 	}
 }
 
 // TestKernelMessages: what the kernel says of a refused overlay is in the error.
 func TestKernelMessages(t *testing.T) {
+	requireFeature(t, "mount-api")
 	m := mounters(t)["by descriptor"]
-	if !m.features.MountAPI {
-		t.Skip("this kernel has no mount API for overlayfs")
-	}
 	one, two := tmpfs(t), tmpfs(t)
 	spec := Spec{Lowers: []*os.File{open(t, one+"/lower")}, Upper: open(t, one+"/upper"), Work: open(t, two+"/work")}
 	err := m.Overlay(spec, open(t, one+"/target"))
 	if err == nil || !errors.Is(err, unix.EINVAL) {
 		t.Fatalf("upper and work on two file systems: %v", err)
 	}
-	if text := fmt.Sprint(err); !strings.Contains(text, "overlay: create") {
+	if text := fmt.Sprint(err); !strings.Contains(text, "fsconfig create overlay: ") {
 		t.Errorf("%s", text)
-	}
-}
-
-func TestEveryFeatureHasAFallback(t *testing.T) {
-	said := Features{}.Fallbacks()
-	if len(said) != len(FeatureNames()) {
-		t.Errorf("%d features, %d fallbacks", len(FeatureNames()), len(said))
-	}
-	for _, fallback := range said {
-		if _, what, _ := strings.Cut(fallback, ": "); what == "" {
-			t.Errorf("%q says nothing", fallback)
-		}
-	}
-	all := Features{MountAPI: true, LayerFD: true, StatMount: true, DetachedLayer: true}
-	if said := all.Fallbacks(); len(said) > 0 {
-		t.Errorf("fallbacks where nothing is lacking: %q", said)
 	}
 }

@@ -21,6 +21,7 @@ import (
 	umoci "github.com/opencontainers/umoci/oci/layer"
 	"golang.org/x/sys/unix"
 	mount "k8s.io/mount-utils"
+	utilexec "k8s.io/utils/exec"
 
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
@@ -263,7 +264,9 @@ func TestRandomImagesAsUmoci(t *testing.T) {
 	must(t, os.Mkdir(filepath.Join(n.dir, "mounter"), 0o755))
 	features, err := overlay.Probe(filepath.Join(n.dir, "mounter"))
 	must(t, err)
-	mounter, err := overlay.NewMounter(filepath.Join(n.dir, "mounter"), features, mount.NewWithoutSystemd(""))
+	mounter, err := overlay.NewMounter(overlay.Config{
+		Dir: filepath.Join(n.dir, "mounter"), Features: features, MountUtils: mount.NewWithoutSystemd(""), Commands: utilexec.New(),
+	})
 	must(t, err)
 	defer mounter.Close()
 	for seed := range uint64(40) {

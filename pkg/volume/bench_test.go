@@ -87,7 +87,9 @@ func newBenchNode(b *testing.B) *benchNode {
 	b.Cleanup(func() { root.Close() })
 	features, err := overlay.Probe(dir)
 	check(err)
-	mounter, err := overlay.NewMounter(filepath.Join(root.Path(), "mounter"), features, mount.NewWithoutSystemd(""))
+	mounter, err := overlay.NewMounter(overlay.Config{
+		Dir: filepath.Join(root.Path(), "mounter"), Features: features, MountUtils: mount.NewWithoutSystemd(""), Commands: exec.New(),
+	})
 	check(err)
 	b.Cleanup(func() { mounter.Close() })
 	detached, err := overlay.NewDetachedRoot(features)

@@ -1,0 +1,61 @@
+package overlay
+
+import (
+	"errors"
+	"io/fs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+)
+
+// Unmount unmounts what is mounted at target (mount.Interface). A link at target itself is not followed.
+func (m *Mounter) Unmount(target string) error { return linux.Unmount(target) }
+
+// IsMountPoint reports whether something is mounted at path, a bind mount included (mount.Interface). A link at path itself is not
+// followed. It returns fs.ErrNotExist if there is no such path.
+func (m *Mounter) IsMountPoint(path string) (bool, error) { return linux.IsMountRoot(nil, path) }
+
+// IsLikelyNotMountPoint is the opposite of IsMountPoint, and as certain (mount.Interface).
+func (m *Mounter) IsLikelyNotMountPoint(path string) (bool, error) {
+	mounted, err := m.IsMountPoint(path)
+	return !mounted, err
+}
+
+// CanSafelySkipMountPointCheck returns false: Unmount fails where nothing is mounted (mount.Interface).
+func (m *Mounter) CanSafelySkipMountPointCheck() bool { return false }
+
+// Mounted is what is mounted at a path.
+type Mounted int
+
+// What can be mounted at a path.
+const (
+	Nothing Mounted = iota // nothing, or there is no such path
+	Overlay                // an overlay
+	Other                  // another file system
+)
+
+// At returns what is mounted at path itself: a directory within a mount is not a mount point.
+func (m *Mounter) At(path string) (Mounted, error) {
+	stat, err := linux.StatMount(nil, path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Nothing, nil
+	}
+	if err != nil || !stat.IsRoot {
+		return Nothing, err
+	}
+	magic, err := m.fileSystemMagic(path, stat.MountID)
+	if err != nil {
+		return Nothing, err
+	}
+	if magic == linux.OverlayMagic {
+		return Overlay, nil
+	}
+	return Other, nil
+}
+
+func (m *Mounter) fileSystemMagic(path string, mountID uint64) (int64, error) {
+	if !m.features.StatMount {
+		return linux.FileSystemMagicAt(path)
+	}
+	status, err := linux.Statmount(mountID)
+	return status.Magic, err
+}
