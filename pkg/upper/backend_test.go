@@ -37,73 +37,94 @@ func newDataRoot(t *testing.T, name string) *os.File {
 
 func newBackends(t *testing.T, root *os.File) *upper.Backends {
 	t.Helper()
-	return upper.NewBackends(upper.Config{Root: root, MountDir: t.TempDir(), Discard: os.RemoveAll, Commands: utilexec.New()})
+	return upper.NewBackends(upper.Config{
+		Root: root, MountDir: t.TempDir(), Discard: os.RemoveAll, Commands: utilexec.New(),
+		Mounter: bindMounter{}, InUse: func(upper.LockHolder) bool { return true },
+	})
 }
 
-// kinds are the kinds with a limit, and where each is tried.
-var kinds = []struct {
+// backends are all backends, and where each is tried.
+var backends = []struct {
 	root    string
 	backend upper.Backend
-	inodes  bool
+	traits  uppertest.Backend
 }{
-	{"ext4 with project quota", upper.ProjectQuota, true},
-	{"xfs with project quota", upper.ProjectQuota, true},
-	{"btrfs with quota", upper.BtrfsQgroup, false},
-	{"ext4", upper.DiskImage, true},
-	{"tmpfs", upper.DiskImage, true},
-	{"tmpfs", upper.Tmpfs, true},
+	{"tmpfs", upper.Directory, uppertest.Backend{}},
+	{"ext4", upper.Directory, uppertest.Backend{}},
+	{"ext4 with project quota", upper.ProjectQuota, uppertest.Backend{Limited: true, LimitsInodes: true}},
+	{"xfs with project quota", upper.ProjectQuota, uppertest.Backend{Limited: true, LimitsInodes: true}},
+	{"btrfs with quota", upper.BtrfsQgroup, uppertest.Backend{Limited: true}},
+	{"ext4", upper.DiskImage, uppertest.Backend{Limited: true, LimitsInodes: true}},
+	{"tmpfs", upper.DiskImage, uppertest.Backend{Limited: true, LimitsInodes: true}},
+	{"tmpfs", upper.Tmpfs, uppertest.Backend{Limited: true, LimitsInodes: true, InMemory: true}},
+	{"tmpfs", upper.PodVolume, uppertest.Backend{PodOwned: true}},
+	{"ext4", upper.PodVolume, uppertest.Backend{PodOwned: true}},
 }
 
-func TestKinds(t *testing.T) {
-	for _, c := range kinds {
+func TestBackends(t *testing.T) {
+	for _, c := range backends {
 		t.Run(string(c.backend)+" on "+c.root, func(t *testing.T) {
 			root := newDataRoot(t, c.root)
-			backends := newBackends(t, root)
-			if kind, err := backends.Choose(upper.Requirements{Bytes: uppertest.Size, Backend: c.backend}); err != nil {
-				t.Fatal(kind, err)
+			open := newBackends(t, root)
+			need := upper.Requirements{Backend: c.backend}
+			if c.traits.Limited {
+				need.Bytes = uppertest.Size
+			}
+			if _, err := open.Choose(need); err != nil {
+				t.Fatal(err)
 			}
 			n := 0
-			place := func(t *testing.T) upper.Upper {
+			suite := c.traits
+			suite.New = func(t *testing.T) upper.Upper {
 				n++
-				base := fmt.Sprint("base-", n)
-				// As the volume's directory is, which has its state.
-				if err := os.Mkdir(filepath.Join(root.Name(), base), 0o700); err != nil {
-					t.Fatal(err)
-				}
-				place := backends.Open(upper.Location{Backend: c.backend, Base: base, Limit: upper.LimitOf(uppertest.Size), Ephemeral: n%2 == 0})
-				t.Cleanup(func() {
-					if err := place.Release(context.WithoutCancel(t.Context())); err != nil {
-						t.Error(err)
-					}
+				return newUpper(t, open, root, upper.Location{
+					Backend: c.backend, Base: fmt.Sprint("base-", n), Limit: upper.LimitOf(need.Bytes), Ephemeral: n%2 == 0,
 				})
-				return place
 			}
-			uppertest.RunLimited(t, c.inodes, place)
-			if c.backend == upper.Tmpfs {
-				return
-			}
-			uppertest.Run(t, func(t *testing.T) (uppertest.Prepare, func() error) {
-				p := place(t)
-				return p.Prepare, func() error { return p.Release(t.Context()) }
-			})
+			uppertest.Run(t, suite)
 		})
 	}
 }
 
-func TestChoice(t *testing.T) {
+// newUpper opens an absent upper. Its base directory is there, as that of a volume is, which has the record. It stands for the other
+// volume of a pod-volume.
+func newUpper(t *testing.T, open *upper.Backends, root *os.File, at upper.Location) upper.Upper {
+	t.Helper()
+	base := filepath.Join(root.Name(), at.Base)
+	if err := os.Mkdir(base, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if at.Backend == upper.PodVolume {
+		at.PodVolume = upper.PodVolumePath{Volume: base, Path: "a/b"}
+		at.Holder = upper.LockHolder{Node: "n", BootID: "b", VolumeID: "v", Target: "/t"}
+		at.Layers = []string{"dir://m/a"}
+	}
+	u := open.Open(at)
+	t.Cleanup(func() {
+		if err := u.Release(context.WithoutCancel(t.Context())); err != nil {
+			t.Error(err)
+		}
+	})
+	return u
+}
+
+func TestChoose(t *testing.T) {
 	plain := newBackends(t, newDataRoot(t, "tmpfs"))
 	for name, c := range map[string]struct {
-		want    upper.Requirements
-		backend upper.Backend
+		need upper.Requirements
+		want upper.Backend
 	}{
-		"no size":   {upper.Requirements{}, upper.Directory},
-		"size":      {upper.Requirements{Bytes: 1 << 30}, upper.DiskImage},
-		"unlimited": {upper.Requirements{Bytes: 1 << 30, Unenforced: true}, upper.Directory},
-		"memory":    {upper.Requirements{Bytes: 1 << 30, Backend: upper.Tmpfs}, upper.Tmpfs},
+		"no size":    {upper.Requirements{}, upper.Directory},
+		"size":       {upper.Requirements{Bytes: 1 << 30}, upper.DiskImage},
+		"unenforced": {upper.Requirements{Bytes: 1 << 30, Unenforced: true}, upper.Directory},
+		"memory":     {upper.Requirements{Bytes: 1 << 30, Backend: upper.Tmpfs}, upper.Tmpfs},
+		"pod volume": {upper.Requirements{Backend: upper.PodVolume}, upper.PodVolume},
 	} {
-		if kind, err := plain.Choose(c.want); err != nil || kind != c.backend {
-			t.Errorf("%s: %q, %v; want %q", name, kind, err, c.backend)
-		}
+		t.Run(name, func(t *testing.T) {
+			if backend, err := plain.Choose(c.need); err != nil || backend != c.want {
+				t.Errorf("%q, %v; want %q", backend, err, c.want)
+			}
+		})
 	}
 	_, err := plain.Choose(upper.Requirements{Bytes: 1 << 30, Backend: upper.ProjectQuota})
 	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "prjquota") {

@@ -61,6 +61,9 @@ func (q btrfsQgroup) Prepare(ctx context.Context, root RootAttr) (Dirs, error) {
 }
 
 func (q btrfsQgroup) Grow(ctx context.Context, limit Limit) error {
+	if _, err := os.Lstat(q.path()); err != nil {
+		return notFound(err)
+	}
 	size := "none"
 	if limit.Bytes > 0 {
 		size = strconv.FormatInt(limit.Bytes, 10)

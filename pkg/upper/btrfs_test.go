@@ -24,10 +24,12 @@ func TestParseQgroup(t *testing.T) {
 		"limit is no number": {qgroupTable + "0/257 1 1 much", 0, 0, true},
 		"nothing":            {"", 0, 0, true},
 	} {
-		used, limit, err := parseQgroup(c.output)
-		if (err != nil) != c.fails || (!c.fails && (used != c.used || limit != c.limit)) {
-			t.Errorf("%s: %d of %d, %v", name, used, limit, err)
-		}
+		t.Run(name, func(t *testing.T) {
+			used, limit, err := parseQgroup(c.output)
+			if (err != nil) != c.fails || (!c.fails && (used != c.used || limit != c.limit)) {
+				t.Errorf("%d of %d, %v", used, limit, err)
+			}
+		})
 	}
 }
 

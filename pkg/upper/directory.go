@@ -80,7 +80,10 @@ func (d directory) DiskUsage(ctx context.Context) (int64, error) {
 	return used.bytes, err
 }
 
-func (d directory) Free(context.Context) (Usage, error) { return fileSystemUsage(d.path()) }
+func (d directory) Free(context.Context) (Usage, error) {
+	path, _ := d.Paths()
+	return fileSystemUsage(path)
+}
 
 func (d directory) Exists() (bool, error) {
 	path, _ := d.Paths()

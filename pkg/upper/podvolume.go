@@ -136,14 +136,9 @@ func (p podVolume) Grow(context.Context, Limit) error {
 
 // Usage counts the files of the upper, and adds what is free in the volume.
 func (p podVolume) Usage(ctx context.Context) (Usage, error) {
-	volume, err := p.openVolume()
+	upper, err := p.openUpper()
 	if err != nil {
-		return Usage{}, notFound(err)
-	}
-	defer volume.Close()
-	upper, err := p.open(volume, p.at.Path+"/"+upperName)
-	if err != nil {
-		return Usage{}, notFound(err)
+		return Usage{}, err
 	}
 	defer upper.Close()
 	return usageOf(ctx, linux.ProcPath(upper))
@@ -153,12 +148,12 @@ func (p podVolume) Usage(ctx context.Context) (Usage, error) {
 func (p podVolume) DiskUsage(context.Context) (int64, error) { return 0, nil }
 
 func (p podVolume) Free(context.Context) (Usage, error) {
-	volume, err := p.openVolume()
+	upper, err := p.openUpper()
 	if err != nil {
-		return Usage{}, notFound(err)
+		return Usage{}, err
 	}
-	defer volume.Close()
-	return linux.FileSystemUsage(volume)
+	defer upper.Close()
+	return linux.FileSystemUsage(upper)
 }
 
 func (p podVolume) Exists() (bool, error) {
@@ -201,14 +196,19 @@ func (b openBase) Paths() (upper, work string) {
 }
 
 // openBase opens the base directory. It returns ErrNotFound if that or the volume is gone.
-func (p podVolume) openBase() (*os.File, error) {
+func (p podVolume) openBase() (*os.File, error) { return p.openBeneath(p.at.Path) }
+
+// openUpper opens the upper directory. It returns ErrNotFound if that or the volume is gone.
+func (p podVolume) openUpper() (*os.File, error) { return p.openBeneath(p.at.Path + "/" + upperName) }
+
+func (p podVolume) openBeneath(path string) (*os.File, error) {
 	volume, err := p.openVolume()
 	if err != nil {
 		return nil, notFound(err)
 	}
 	defer volume.Close()
-	base, err := p.open(volume, p.at.Path)
-	return base, notFound(err)
+	dir, err := p.open(volume, path)
+	return dir, notFound(err)
 }
 
 // open opens a directory in the volume, through the busy mount if there is one. It follows no link: the directory was made

@@ -21,26 +21,28 @@ import (
 // At rest: Release has returned. Nothing is mounted and no lock is held. What was written is still there, except in memory:
 // a tmpfs is absent once it is released.
 //
-// Prepare, Release, Discard, Yield and ClearWork are called by one goroutine at a time, which holds the lock of the volume.
-// The other methods may be called by any number of goroutines at any time, also while one of those five runs.
+// Prepare, ClearWork, Yield, Release, Discard and Grow are called by one goroutine at a time, which holds the lock of the volume.
+// The other methods may be called by any number of goroutines at any time, also during one of those six: they then answer for the
+// state before or after it.
 //
-//	method      absent      in use       at rest     error of its own
+//	method      absent      in use       at rest     errors of its own
 //	Prepare     makes it    opens it     opens it    ResourceExhausted, FailedPrecondition, DataLoss
 //	ClearWork   nothing     allowed¹     allowed
 //	Yield       nothing     allowed¹     nothing
 //	Release     nothing     allowed¹     nothing
 //	Discard     nothing     allowed¹     allowed
-//	Grow        NotFound    allowed      NotFound²   InvalidArgument where the size is not the driver's to change
-//	Usage       NotFound    allowed      allowed²
-//	DiskUsage   NotFound    allowed      allowed
-//	Free        NotFound    allowed      allowed²
-//	Exists      false       true         true²
-//	Check       NotFound    allowed      allowed     FailedPrecondition where it cannot be written to
-//	Paths       allowed     allowed      allowed     (the directories are there while the upper is in use)
+//	Grow        NotFound²   allowed      NotFound³   InvalidArgument if the size is not the driver's to change
+//	Usage       NotFound    allowed      NotFound³
+//	DiskUsage   NotFound²   allowed      allowed
+//	Free        NotFound    allowed      NotFound³
+//	Exists      false       true         true
+//	Check       NotFound    allowed      allowed     FailedPrecondition if it cannot be written to
+//	Paths       allowed     allowed      allowed
 //
-//	¹ Only after the overlay on it has been unmounted.
-//	² Not of a backend whose directories are mounted only while the upper is in use: Usage and Free are then NotFound, and
-//	  a tmpfs does not exist. The limit of a disk image is grown by the next Prepare, that of a directory at any time.
+//	¹ Only after the overlay on the upper has been unmounted.
+//	² A directory has no limit, and its Grow does nothing. DiskUsage is 0 of a backend that takes nothing of the data root's disk.
+//	³ Of a disk image, whose file system is mounted only while it is in use. The next Prepare grows it to the limit. The other
+//	  backends allow it.
 //
 // # Crashes
 //

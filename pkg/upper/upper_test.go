@@ -10,7 +10,6 @@ import (
 	utilexec "k8s.io/utils/exec"
 
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
-	"github.com/overlay-csi/overlay-csi/pkg/upper/uppertest"
 	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
@@ -36,13 +35,6 @@ func open(t *testing.T, path string) *os.File {
 	return dir
 }
 
-func TestDir(t *testing.T) {
-	uppertest.Run(t, func(t *testing.T) (uppertest.Prepare, func() error) {
-		dir := newBackends(t, open(t, mountAt(t, "tmpfs"))).Open(upper.Location{Backend: upper.Directory, Base: "base"})
-		return dir.Prepare, func() error { return dir.Release(t.Context()) }
-	})
-}
-
 // bindMounter mounts busy mounts as the mounter does, with mount(2).
 type bindMounter struct{}
 
@@ -60,14 +52,6 @@ func podVolume(t *testing.T, at upper.PodVolumePath, holder upper.LockHolder, in
 		Mounter: bindMounter{}, InUse: func(upper.LockHolder) bool { return inUse },
 	})
 	return backends.Open(upper.Location{Backend: upper.PodVolume, PodVolume: at, Holder: holder, Layers: []string{"dir://m/a"}})
-}
-
-func TestPodVolume(t *testing.T) {
-	uppertest.Run(t, func(t *testing.T) (uppertest.Prepare, func() error) {
-		holder := upper.LockHolder{Node: "n", BootID: "b", VolumeID: "v", Target: "/t"}
-		volume := podVolume(t, upper.PodVolumePath{Volume: mountAt(t, "tmpfs"), Path: "a/b"}, holder, true)
-		return volume.Prepare, func() error { return volume.Release(t.Context()) }
-	})
 }
 
 // TestLockOfAnother is whose lock gives way. A tmpfs is of one node by its nature, a ramfs is not known to be.

@@ -6,144 +6,147 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
-// Size is the limit in bytes of the uppers that RunLimited is given.
-const Size = 32 << 20
+// What a limited backend must do. Everything is written through an overlay, as pods write.
 
-// RunLimited runs what every kind with a limit passes. make returns a new place with a limit of Size; withInodes says that
-// the kind limits inodes too. Everything is written from inside a view, as pods write.
-func RunLimited(t *testing.T, withInodes bool, make func(t *testing.T) upper.Upper) {
-	t.Run("bytes", func(t *testing.T) {
-		place := make(t)
-		view := mountView(t, place)
-		written := fill(t, filepath.Join(view, "f"))
-		if written > Size || written < Size*6/10 {
-			t.Errorf("%d bytes went into %d", written, Size)
-		}
-		usage, err := place.Usage(t.Context())
-		if err != nil || usage.Bytes.Used < written || usage.Bytes.Available > 1<<20 || usage.Bytes.Total > Size {
-			t.Errorf("usage %+v, %v", usage.Bytes, err)
-		}
-		taken, err := place.DiskUsage(t.Context())
-		if err != nil || taken > 2*Size {
-			t.Errorf("%d bytes taken of the disk, %v", taken, err)
-		}
-		if err := os.Remove(filepath.Join(view, "f")); err != nil {
-			t.Error(err)
-		}
-		if again := fill(t, filepath.Join(view, "f")); again < written*9/10 {
-			t.Errorf("after a removal only %d bytes of %d", again, written)
-		}
-	})
-	t.Run("many small files", func(t *testing.T) {
-		view := mountView(t, make(t))
-		small := bytesOf(16 << 10)
-		for n := range 2 * Size / len(small) {
-			err := os.WriteFile(filepath.Join(view, fmt.Sprint(n)), small, 0o600)
-			if isFull(err) {
-				if n < 1000 {
-					t.Errorf("only %d files", n)
-				}
-				return
+// testBytes fills an upper, and fills it again after a removal.
+func (b Backend) testBytes(t *testing.T) {
+	u := b.New(t)
+	view := mountView(t, u)
+	written := fill(t, filepath.Join(view, "f"))
+	if written > Size || written < Size*6/10 {
+		t.Errorf("%d bytes went into %d", written, Size)
+	}
+	usage, err := u.Usage(t.Context())
+	if err != nil || usage.Bytes.Used < written || usage.Bytes.Available > 1<<20 || usage.Bytes.Total > Size {
+		t.Errorf("usage %+v, %v", usage.Bytes, err)
+	}
+	onDisk, err := u.DiskUsage(t.Context())
+	if err != nil || onDisk > 2*Size {
+		t.Errorf("%d bytes of the disk are used, %v", onDisk, err)
+	}
+	if err := os.Remove(filepath.Join(view, "f")); err != nil {
+		t.Error(err)
+	}
+	if again := fill(t, filepath.Join(view, "f")); again < written*9/10 {
+		t.Errorf("after a removal only %d bytes of %d", again, written)
+	}
+}
+
+// testSmallFiles fills an upper with files of 16 KiB.
+func (b Backend) testSmallFiles(t *testing.T) {
+	view := mountView(t, b.New(t))
+	small := bytesOf(16 << 10)
+	for n := range 2 * Size / len(small) {
+		err := os.WriteFile(filepath.Join(view, fmt.Sprint(n)), small, 0o600)
+		if isFull(err) {
+			if n < 1000 {
+				t.Errorf("only %d files", n)
 			}
-			if err != nil {
-				t.Fatal(err)
-			}
+			return
 		}
-		t.Error("there is no end")
-	})
-	t.Run("inodes", func(t *testing.T) {
-		if !withInodes {
-			t.Skip("this kind has no limit of inodes (btrfs-qgroup(8))")
-		}
-		place := make(t)
-		view := mountView(t, place)
-		for n := range 4 * Size >> 12 {
-			err := unix.Mknod(filepath.Join(view, fmt.Sprint(n)), unix.S_IFREG|0o600, 0)
-			if isFull(err) {
-				usage, err := place.Usage(t.Context())
-				if err != nil || usage.Inodes.Available > 10 || usage.Inodes.Used < int64(n) {
-					t.Errorf("usage %+v after %d files, %v", usage.Inodes, n, err)
-				}
-				return
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-		}
-		t.Error("there is no end")
-	})
-	t.Run("copy-up of a large file", func(t *testing.T) {
-		lower := t.TempDir()
-		large := filepath.Join(lower, "large")
-		if err := os.WriteFile(large, bytesOf(2*Size), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		view := mountOn(t, make(t), lower)
-		file, err := os.OpenFile(filepath.Join(view, "large"), os.O_WRONLY|os.O_APPEND, 0)
-		if !isFull(err) {
-			t.Errorf("a file of twice the limit was copied up: %v", err)
-			file.Close()
-		}
-		if err := os.WriteFile(filepath.Join(view, "small"), []byte("x"), 0o644); err != nil {
-			t.Errorf("what was copied in vain is still there: %v", err)
-		}
-	})
-	t.Run("grows while it is written to", func(t *testing.T) {
-		place := make(t)
-		view := mountView(t, place)
-		file, err := os.Create(filepath.Join(view, "f"))
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer file.Close()
-		before := writeUntilFull(t, file)
-		if err := place.Grow(t.Context(), upper.LimitOf(3*Size)); err != nil {
-			if needsResource(t, err) {
-				t.Skipf("this machine's root lacks CAP_SYS_RESOURCE, which ext4 wants of whoever makes it larger: %v", err)
+	}
+	t.Error("there is no end")
+}
+
+// testInodes fills an upper with empty files.
+func (b Backend) testInodes(t *testing.T) {
+	u := b.New(t)
+	view := mountView(t, u)
+	for n := range 4 * Size >> 12 {
+		err := linux.Mknodat(nil, filepath.Join(view, fmt.Sprint(n)), syscall.S_IFREG|0o600, 0)
+		if isFull(err) {
+			usage, err := u.Usage(t.Context())
+			if err != nil || usage.Inodes.Available > 10 || usage.Inodes.Used < int64(n) {
+				t.Errorf("usage %+v after %d files, %v", usage.Inodes, n, err)
 			}
+			return
+		}
+		if err != nil {
 			t.Fatal(err)
 		}
-		if more := writeUntilFull(t, file); more < Size {
-			t.Errorf("%d bytes went in, then %d more", before, more)
-		}
-		if err := file.Sync(); err != nil {
-			t.Error(err)
-		}
-		usage, err := place.Usage(t.Context())
-		if err != nil || usage.Bytes.Total < 2*Size {
-			t.Errorf("usage %+v, %v", usage.Bytes, err)
-		}
-	})
+	}
+	t.Error("there is no end")
 }
 
-// mountView mounts an overlay on a place, over an empty layer.
-func mountView(t *testing.T, place upper.Upper) string {
-	t.Helper()
-	return mountOn(t, place, t.TempDir())
+// testCopyUp writes to a file of a layer that does not fit.
+func (b Backend) testCopyUp(t *testing.T) {
+	lower := t.TempDir()
+	large := filepath.Join(lower, "large")
+	if err := os.WriteFile(large, bytesOf(2*Size), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	view := mountOn(t, b.New(t), lower)
+	file, err := os.OpenFile(filepath.Join(view, "large"), os.O_WRONLY|os.O_APPEND, 0)
+	if !isFull(err) {
+		t.Errorf("a file of twice the limit was copied up: %v", err)
+		file.Close()
+	}
+	if err := os.WriteFile(filepath.Join(view, "small"), []byte("x"), 0o644); err != nil {
+		t.Errorf("what was copied in vain is still there: %v", err)
+	}
 }
 
-func mountOn(t *testing.T, place upper.Upper, lower string) string {
+// testGrow grows a full upper while a file in it is open.
+func (b Backend) testGrow(t *testing.T) {
+	u := b.New(t)
+	view := mountView(t, u)
+	file, err := os.Create(filepath.Join(view, "f"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	before := writeUntilFull(t, file)
+	if err := u.Grow(t.Context(), upper.LimitOf(3*Size)); err != nil {
+		if needsResource(t, err) {
+			t.Skipf("this machine's root lacks CAP_SYS_RESOURCE, which ext4 wants of whoever makes it larger: %v", err)
+		}
+		t.Fatal(err)
+	}
+	if more := writeUntilFull(t, file); more < Size {
+		t.Errorf("%d bytes went in, then %d more", before, more)
+	}
+	if err := file.Sync(); err != nil {
+		t.Error(err)
+	}
+	usage, err := u.Usage(t.Context())
+	if err != nil || usage.Bytes.Total < 2*Size {
+		t.Errorf("usage %+v, %v", usage.Bytes, err)
+	}
+}
+
+// mountView mounts an overlay on an upper, over an empty layer.
+func mountView(t *testing.T, u upper.Upper) string {
 	t.Helper()
-	dirs := mustPrepare(t, place.Prepare, plain)
+	return mountOn(t, u, t.TempDir())
+}
+
+// mountOn mounts an overlay on an upper. Both are gone when the test ends.
+func mountOn(t *testing.T, u upper.Upper, lower string) string {
+	t.Helper()
+	dirs := mustPrepare(t, u, plain)
 	view := t.TempDir()
-	options := "lowerdir=" + lower + ",upperdir=" + proc(dirs.Upper) + ",workdir=" + proc(dirs.Work)
-	if err := unix.Mount("overlay", view, "overlay", 0, options); err != nil {
+	options := "lowerdir=" + lower + ",upperdir=" + linux.ProcPath(dirs.Upper) + ",workdir=" + linux.ProcPath(dirs.Work)
+	if err := linux.Mount("overlay", view, "overlay", 0, options); err != nil {
 		t.Fatal(err)
 	}
 	dirs.Close()
 	t.Cleanup(func() {
-		if err := unix.Unmount(view, unix.MNT_DETACH); err != nil {
+		if err := linux.UnmountLazily(view); err != nil {
 			t.Error(err)
 		}
-		if err := place.Release(context.WithoutCancel(t.Context())); err != nil {
+		if err := u.Release(context.WithoutCancel(t.Context())); err != nil {
 			t.Error(err)
 		}
 	})
@@ -186,11 +189,20 @@ func writeUntilFull(t *testing.T, file *os.File) int64 {
 // needsResource reports whether an error comes of a capability that root is without, as in some sandboxes.
 func needsResource(t *testing.T, err error) bool {
 	t.Helper()
-	bounding, errno := unix.PrctlRetInt(unix.PR_CAPBSET_READ, unix.CAP_SYS_RESOURCE, 0, 0, 0)
-	return errno == nil && bounding == 0 && strings.Contains(err.Error(), "Permission denied to resize")
+	const capSysResource = 24
+	status, readErr := os.ReadFile("/proc/self/status")
+	if readErr != nil {
+		t.Fatal(readErr)
+	}
+	_, after, _ := strings.Cut(string(status), "CapBnd:")
+	bounding, parseErr := strconv.ParseUint(strings.Fields(after)[0], 16, 64)
+	if parseErr != nil {
+		t.Fatal(parseErr)
+	}
+	return bounding>>capSysResource&1 == 0 && strings.Contains(err.Error(), "Permission denied to resize")
 }
 
-func isFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
+func isFull(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
 
 // bytesOf is content that no file system makes smaller.
 func bytesOf(size int) []byte {

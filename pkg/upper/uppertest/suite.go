@@ -1,79 +1,288 @@
-// Package uppertest is the suite that every kind of upper passes.
+// Package uppertest is the suite that every backend of package upper passes.
 package uppertest
 
 import (
 	"context"
-	"fmt"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
 
-	"golang.org/x/sys/unix"
+	"github.com/containerd/errdefs"
 
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
-// Prepare makes an upper ready, with a root that looks like this.
-type Prepare func(ctx context.Context, root upper.RootAttr) (upper.Dirs, error)
+// Size is the limit in bytes of the uppers of a limited backend.
+const Size = 32 << 20
 
-// Run runs the suite over one kind. make returns a new upper, on a file system that can hold it, each time.
-func Run(t *testing.T, make func(t *testing.T) (prepare Prepare, release func() error)) {
-	t.Run("root looks like the layer", func(t *testing.T) {
-		prepare, _ := make(t)
-		dirs := mustPrepare(t, prepare, upper.RootAttr{UID: 1000, GID: 2000, Mode: 0o2770})
-		var stat unix.Stat_t
-		if err := unix.Fstat(int(dirs.Upper.Fd()), &stat); err != nil || stat.Mode&0o7777 != 0o2770 || stat.Uid != 1000 || stat.Gid != 2000 {
-			t.Errorf("mode %o, owner %d:%d, %v", stat.Mode&0o7777, stat.Uid, stat.Gid, err)
-		}
-		if dirs.Existed {
-			t.Error("a new upper existed")
-		}
-	})
-	t.Run("prepared again it has what was written", func(t *testing.T) {
-		prepare, release := make(t)
-		first := mustPrepare(t, prepare, plain)
-		write(t, first.Upper, "kept")
-		for range 2 {
-			if err := release(); err != nil {
-				t.Fatal(err)
-			}
-		}
-		first.Close()
-		second := mustPrepare(t, prepare, plain)
-		if !second.Existed {
-			t.Error("an upper that was there did not exist")
-		}
-		if err := unix.Faccessat(int(second.Upper.Fd()), "kept", unix.F_OK, 0); err != nil {
-			t.Errorf("what was written is gone: %v", err)
-		}
-	})
-	t.Run("an overlay mounts on it", func(t *testing.T) {
-		prepare, release := make(t)
-		dirs := mustPrepare(t, prepare, plain)
-		target := t.TempDir()
-		options := "lowerdir=" + t.TempDir() + ",upperdir=" + proc(dirs.Upper) + ",workdir=" + proc(dirs.Work)
-		if err := unix.Mount("overlay", target, "overlay", 0, options); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(target, "f"), nil, 0o644); err != nil {
-			t.Error(err)
-		}
-		if err := unix.Unmount(target, 0); err != nil {
-			t.Fatal(err)
-		}
-		dirs.Close()
-		if err := release(); err != nil {
-			t.Error(err)
-		}
-	})
+// Backend is a backend under test, and what it promises beyond upper.Upper.
+type Backend struct {
+	// New returns a new, absent upper each time, which is released when the test ends.
+	New func(t *testing.T) upper.Upper
+	// Limited is set if the uppers have a limit of Size bytes, LimitsInodes if inodes are limited as well.
+	Limited, LimitsInodes bool
+	// InMemory is set if nothing survives Release.
+	InMemory bool
+	// PodOwned is set if what is in the upper belongs to the pod, and survives Discard.
+	PodOwned bool
 }
 
-// plain is the root that most layers have.
+// Run runs the suite over a backend.
+func Run(t *testing.T, b Backend) {
+	for _, test := range []struct {
+		name string
+		run  func(t *testing.T)
+		only bool
+	}{
+		{"absent", b.testAbsent, true},
+		{"root attributes", b.testRootAttr, true},
+		{"in use", b.testInUse, true},
+		{"prepared again", b.testPreparedAgain, true},
+		{"released and prepared again", b.testReleased, !b.InMemory},
+		{"an overlay mounts on it", b.testOverlay, true},
+		{"clear the work directory", b.testClearWork, true},
+		{"yielded and prepared again", b.testYield, true},
+		{"discarded", b.testDiscard, true},
+		{"lost", b.testLost, true},
+		{"bytes", b.testBytes, b.Limited},
+		{"many small files", b.testSmallFiles, b.Limited},
+		{"inodes", b.testInodes, b.LimitsInodes},
+		{"copy-up of a large file", b.testCopyUp, b.Limited},
+		{"grown while it is written to", b.testGrow, b.Limited},
+	} {
+		if test.only {
+			t.Run(test.name, test.run)
+		}
+	}
+}
+
+// testAbsent calls everything on an upper that was never made.
+func (b Backend) testAbsent(t *testing.T) {
+	u := b.New(t)
+	wantAbsent(t, u)
+	for name, call := range map[string]func() error{
+		"Release":   func() error { return u.Release(t.Context()) },
+		"Discard":   func() error { return u.Discard(t.Context()) },
+		"ClearWork": u.ClearWork,
+		"Yield":     u.Yield,
+	} {
+		if err := call(); err != nil {
+			t.Errorf("%s of an absent upper: %v", name, err)
+		}
+	}
+	if err := u.Grow(t.Context(), upper.LimitOf(2*Size)); b.Limited && !errdefs.IsNotFound(err) {
+		t.Errorf("Grow of an absent upper: %v, want NotFound", err)
+	}
+	wantAbsent(t, u)
+}
+
+// testRootAttr gives a new upper the attributes of its root.
+func (b Backend) testRootAttr(t *testing.T) {
+	want := upper.RootAttr{UID: 1000, GID: 2000, Mode: 0o2770}
+	dirs := mustPrepare(t, b.New(t), want)
+	if got, err := upper.RootAttrOf(dirs.Upper); err != nil || got != want {
+		t.Errorf("root %+v, %v, want %+v", got, err, want)
+	}
+	if dirs.Existed {
+		t.Error("a new upper existed")
+	}
+}
+
+// testInUse calls everything that reads on an upper in use.
+func (b Backend) testInUse(t *testing.T) {
+	u := b.New(t)
+	dirs := mustPrepare(t, u, plain)
+	if exists, err := u.Exists(); err != nil || !exists {
+		t.Errorf("Exists: %t, %v", exists, err)
+	}
+	if err := u.Check(); err != nil {
+		t.Errorf("Check: %v", err)
+	}
+	upperPath, workPath := u.Paths()
+	wantSame(t, upperPath, dirs.Upper)
+	wantSame(t, workPath, dirs.Work)
+	before, err := u.Usage(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustWrite(t, filepath.Join(upperPath, "f"), bytesOf(1<<20))
+	after, err := u.Usage(t.Context())
+	if err != nil || after.Bytes.Used < before.Bytes.Used+1<<20 {
+		t.Errorf("%d bytes are used, then 1 MiB is written, and %d are: %v", before.Bytes.Used, after.Bytes.Used, err)
+	}
+	for name, usage := range map[string]func(context.Context) (upper.Usage, error){"Usage": u.Usage, "Free": u.Free} {
+		got, err := usage(t.Context())
+		if err != nil || got.Bytes.Available <= 0 || got.Bytes.Total < got.Bytes.Available {
+			t.Errorf("%s: %+v, %v", name, got, err)
+		}
+		if b.Limited && got.Bytes.Total > Size {
+			t.Errorf("%s: a total of %d bytes where the limit is %d", name, got.Bytes.Total, Size)
+		}
+	}
+	if _, err := u.DiskUsage(t.Context()); err != nil {
+		t.Errorf("DiskUsage: %v", err)
+	}
+}
+
+// testPreparedAgain prepares an upper that is in use already.
+func (b Backend) testPreparedAgain(t *testing.T) {
+	u := b.New(t)
+	first := mustPrepare(t, u, plain)
+	again := mustPrepare(t, u, plain)
+	if !again.Existed {
+		t.Error("an upper in use did not exist")
+	}
+	if same, err := linux.SameFile(first.Upper, again.Upper); err != nil || !same {
+		t.Errorf("another directory was opened: %v", err)
+	}
+}
+
+// testReleased releases an upper twice, and looks for what was written.
+func (b Backend) testReleased(t *testing.T) {
+	u := b.New(t)
+	dirs := mustPrepare(t, u, plain)
+	path, _ := u.Paths()
+	mustWrite(t, filepath.Join(path, "f"), []byte("written"))
+	dirs.Close()
+	for range 2 {
+		if err := u.Release(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if exists, err := u.Exists(); err != nil || !exists {
+		t.Errorf("Exists at rest: %t, %v", exists, err)
+	}
+	if err := u.Check(); err != nil {
+		t.Errorf("Check at rest: %v", err)
+	}
+	if _, err := u.DiskUsage(t.Context()); err != nil {
+		t.Errorf("DiskUsage at rest: %v", err)
+	}
+	if again := mustPrepare(t, u, plain); !again.Existed {
+		t.Error("an upper at rest did not exist")
+	}
+	wantContent(t, filepath.Join(path, "f"), "written")
+}
+
+// testOverlay mounts an overlay, writes to it, and unmounts it.
+func (b Backend) testOverlay(t *testing.T) {
+	u := b.New(t)
+	view := mountView(t, u)
+	mustWrite(t, filepath.Join(view, "f"), []byte("written"))
+	path, _ := u.Paths()
+	wantContent(t, filepath.Join(path, "f"), "written")
+}
+
+// testClearWork clears what a volatile overlay left.
+func (b Backend) testClearWork(t *testing.T) {
+	u := b.New(t)
+	mustPrepare(t, u, plain)
+	path, work := u.Paths()
+	mustWrite(t, filepath.Join(path, "f"), []byte("written"))
+	if err := os.MkdirAll(filepath.Join(work, "work/incompat/volatile"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := u.ClearWork(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if left, err := os.ReadDir(work); err != nil || len(left) != 0 {
+		t.Errorf("%v is left in the work directory: %v", left, err)
+	}
+	wantContent(t, filepath.Join(path, "f"), "written")
+}
+
+// testYield yields an upper twice, and prepares it again.
+func (b Backend) testYield(t *testing.T) {
+	u := b.New(t)
+	dirs := mustPrepare(t, u, plain)
+	path, _ := u.Paths()
+	mustWrite(t, filepath.Join(path, "f"), []byte("written"))
+	dirs.Close()
+	for range 2 {
+		if err := u.Yield(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if again := mustPrepare(t, u, plain); !again.Existed {
+		t.Error("a yielded upper did not exist")
+	}
+	wantContent(t, filepath.Join(path, "f"), "written")
+}
+
+// testDiscard discards an upper in use, twice, and makes it again.
+func (b Backend) testDiscard(t *testing.T) {
+	u := b.New(t)
+	dirs := mustPrepare(t, u, plain)
+	path, _ := u.Paths()
+	mustWrite(t, filepath.Join(path, "f"), []byte("written"))
+	dirs.Close()
+	for range 2 {
+		if err := u.Discard(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if b.PodOwned {
+		wantContent(t, filepath.Join(path, "f"), "written")
+		return
+	}
+	wantAbsent(t, u)
+	if again := mustPrepare(t, u, plain); again.Existed {
+		t.Error("a discarded upper existed")
+	}
+	if _, err := os.Lstat(filepath.Join(path, "f")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("what was written to a discarded upper: %v", err)
+	}
+}
+
+// testLost removes the directories of an upper in use.
+func (b Backend) testLost(t *testing.T) {
+	u := b.New(t)
+	mustPrepare(t, u, plain)
+	for _, path := range pathsOf(u) {
+		if err := os.RemoveAll(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := u.Check(); !errdefs.IsNotFound(err) {
+		t.Errorf("Check of a lost upper: %v, want NotFound", err)
+	}
+}
+
+// wantAbsent checks what an absent upper answers.
+func wantAbsent(t *testing.T, u upper.Upper) {
+	t.Helper()
+	if exists, err := u.Exists(); err != nil || exists {
+		t.Errorf("Exists: %t, %v", exists, err)
+	}
+	if err := u.Check(); !errdefs.IsNotFound(err) {
+		t.Errorf("Check: %v, want NotFound", err)
+	}
+	for name, usage := range map[string]func(context.Context) (upper.Usage, error){"Usage": u.Usage, "Free": u.Free} {
+		if got, err := usage(t.Context()); !errdefs.IsNotFound(err) {
+			t.Errorf("%s: %+v, %v, want NotFound", name, got, err)
+		}
+	}
+	if bytes, err := u.DiskUsage(t.Context()); bytes != 0 || (err != nil && !errdefs.IsNotFound(err)) {
+		t.Errorf("DiskUsage: %d, %v, want nothing or NotFound", bytes, err)
+	}
+	for _, path := range pathsOf(u) {
+		if !filepath.IsAbs(path) {
+			t.Errorf("path %q is not absolute", path)
+		}
+	}
+}
+
+// plain are the attributes of the root of most layers.
 var plain = upper.RootAttr{Mode: 0o755}
 
-func mustPrepare(t *testing.T, prepare Prepare, root upper.RootAttr) upper.Dirs {
+func mustPrepare(t *testing.T, u upper.Upper, root upper.RootAttr) upper.Dirs {
 	t.Helper()
-	dirs, err := prepare(t.Context(), root)
+	dirs, err := u.Prepare(t.Context(), root)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,17 +290,41 @@ func mustPrepare(t *testing.T, prepare Prepare, root upper.RootAttr) upper.Dirs 
 	return dirs
 }
 
-func write(t *testing.T, dir *os.File, name string) {
+func pathsOf(u upper.Upper) []string {
+	upperPath, workPath := u.Paths()
+	return []string{upperPath, workPath}
+}
+
+func mustWrite(t *testing.T, path string, data []byte) {
 	t.Helper()
-	fd, err := unix.Openat(int(dir.Fd()), name, unix.O_CREAT|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
+	file, err := os.Create(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Close(fd); err != nil {
+	_, err = file.Write(data)
+	// btrfs counts what is on the disk.
+	if err := errors.Join(err, file.Sync(), file.Close()); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func proc(dir *os.File) string {
-	return fmt.Sprintf("/proc/self/fd/%d", dir.Fd())
+func wantContent(t *testing.T, path, want string) {
+	t.Helper()
+	if data, err := os.ReadFile(path); err != nil || string(data) != want {
+		t.Errorf("%s has %q, want %q: %v", path, data, want, err)
+	}
+}
+
+// wantSame checks that a path leads to an open directory.
+func wantSame(t *testing.T, path string, dir *os.File) {
+	t.Helper()
+	opened, err := linux.OpenDir(path)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer opened.Close()
+	if same, err := linux.SameFile(opened, dir); err != nil || !same {
+		t.Errorf("%s is not the directory that was opened: %v", path, err)
+	}
 }
