@@ -18,6 +18,7 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 )
 
@@ -37,9 +38,8 @@ type options struct {
 	registrationPath    string
 	layerRoots          map[string]layer.Root
 	allowedMountOptions []string
-	certsDir            string
-	registryConfig      string
 	adminSocket         string
+	registry            registry.Config
 	store               store.Config
 	podVolumeWait       time.Duration
 	reconcile           time.Duration
@@ -104,7 +104,7 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 	if opts.layerRoots, err = parseLayerRoots(roots, submounts); err != nil {
 		return options{}, err
 	}
-	if opts.store.Limits.LayerBytes, err = parseSize(maxLayerSize); err != nil {
+	if opts.store.MaxLayerBytes, err = parseSize(maxLayerSize); err != nil {
 		return options{}, fmt.Errorf("--max-layer-size %q: %w", maxLayerSize, err)
 	}
 	return opts, opts.complete()
@@ -113,25 +113,25 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 // addStoreFlags adds the flags of the layer store.
 func addStoreFlags(flags *pflag.FlagSet, opts *options, maxLayerSize *string) {
 	config := &opts.store
-	flags.StringVar(&opts.certsDir, "certs-dir", "",
+	flags.StringVar(&opts.registry.CertsDir, "certs-dir", "",
 		"`directory` with <host>/hosts.toml, containerd's configuration of registries: mirrors, CAs, plain HTTP")
-	flags.StringVar(&opts.registryConfig, "registry-config", "",
+	flags.StringVar(&opts.registry.CredentialsFile, "registry-config", "",
 		"Docker config.json `file` with registry credentials, for images that a volume's own secret does not cover")
-	flags.StringArrayVar(&config.Keep, "prefetch", nil, "`image` (registry/repository:tag) to pull at start and not to collect; repeatable")
-	flags.IntVar(&config.Parallel, "max-concurrent-layer-pulls", 4, "`number` of layers that are downloaded and unpacked at the same time")
-	flags.DurationVar(&config.StallTimeout, "pull-stall-timeout", 30*time.Second,
+	flags.StringArrayVar(&config.Prefetch, "prefetch", nil, "`image` (registry/repository:tag) to pull at start and not to collect; repeatable")
+	flags.IntVar(&config.MaxConcurrentLayerPulls, "max-concurrent-layer-pulls", 4, "`number` of layers that are downloaded and unpacked at the same time")
+	flags.DurationVar(&opts.registry.StallTimeout, "pull-stall-timeout", 30*time.Second,
 		"how long a registry may send almost nothing before the request is retried")
 	flags.StringVar(maxLayerSize, "max-layer-size", "1Ti", "maximum `size` of one unpacked layer; 0: unlimited")
-	flags.Int64Var(&config.Limits.LayerEntries, "max-layer-entries", 10_000_000,
+	flags.Int64Var(&config.MaxLayerEntries, "max-layer-entries", 10_000_000,
 		"maximum `number` of files, directories and links in one layer; 0: unlimited")
-	flags.IntVar(&config.Limits.ReservePercent, "min-free-disk-percent", 5,
+	flags.IntVar(&config.MinFreeDiskPercent, "min-free-disk-percent", 5,
 		"`percent` of the data root's disk that pulls leave free for the volumes")
-	flags.IntVar(&config.Collect.HighPercent, "layer-gc-high-threshold", 85,
+	flags.IntVar(&config.GC.HighThreshold, "layer-gc-high-threshold", 85,
 		"disk usage in `percent` at which garbage collection of unused layers starts")
-	flags.IntVar(&config.Collect.LowPercent, "layer-gc-low-threshold", 80, "disk usage in `percent` at which garbage collection stops")
-	flags.DurationVar(&config.Collect.MinAge, "layer-gc-min-age", 2*time.Minute, "how long a layer must be unused before it is collected")
-	flags.DurationVar(&config.Collect.Interval, "layer-gc-interval", 5*time.Minute, "time between two checks of the disk usage")
-	config.Backoff = 500 * time.Millisecond
+	flags.IntVar(&config.GC.LowThreshold, "layer-gc-low-threshold", 80, "disk usage in `percent` at which garbage collection stops")
+	flags.DurationVar(&config.GC.MinAge, "layer-gc-min-age", 2*time.Minute, "how long a layer must be unused before it is collected")
+	flags.DurationVar(&config.GC.Interval, "layer-gc-interval", 5*time.Minute, "time between two checks of the disk usage")
+	opts.registry.Backoff, opts.registry.UserAgent = 500*time.Millisecond, "overlay-csi/"+version
 }
 
 // parseSize parses a Kubernetes quantity of bytes.
@@ -148,31 +148,31 @@ func parseSize(text string) (int64, error) {
 
 // completeStore checks the flags of the layer store.
 func (o *options) completeStore() error {
-	for i, name := range o.store.Keep {
-		named, err := store.ParseName(strings.TrimPrefix(name, "oci://"))
+	for i, name := range o.store.Prefetch {
+		named, err := registry.ParseName(strings.TrimPrefix(name, "oci://"))
 		if err != nil {
 			return fmt.Errorf("--prefetch: %w", err)
 		}
-		o.store.Keep[i] = named.String()
+		o.store.Prefetch[i] = named.String()
 	}
 	percent := func(p int) bool { return p >= 0 && p <= 100 }
-	collect, limits := o.store.Collect, o.store.Limits
+	gc := o.store.GC
 	switch {
-	case !percent(collect.HighPercent) || !percent(collect.LowPercent) || collect.LowPercent > collect.HighPercent:
+	case !percent(gc.HighThreshold) || !percent(gc.LowThreshold) || gc.LowThreshold > gc.HighThreshold:
 		return fmt.Errorf("--layer-gc-low-threshold %d, --layer-gc-high-threshold %d: 0 <= low <= high <= 100 is required",
-			collect.LowPercent, collect.HighPercent)
-	case limits.ReservePercent < 0 || limits.ReservePercent > 90:
-		return fmt.Errorf("--min-free-disk-percent %d: must be from 0 to 90", limits.ReservePercent)
-	case o.store.Parallel < 1:
-		return fmt.Errorf("--max-concurrent-layer-pulls %d: must be at least 1", o.store.Parallel)
-	case o.store.StallTimeout < time.Second:
-		return fmt.Errorf("--pull-stall-timeout %s: must be at least 1s", o.store.StallTimeout)
-	case collect.Interval <= 0:
-		return fmt.Errorf("--layer-gc-interval %s: must be positive", collect.Interval)
-	case collect.MinAge < 0:
-		return fmt.Errorf("--layer-gc-min-age %s: must not be negative", collect.MinAge)
-	case limits.LayerEntries < 0:
-		return fmt.Errorf("--max-layer-entries %d: must not be negative", limits.LayerEntries)
+			gc.LowThreshold, gc.HighThreshold)
+	case o.store.MinFreeDiskPercent < 0 || o.store.MinFreeDiskPercent > 90:
+		return fmt.Errorf("--min-free-disk-percent %d: must be from 0 to 90", o.store.MinFreeDiskPercent)
+	case o.store.MaxConcurrentLayerPulls < 1:
+		return fmt.Errorf("--max-concurrent-layer-pulls %d: must be at least 1", o.store.MaxConcurrentLayerPulls)
+	case o.registry.StallTimeout < time.Second:
+		return fmt.Errorf("--pull-stall-timeout %s: must be at least 1s", o.registry.StallTimeout)
+	case gc.Interval <= 0:
+		return fmt.Errorf("--layer-gc-interval %s: must be positive", gc.Interval)
+	case gc.MinAge < 0:
+		return fmt.Errorf("--layer-gc-min-age %s: must not be negative", gc.MinAge)
+	case o.store.MaxLayerEntries < 0:
+		return fmt.Errorf("--max-layer-entries %d: must not be negative", o.store.MaxLayerEntries)
 	}
 	return nil
 }

@@ -24,6 +24,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
@@ -167,15 +168,12 @@ func newManager(root *volume.DataRoot, mounter *overlay.Mounter, detached *overl
 
 // newStore opens the layer store.
 func newStore(ctx context.Context, root *volume.DataRoot, opts options) (*store.Store, error) {
-	if opts.registryConfig != "" {
-		if _, err := store.ReadCredentials(opts.registryConfig); err != nil {
+	if opts.registry.CredentialsFile != "" {
+		if _, err := registry.ReadCredentials(opts.registry.CredentialsFile); err != nil {
 			return nil, fmt.Errorf("--registry-config: %w", err)
 		}
 	}
-	config := opts.store
-	config.Root, config.Discard = root.Dir(), root.Discard
-	config.Registries = store.NewRegistries(opts.certsDir, opts.registryConfig, "overlay-csi/"+version)
-	return store.New(ctx, config)
+	return store.New(ctx, root.Dir(), root.Discard, registry.NewClient(opts.registry), opts.store)
 }
 
 // newPodSpecs returns nil where there is no API server.

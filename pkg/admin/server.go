@@ -19,17 +19,18 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/admin/api"
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
 // layers are the methods of the layer store that the handler calls.
 type layers interface {
-	Layers() []store.LayerUse
+	Layers() []store.LayerStatus
 	Images() []store.Image
-	Resolve(ctx context.Context, named reference.Named, credentials store.Credentials) (digest.Digest, error)
-	Progress(id digest.Digest) (store.Progress, bool)
-	Collect(ctx context.Context, request store.CollectRequest) (store.Collected, error)
+	Resolve(ctx context.Context, named reference.Named, credentials registry.Credentials) (digest.Digest, error)
+	Progress(id digest.Digest) (store.Progress, error)
+	GC(ctx context.Context, request store.GCRequest) (store.GCResult, error)
 }
 
 // volumes are the methods of the volume manager that the handler calls.
@@ -42,7 +43,7 @@ type volumes interface {
 // layerStore are the layers, and a pull that returns a hold on them.
 type layerStore interface {
 	layers
-	Pull(ctx context.Context, named reference.Canonical, credentials store.Credentials, path string) (*store.Use, error)
+	Pull(ctx context.Context, named reference.Canonical, credentials registry.Credentials, path string) (*store.Lease, error)
 }
 
 type handler struct {
@@ -55,12 +56,12 @@ type handler struct {
 // NewHandler returns the handler of the admin socket.
 func NewHandler(layers layerStore, volumes volumes) http.Handler {
 	return newMux(&handler{layers, volumes, func(ctx context.Context, named reference.Canonical) (store.Image, error) {
-		use, err := layers.Pull(ctx, named, store.Credentials{}, "")
+		lease, err := layers.Pull(ctx, named, registry.Credentials{}, "")
 		if err != nil {
 			return store.Image{}, err
 		}
-		defer use.Close()
-		return use.Image, nil
+		defer lease.Release()
+		return lease.Image, nil
 	}})
 }
 
@@ -121,7 +122,7 @@ func (h *handler) describe(r *http.Request) (api.Volume, error) {
 
 func (h *handler) gc(r *http.Request) (api.GCResult, error) {
 	query := r.URL.Query()
-	collected, err := h.layers.Collect(r.Context(), store.CollectRequest{DryRun: query.Has("dryRun"), All: query.Has("all")})
+	collected, err := h.layers.GC(r.Context(), store.GCRequest{DryRun: query.Has("dryRun"), All: query.Has("all")})
 	if err != nil {
 		return api.GCResult{}, err
 	}
@@ -152,11 +153,11 @@ func (h *handler) pull(w http.ResponseWriter, r *http.Request) {
 }
 
 func (h *handler) pullImage(ctx context.Context, name string, send func(api.PullEvent)) (api.Image, error) {
-	named, err := store.ParseName(strings.TrimPrefix(name, "oci://"))
+	named, err := registry.ParseName(strings.TrimPrefix(name, "oci://"))
 	if err != nil {
 		return api.Image{}, err
 	}
-	id, err := h.layers.Resolve(ctx, named, store.Credentials{})
+	id, err := h.layers.Resolve(ctx, named, registry.Credentials{})
 	if err != nil {
 		return api.Image{}, err
 	}
@@ -183,7 +184,7 @@ func (h *handler) pullImage(ctx context.Context, name string, send func(api.Pull
 			}
 			return wireImage(r.image), nil
 		case <-ticker.C:
-			if progress, ok := h.layers.Progress(id); ok {
+			if progress, err := h.layers.Progress(id); err == nil {
 				send(api.PullEvent{Progress: wireProgress(progress)})
 			}
 		}

@@ -19,6 +19,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/overlay-csi/overlay-csi/pkg/admin/api"
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
@@ -33,11 +34,11 @@ var (
 type fakeLayers struct {
 	pullErr  error
 	progress chan struct{}
-	gc       store.CollectRequest
+	gc       store.GCRequest
 }
 
-func (*fakeLayers) Layers() []store.LayerUse {
-	return []store.LayerUse{{Layer: store.Layer{Version: 1, DiffID: diffID, Digest: blob, Bytes: 4096, Entries: 2, Created: now}, LastUsed: now}}
+func (*fakeLayers) Layers() []store.LayerStatus {
+	return []store.LayerStatus{{Layer: store.Layer{Version: 1, DiffID: diffID, Digest: blob, Bytes: 4096, Entries: 2, Created: now}, LastUsed: now}}
 }
 
 func (*fakeLayers) Images() []store.Image {
@@ -47,7 +48,7 @@ func (*fakeLayers) Images() []store.Image {
 	}}
 }
 
-func (*fakeLayers) Resolve(_ context.Context, named reference.Named, _ store.Credentials) (digest.Digest, error) {
+func (*fakeLayers) Resolve(_ context.Context, named reference.Named, _ registry.Credentials) (digest.Digest, error) {
 	if strings.Contains(named.Name(), "missing") {
 		return "", fmt.Errorf("%w: no such image", errdefs.ErrNotFound)
 	}
@@ -63,13 +64,13 @@ func (f *fakeLayers) fetch(ctx context.Context, _ reference.Canonical) (store.Im
 	}
 }
 
-func (*fakeLayers) Progress(digest.Digest) (store.Progress, bool) {
-	return store.Progress{Image: "r.example/a:1", Layers: []store.LayerProgress{{Digest: blob, Size: 10, Done: 5}}}, true
+func (*fakeLayers) Progress(digest.Digest) (store.Progress, error) {
+	return store.Progress{Image: "r.example/a:1", Layers: []store.LayerProgress{{Digest: blob, Size: 10, Done: 5}}}, nil
 }
 
-func (f *fakeLayers) Collect(_ context.Context, request store.CollectRequest) (store.Collected, error) {
+func (f *fakeLayers) GC(_ context.Context, request store.GCRequest) (store.GCResult, error) {
 	f.gc = request
-	return store.Collected{Layers: f.Layers(), Bytes: 4096}, nil
+	return store.GCResult{Layers: f.Layers(), Bytes: 4096}, nil
 }
 
 type fakeVolumes struct{}
@@ -177,7 +178,7 @@ func TestJSON(t *testing.T) {
 			}
 		})
 	}
-	if want := (store.CollectRequest{DryRun: true, All: true}); layers.gc != want {
+	if want := (store.GCRequest{DryRun: true, All: true}); layers.gc != want {
 		t.Errorf("the store was asked for %+v, want %+v", layers.gc, want)
 	}
 }

@@ -10,20 +10,21 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 )
 
 // images is what oci:// and archive:// references need of the layer store.
 type images interface {
-	Resolve(ctx context.Context, named dockerref.Named, credentials store.Credentials) (digest.Digest, error)
-	Use(id digest.Digest, path string) (*store.Use, error)
-	Pull(ctx context.Context, named dockerref.Canonical, credentials store.Credentials, path string) (*store.Use, error)
-	Import(ctx context.Context, name string, file *os.File, wanted digest.Digest) (*store.Use, error)
+	Resolve(ctx context.Context, named dockerref.Named, credentials registry.Credentials) (digest.Digest, error)
+	Acquire(id digest.Digest, path string) (*store.Lease, error)
+	Pull(ctx context.Context, named dockerref.Canonical, credentials registry.Credentials, path string) (*store.Lease, error)
+	Import(ctx context.Context, name string, file *os.File, wanted digest.Digest) (*store.Lease, error)
 }
 
 // pinned returns the image of an oci:// reference with its digest, which is asked of the registry where neither the
 // reference nor the pins have it.
-func (r *Resolver) pinned(ctx context.Context, ref reference.Reference, credentials store.Credentials, pins reference.Digests) (dockerref.Canonical, error) {
+func (r *Resolver) pinned(ctx context.Context, ref reference.Reference, credentials registry.Credentials, pins reference.Digests) (dockerref.Canonical, error) {
 	named, err := dockerref.ParseNormalizedNamed(ref.Name())
 	if err != nil {
 		return nil, fmt.Errorf("%w: layer %s: %w", errdefs.ErrInvalidArgument, ref, err)
@@ -43,7 +44,7 @@ func (r *Resolver) pinned(ctx context.Context, ref reference.Reference, credenti
 // Pin replaces the tags of oci:// references by what they stand for at the moment: the same images whenever and wherever
 // they are resolved. secrets are those of the volume.
 func (r *Resolver) Pin(ctx context.Context, refs []reference.Reference, secrets map[string]string) ([]reference.Reference, error) {
-	credentials, err := store.ParseCredentials(secrets)
+	credentials, err := registry.ParseCredentials(secrets)
 	if err != nil {
 		return nil, err
 	}
@@ -65,7 +66,7 @@ func (r *Resolver) Pin(ctx context.Context, refs []reference.Reference, secrets 
 }
 
 // useImage opens the layers of an oci:// dockerref.
-func (r *Resolver) useImage(ctx context.Context, ref reference.Reference, credentials store.Credentials, pins reference.Digests) (*store.Use, error) {
+func (r *Resolver) useImage(ctx context.Context, ref reference.Reference, credentials registry.Credentials, pins reference.Digests) (*store.Lease, error) {
 	named, err := r.pinned(ctx, ref, credentials, pins)
 	if err != nil {
 		return nil, err
@@ -79,11 +80,11 @@ func (r *Resolver) useImage(ctx context.Context, ref reference.Reference, creden
 
 // useArchive opens the layers of an archive:// dockerref. The archive itself need not be there any more, where what it
 // was is known and is in the store.
-func (r *Resolver) useArchive(ctx context.Context, ref reference.Reference, pins reference.Digests) (*store.Use, error) {
+func (r *Resolver) useArchive(ctx context.Context, ref reference.Reference, pins reference.Digests) (*store.Lease, error) {
 	pin, isPinned := pins[ref.String()]
 	if isPinned {
-		if use, err := r.images.Use(pin, ""); use != nil || err != nil {
-			return use, err
+		if lease, err := r.images.Acquire(pin, ""); !errdefs.IsNotFound(err) {
+			return lease, err
 		}
 	}
 	file, err := r.roots.openArchive(ref)

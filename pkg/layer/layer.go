@@ -13,6 +13,7 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 )
 
@@ -40,7 +41,7 @@ type Stack struct {
 	Stored []digest.Digest
 
 	own  []*os.File
-	uses []*store.Use
+	uses []*store.Lease
 	seen map[string]bool
 }
 
@@ -50,7 +51,7 @@ func (s *Stack) Close() {
 		dir.Close()
 	}
 	for _, use := range s.uses {
-		use.Close()
+		use.Release()
 	}
 }
 
@@ -82,7 +83,7 @@ func (s *Stack) mark(dir *os.File) error {
 
 // addImage puts the layers of an image below the others. One that is there already, as the layers are that two images
 // have in common, would show nothing that it does not show where it is higher, and overlayfs takes a directory once.
-func (s *Stack) addImage(ref reference.Reference, use *store.Use) error {
+func (s *Stack) addImage(ref reference.Reference, use *store.Lease) error {
 	s.uses = append(s.uses, use)
 	s.Pins[ref.String()] = use.Image.Digest
 	for _, layer := range use.Image.Layers {
@@ -115,7 +116,7 @@ func NewResolver(roots *Roots, podVolumes *PodVolumes, images images) *Resolver 
 // Resolve opens the directories of the references in their order. Images that are not on the node are pulled. The caller
 // closes the stack.
 func (r *Resolver) Resolve(ctx context.Context, refs []reference.Reference, req Request) (*Stack, error) {
-	credentials, err := store.ParseCredentials(req.Secrets)
+	credentials, err := registry.ParseCredentials(req.Secrets)
 	if err != nil {
 		return nil, err
 	}
@@ -131,9 +132,9 @@ func (r *Resolver) Resolve(ctx context.Context, refs []reference.Reference, req 
 	return stack, nil
 }
 
-func (r *Resolver) resolve(ctx context.Context, ref reference.Reference, req Request, credentials store.Credentials, opened openedRoots, stack *Stack) error {
+func (r *Resolver) resolve(ctx context.Context, ref reference.Reference, req Request, credentials registry.Credentials, opened openedRoots, stack *Stack) error {
 	var dir *os.File
-	var use *store.Use
+	var use *store.Lease
 	var err error
 	switch ref.Scheme() {
 	case reference.Dir:

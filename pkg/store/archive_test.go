@@ -21,7 +21,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
 
-func (n *node) importFile(path string, wanted digest.Digest) (*store.Use, error) {
+func (n *node) importFile(path string, wanted digest.Digest) (*store.Lease, error) {
 	n.t.Helper()
 	file, err := os.Open(path)
 	must(n.t, err)
@@ -61,7 +61,7 @@ func TestImport(t *testing.T) {
 			n := newNode(t)
 			use, err := n.importFile(path, "")
 			must(t, err)
-			defer use.Close()
+			defer use.Release()
 			if len(use.Dirs) != 2 {
 				t.Fatalf("%d layers", len(use.Dirs))
 			}
@@ -69,7 +69,7 @@ func TestImport(t *testing.T) {
 			wantFile(t, filepath.Join(use.Dirs[1].Name(), "f"), "bottom")
 			again, err := n.importFile(path, use.Image.Digest)
 			must(t, err)
-			again.Close()
+			again.Release()
 			if left := mustGlob(t, filepath.Join(n.dir, "layers/incoming/*")); len(left) > 0 {
 				t.Errorf("left behind: %q", left)
 			}
@@ -97,11 +97,11 @@ func TestImportOfRootFileSystems(t *testing.T) {
 				t.Errorf("digest %s instead of %s", use.Image.Digest, want)
 			}
 			pin := use.Image.Digest
-			use.Close()
+			use.Release()
 			n.restart()
 			use, err = n.importFile(path, pin)
 			must(t, err)
-			use.Close()
+			use.Release()
 			// Another file in its place is not what the volume was made on.
 			must(t, os.WriteFile(path, mustTar(t, registrytest.File("other", "x")), 0o644))
 			_, err = n.importFile(path, pin)

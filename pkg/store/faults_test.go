@@ -21,6 +21,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
@@ -82,7 +83,7 @@ func TestRegistryFails(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			n := newNode(t, func(config *store.Config) { config.StallTimeout = time.Second })
+			n := newNode(t, func(n *node) { n.registry.StallTimeout = time.Second })
 			r := n.startRegistry(registrytest.Options{})
 			l := layer(t, incompressible(size))
 			pinned := push(t, r, "a:1", image(t, l))
@@ -155,7 +156,7 @@ func TestRegistryLies(t *testing.T) {
 			r := n.startRegistry(registrytest.Options{})
 			pinned := push(t, r, "team/a:1", img)
 			r.SetFault(c.fault)
-			_, err := n.pull(pinned, "", store.Credentials{})
+			_, err := n.pull(pinned, "", registry.Credentials{})
 			wantError(t, err, append(c.words, r.Host)...)
 			n.wantNothing(c.blobs)
 			r.SetFault(nil)
@@ -177,13 +178,13 @@ func TestImageLies(t *testing.T) {
 	config.RootFS.DiffIDs[0] = other
 	lying, err := mutate.ConfigFile(img, config)
 	must(t, err)
-	_, err = n.pull(push(t, r, "a:1", lying), "", store.Credentials{})
+	_, err = n.pull(push(t, r, "a:1", lying), "", registry.Credentials{})
 	wantError(t, err, "diff ID", other.String(), r.Host)
 	n.wantNothing(false)
 
 	foreign, err := mutate.Append(image(t), mutate.Addendum{Layer: static.NewLayer([]byte("BZh91AY"), types.OCIUncompressedLayer)})
 	must(t, err)
-	_, err = n.pull(push(t, r, "b:1", foreign), "", store.Credentials{})
+	_, err = n.pull(push(t, r, "b:1", foreign), "", registry.Credentials{})
 	wantError(t, err, "bzip2")
 	n.wantNothing(false)
 }
@@ -209,7 +210,7 @@ func TestCredentials(t *testing.T) {
 			if c.config != "" {
 				data[".dockerconfigjson"] = c.config
 			}
-			credentials, err := store.ParseCredentials(data)
+			credentials, err := registry.ParseCredentials(data)
 			must(t, err)
 			use, err := n.pull(pinned, "", credentials)
 			if c.words != nil {
@@ -220,8 +221,8 @@ func TestCredentials(t *testing.T) {
 				return
 			}
 			must(t, err)
-			use.Close()
-			if _, err := n.Collect(t.Context(), store.CollectRequest{All: true}); err != nil {
+			use.Release()
+			if _, err := n.GC(t.Context(), store.GCRequest{All: true}); err != nil {
 				t.Error(err)
 			}
 		})
@@ -230,7 +231,7 @@ func TestCredentials(t *testing.T) {
 		"basic auth": {"username": "u", "password": "secret"},
 		"no JSON":    {".dockerconfigjson": "secret"},
 	} {
-		_, err := store.ParseCredentials(data)
+		_, err := registry.ParseCredentials(data)
 		wantError(t, err, "kubectl create secret docker-registry")
 		if strings.Contains(err.Error(), "\"secret\"") {
 			t.Errorf("%s: the error shows the secret: %v", name, err)
@@ -243,15 +244,15 @@ func TestNodeCredentialsComeSecond(t *testing.T) {
 	n := newNode(t)
 	config := filepath.Join(n.dir, "config.json")
 	r := n.startRegistry(registrytest.Options{User: "u", Password: "p"})
-	n.config.Registries = store.NewRegistries(n.certsDir, config, "test")
+	n.registry.CredentialsFile = config
 	must(t, os.WriteFile(config, []byte(r.DockerConfig("u", "old")), 0o600))
 	n.restart()
 	pinned := push(t, r, "a:1", image(t, layer(t, registrytest.File("f", "x"))))
-	_, err := n.pull(pinned, "", store.Credentials{})
+	_, err := n.pull(pinned, "", registry.Credentials{})
 	wantError(t, err, `as user "u"`)
 	must(t, os.WriteFile(config, []byte(r.DockerConfig("u", "p")), 0o600))
 	n.mustPull(pinned)
-	own, err := store.ParseCredentials(map[string]string{".dockerconfigjson": r.DockerConfig("own", "wrong")})
+	own, err := registry.ParseCredentials(map[string]string{".dockerconfigjson": r.DockerConfig("own", "wrong")})
 	must(t, err)
 	other := push(t, r, "b:1", image(t, layer(t, registrytest.File("g", "x"))))
 	_, err = n.pull(other, "", own)
@@ -294,7 +295,7 @@ func TestCredentialsStayWithTheirRegistry(t *testing.T) {
 			r := n.startRegistry(registrytest.Options{TLS: true, User: "u", Password: "p"})
 			pinned := push(t, r, "a:1", image(t, layer(t, registrytest.File("f", "x"))))
 			r.SetFault(fault)
-			credentials, err := store.ParseCredentials(map[string]string{".dockerconfigjson": r.DockerConfig("u", "p")})
+			credentials, err := registry.ParseCredentials(map[string]string{".dockerconfigjson": r.DockerConfig("u", "p")})
 			must(t, err)
 			_, err = n.pull(pinned, "", credentials)
 			wantError(t, err, r.Host)
@@ -320,12 +321,12 @@ func TestMirror(t *testing.T) {
 	must(t, os.WriteFile(hosts, []byte(fmt.Sprintf("server = \"https://registry.invalid\"\n[host.\"http://%s\"]\n  capabilities = [\"pull\", \"resolve\"]\n", mirror.Host)), 0o644))
 	_, id, _ := strings.Cut(pinned, "@")
 	n.mustPull("registry.example/team/data@" + id)
-	use, err := n.pull("registry.example/team/data:1", "", store.Credentials{})
+	use, err := n.pull("registry.example/team/data:1", "", registry.Credentials{})
 	must(t, err)
-	use.Close()
+	use.Release()
 	for name, text := range map[string]string{"no TOML": "server = [", "no such capability": "[host.\"http://x\"]\ncapabilities=[\"fly\"]"} {
 		must(t, os.WriteFile(hosts, []byte(text), 0o644))
-		_, err := n.pull("registry.example/team/data:1", "", store.Credentials{})
+		_, err := n.pull("registry.example/team/data:1", "", registry.Credentials{})
 		wantError(t, err, "hosts.toml", "registry.example")
 		if !errdefs.IsFailedPrecondition(err) && !errdefs.IsUnavailable(err) {
 			t.Errorf("%s: %v", name, err)
@@ -348,12 +349,12 @@ func TestManyAskForOneImage(t *testing.T) {
 			if i%5 == 0 {
 				name = other
 			}
-			use, err := n.pull(name, "", store.Credentials{})
+			use, err := n.pull(name, "", registry.Credentials{})
 			if err != nil {
 				t.Error(err)
 				return
 			}
-			use.Close()
+			use.Release()
 		})
 	}
 	group.Wait()

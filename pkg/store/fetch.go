@@ -2,174 +2,103 @@ package store
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"os"
-	"path/filepath"
-	"strings"
-	"sync/atomic"
-	"time"
+	"sync"
 
-	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
+	"golang.org/x/sync/semaphore"
+
+	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
 
-// fetch is a layer on its way here.
+// fetcher brings single layers to the node, each once for all who want it.
+type fetcher struct {
+	catalogue *catalogue
+	// slots bounds the layers that are downloaded and unpacked at the same time.
+	slots *semaphore.Weighted
+
+	mu sync.Mutex
+	// fetches are those in progress. The lock is taken before the catalogue's.
+	fetches map[blobKey]*fetch
+}
+
+// fetch is a layer in progress.
 type fetch struct {
-	done     chan struct{}
-	received atomic.Int64
+	done chan struct{}
+	// err may be read when done is closed.
 	err      error
+	received progressCounter
 }
 
-// idLocked is the diff ID of a layer, "" where that is only known when it was unpacked.
-func (s *Store) idLocked(src source) digest.Digest {
-	if src.diffID != "" {
-		return src.diffID
-	}
-	return s.blobs[src.key()]
+func newFetcher(catalogue *catalogue, slots int) *fetcher {
+	return &fetcher{catalogue: catalogue, slots: semaphore.NewWeighted(int64(max(slots, 1))), fetches: map[blobKey]*fetch{}}
 }
 
-// layer gets a layer from the store or, where it is not there yet, from get, once for all who ask. It is held for the
-// caller.
-func (s *Store) layer(ctx context.Context, src source, get func(context.Context, *fetch) (Layer, error)) (digest.Digest, error) {
+// layer returns the layer's diff ID with a reference held. Concurrent callers share one fetch.
+func (f *fetcher) layer(ctx context.Context, blob image.LayerBlob, from origin) (digest.Digest, error) {
 	for tries := 0; ; tries++ {
-		s.mu.Lock()
-		id := s.idLocked(src)
-		if s.layers[id] != nil && s.holdLocked([]digest.Digest{id}) {
-			s.mu.Unlock()
+		id, current, isOurs := f.join(blob)
+		if current == nil {
 			return id, nil
 		}
-		f, joined := s.fetches[src.key()]
-		if !joined {
-			f = &fetch{done: make(chan struct{})}
-			s.fetches[src.key()] = f
-		}
-		s.mu.Unlock()
-		if !joined {
-			return s.begin(ctx, src, f, get)
+		if isOurs {
+			return f.run(ctx, current, blob, from)
 		}
 		select {
 		case <-ctx.Done():
 			return "", context.Cause(ctx)
-		case <-f.done:
+		case <-current.done:
 		}
-		// Another one's try may have failed for its own reasons, such as its credentials.
-		if f.err != nil && tries > 0 {
-			return "", f.err
+		// Another pull's try may have failed for reasons of its own, such as its credentials.
+		if current.err != nil && tries > 0 {
+			return "", current.err
 		}
 	}
 }
 
-// begin gets a layer for all who ask for it meanwhile.
-func (s *Store) begin(ctx context.Context, src source, f *fetch, get func(context.Context, *fetch) (Layer, error)) (digest.Digest, error) {
-	var layer Layer
-	err := s.slots.Acquire(ctx, 1)
+// join returns a present layer with a reference held, or else a fetch: one in progress or, with isOurs, a new one that
+// the caller runs.
+func (f *fetcher) join(blob image.LayerBlob) (id digest.Digest, current *fetch, isOurs bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if id, err := f.catalogue.acquireBlob(blob); err == nil {
+		return id, nil, false
+	}
+	if current, ok := f.fetches[keyOf(blob)]; ok {
+		return "", current, false
+	}
+	current = &fetch{done: make(chan struct{})}
+	f.fetches[keyOf(blob)] = current
+	return "", current, true
+}
+
+// run fetches a layer for all who wait for it.
+func (f *fetcher) run(ctx context.Context, current *fetch, blob image.LayerBlob, from origin) (digest.Digest, error) {
+	layer, err := f.fetchInSlot(ctx, current, blob, from)
 	if err == nil {
-		layer, err = get(ctx, f)
-		s.slots.Release(1)
+		f.catalogue.add(layer, keyOf(blob))
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.fetches, src.key())
-	f.err = err
-	close(f.done)
-	if err != nil {
-		return "", err
-	}
-	if s.layers[layer.DiffID] == nil {
-		s.add(layer, time.Now())
-	}
-	s.blobs[src.key()] = layer.DiffID
-	s.holdLocked([]digest.Digest{layer.DiffID})
-	return layer.DiffID, nil
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.fetches, keyOf(blob))
+	current.err = err
+	close(current.done)
+	return layer.DiffID, err
 }
 
-// fetchLayer downloads and unpacks a layer. After an error that may pass, what was downloaded stays for the next try, and
-// nothing else.
-func (s *Store) fetchLayer(ctx context.Context, repo *repository, src source, f *fetch) (Layer, error) {
-	dir := s.incomingDir(buildName(src.key()))
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return Layer{}, fmt.Errorf("make a directory for layer %s: %w", src.descriptor.Digest, err)
+func (f *fetcher) fetchInSlot(ctx context.Context, current *fetch, blob image.LayerBlob, from origin) (Layer, error) {
+	if err := f.slots.Acquire(ctx, 1); err != nil {
+		return Layer{}, err
 	}
-	layer, resumed, err := s.fetchInto(ctx, dir, repo, src, f)
-	if resumed && errors.Is(err, errLied) {
-		// What an earlier try had left may be what is wrong.
-		if err = errors.Join(s.discardIncoming(dir, false), os.MkdirAll(dir, 0o700)); err == nil {
-			layer, _, err = s.fetchInto(ctx, dir, repo, src, f)
-		}
-	}
-	if err == nil {
-		return layer, nil
-	}
-	if errors.Is(err, errLied) && !strings.Contains(err.Error(), "registry "+repo.registry) {
-		err = repo.explain("unpack", err)
-	}
-	full := s.explainFull(src, err)
-	keep := full == err && (ctx.Err() != nil || errdefs.IsUnavailable(err))
-	return Layer{}, errors.Join(full, s.discardIncoming(dir, keep))
+	defer f.slots.Release(1)
+	return from.fetch(ctx, blob, &current.received)
 }
 
-// explainFull says which disk it is that is full.
-func (s *Store) explainFull(src source, err error) error {
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return fmt.Errorf("layer %s: the disk of %s is full: %w", src.descriptor.Digest, s.path, err)
+// received returns how many bytes of a blob have been received.
+func (f *fetcher) received(blob image.LayerBlob) int64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if current, ok := f.fetches[keyOf(blob)]; ok {
+		return current.received.load()
 	}
-	return err
-}
-
-// discardIncoming throws away what is in a directory of incoming, or all but the blob.
-func (s *Store) discardIncoming(dir string, keepBlob bool) error {
-	if !keepBlob {
-		return s.config.Discard(dir)
-	}
-	names, err := dirNames(dir)
-	for _, name := range names {
-		if name != blobName {
-			err = errors.Join(err, s.config.Discard(filepath.Join(dir, name)))
-		}
-	}
-	return err
-}
-
-// fetchInto downloads and unpacks a layer in dir. resumed says that a part of the blob was there already.
-func (s *Store) fetchInto(ctx context.Context, dir string, repo *repository, src source, f *fetch) (layer Layer, resumed bool, err error) {
-	if err := s.discardIncoming(dir, true); err != nil {
-		return Layer{}, false, err
-	}
-	into, err := openSpool(filepath.Join(dir, blobName))
-	if err != nil {
-		return Layer{}, false, fmt.Errorf("open the download: %w", err)
-	}
-	defer into.file.Close()
-	if into.length() > src.descriptor.Size {
-		if err := into.empty(); err != nil {
-			return Layer{}, false, fmt.Errorf("empty the download: %w", err)
-		}
-	}
-	resumed = into.length() > 0
-	f.received.Store(into.length())
-	ctx, cancel := context.WithCancel(ctx)
-	group, downloadCtx := errgroup.WithContext(ctx)
-	group.Go(func() error {
-		err := s.download(downloadCtx, repo, src, into, &f.received)
-		into.finish(err)
-		return err
-	})
-	layer, err = s.buildLayer(ctx, dir, src, into.reader())
-	cancel()
-	if failed := group.Wait(); failed != nil && err != nil && !errors.Is(failed, context.Canceled) {
-		// Why the download ended is why the unpacking did.
-		err = failed
-	}
-	return layer, resumed, err
-}
-
-// buildName is the directory in which a layer is made.
-func buildName(key blobKey) string {
-	if key.title == "" {
-		return key.digest.Encoded()
-	}
-	return key.digest.Encoded() + "-" + digest.FromString(key.title).Encoded()[:16]
+	return 0
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
-	"github.com/overlay-csi/overlay-csi/pkg/store"
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
 
@@ -37,19 +37,19 @@ func TestIndex(t *testing.T) {
 	of := func(content string) v1.Image { return image(t, layer(t, registrytest.File("f", content))) }
 	// What BuildKit adds to an index has a platform that is none.
 	pinned := push(t, r, "many:1", index(t, map[string]v1.Image{here: of("here"), other: of("other"), "unknown/unknown": of("attestation")}))
-	use, err := n.pull(r.Host+"/many:1", "", store.Credentials{})
+	use, err := n.pull(r.Host+"/many:1", "", registry.Credentials{})
 	must(t, err)
-	defer use.Close()
+	defer use.Release()
 	wantFile(t, filepath.Join(use.Dirs[0].Name(), "f"), "here")
 	if !strings.HasSuffix(pinned, use.Image.Digest.String()) || use.Image.Manifest == use.Image.Digest || !strings.HasPrefix(use.Image.Platform, "linux/") {
 		t.Errorf("of the index %s: %+v", pinned, use.Image)
 	}
-	_, err = n.pull(push(t, r, "other:1", index(t, map[string]v1.Image{other: of("other"), "windows/amd64": of("w")})), "", store.Credentials{})
+	_, err = n.pull(push(t, r, "other:1", index(t, map[string]v1.Image{other: of("other"), "windows/amd64": of("w")})), "", registry.Credentials{})
 	wantError(t, err, "platform", other, "windows/amd64")
-	use, err = n.pull(push(t, r, "nested:1", mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), mutate.IndexAddendum{Add: index(t, map[string]v1.Image{here: of("nested")})})), "", store.Credentials{})
+	use, err = n.pull(push(t, r, "nested:1", mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), mutate.IndexAddendum{Add: index(t, map[string]v1.Image{here: of("nested")})})), "", registry.Credentials{})
 	must(t, err)
 	wantFile(t, filepath.Join(use.Dirs[0].Name(), "f"), "nested")
-	use.Close()
+	use.Release()
 }
 
 func TestDockerManifest(t *testing.T) {
@@ -100,7 +100,7 @@ func TestTokens(t *testing.T) {
 			if c.user != "" {
 				data[".dockerconfigjson"] = r.DockerConfig(c.user, c.password)
 			}
-			credentials, err := store.ParseCredentials(data)
+			credentials, err := registry.ParseCredentials(data)
 			must(t, err)
 			use, err := n.pull(pinned, "", credentials)
 			if c.word != "" {
@@ -108,7 +108,7 @@ func TestTokens(t *testing.T) {
 				return
 			}
 			must(t, err)
-			use.Close()
+			use.Release()
 		})
 	}
 }

@@ -1,50 +1,16 @@
 package store
 
 import (
-	"context"
 	"fmt"
+	"slices"
 	"time"
 
-	"github.com/containerd/errdefs"
 	"github.com/dustin/go-humanize"
 	"github.com/opencontainers/go-digest"
 	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
-
-func (s *Store) underWay(p *pull) error {
-	return fmt.Errorf("%w: image %s is still being pulled (%s): that goes on, and is asked for again", errdefs.ErrUnavailable, p.name, s.progressOf(p))
-}
-
-// logEvery is the time between two lines about a pull's progress.
-const logEvery = 10 * time.Second
-
-// logged logs what a pull comes to, and now and then how far it is.
-func (s *Store) logged(ctx context.Context, p *pull, work func(context.Context, *pull) error) error {
-	logger := klog.FromContext(ctx)
-	logger.Info("Pulling")
-	ended := make(chan struct{})
-	s.work.Go(func() {
-		ticker := time.NewTicker(logEvery)
-		defer ticker.Stop()
-		for {
-			select {
-			case <-ended:
-				return
-			case <-ticker.C:
-				logger.Info("Pulling", "progress", s.progressOf(p).String())
-			}
-		}
-	})
-	err := work(ctx, p)
-	close(ended)
-	after := time.Since(p.began).Round(time.Millisecond).String()
-	if err != nil {
-		logger.Error(err, "Could not pull", "after", after)
-		return err
-	}
-	logger.Info("Pulled", "digest", p.image.Digest, "layers", len(p.sources), "after", after)
-	return nil
-}
 
 // Progress is how far a pull is.
 type Progress struct {
@@ -54,21 +20,22 @@ type Progress struct {
 
 // LayerProgress is how far a layer is, in bytes of its blob.
 type LayerProgress struct {
-	Digest digest.Digest `json:"digest"`
-	Title  string        `json:"title,omitempty"`
-	Size   int64         `json:"size"`
-	Done   int64         `json:"done"`
-	// Here says that the layer is in the store. One of which all bytes are done is being unpacked and synced.
-	Here bool `json:"here"`
+	Digest   digest.Digest `json:"digest"`
+	FileName string        `json:"fileName,omitempty"`
+	Size     int64         `json:"size"`
+	Done     int64         `json:"done"`
+	// Present says that the layer is in the store. One that is not, although all bytes are done, is being unpacked and
+	// synced.
+	Present bool `json:"present"`
 }
 
-// String is a line for logs and messages.
+// String returns the progress in a line for logs and messages.
 func (p Progress) String() string {
-	var here int
+	var present int
 	var done, size int64
 	for _, layer := range p.Layers {
-		if layer.Here {
-			here++
+		if layer.Present {
+			present++
 		}
 		done += layer.Done
 		size += layer.Size
@@ -76,37 +43,58 @@ func (p Progress) String() string {
 	if len(p.Layers) == 0 {
 		return "reading the manifest"
 	}
-	return fmt.Sprintf("%d of %d layers, %s of %s", here, len(p.Layers), humanize.IBytes(uint64(done)), humanize.IBytes(uint64(size)))
+	return fmt.Sprintf("%d of %d layers, %s of %s", present, len(p.Layers), humanize.IBytes(uint64(done)), humanize.IBytes(uint64(size)))
 }
 
-// Progress tells how far the pulls of an image are, and whether there is one.
-func (s *Store) Progress(id digest.Digest) (Progress, bool) {
-	s.mu.Lock()
-	var found *pull
-	for key, p := range s.pulls {
+// find returns a pull of an image that is in progress.
+func (p *puller) find(id digest.Digest) (*pull, bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for key, current := range p.pulls {
 		if key.image == id {
-			found = p
+			return current, true
 		}
 	}
-	s.mu.Unlock()
-	if found == nil {
-		return Progress{}, false
-	}
-	return s.progressOf(found), true
+	return nil, false
 }
 
-func (s *Store) progressOf(p *pull) Progress {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	progress := Progress{Image: p.name}
-	for _, src := range p.sources {
-		layer := LayerProgress{Digest: src.descriptor.Digest, Title: src.title, Size: src.descriptor.Size}
-		if s.layers[s.idLocked(src)] != nil {
-			layer.Here, layer.Done = true, layer.Size
-		} else if f := s.fetches[src.key()]; f != nil {
-			layer.Done = f.received.Load()
+func (p *puller) progress(current *pull) Progress {
+	progress := Progress{Image: current.name}
+	for _, blob := range p.blobs(current) {
+		layer := LayerProgress{Digest: blob.Descriptor.Digest, FileName: blob.FileName, Size: blob.Descriptor.Size}
+		if p.catalogue.has(blob) {
+			layer.Present, layer.Done = true, layer.Size
+		} else {
+			layer.Done = p.fetcher.received(blob)
 		}
 		progress.Layers = append(progress.Layers, layer)
 	}
 	return progress
+}
+
+func (p *puller) blobs(current *pull) []image.LayerBlob {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(current.blobs)
+}
+
+// progressInterval is the time between two log lines about a pull's progress.
+const progressInterval = 10 * time.Second
+
+// logProgress logs the progress of a pull until the returned function is called.
+func (p *puller) logProgress(logger klog.Logger, current *pull) (stop func()) {
+	ended := make(chan struct{})
+	p.work.Go(func() {
+		ticker := time.NewTicker(progressInterval)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-ended:
+				return
+			case <-ticker.C:
+				logger.Info("Pulling image", keyProgress, p.progress(current).String())
+			}
+		}
+	})
+	return func() { close(ended) }
 }

@@ -1,316 +1,170 @@
-// Package store is the node's store of layers: pulled from registries or read from archives, verified, unpacked once for
-// each diff ID, and collected when no volume uses them.
 package store
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
-	"path/filepath"
-	"slices"
-	"strings"
 	"sync"
-	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
+	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sync/semaphore"
-	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/image"
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
+	"github.com/overlay-csi/overlay-csi/pkg/unpack"
 )
 
-// In the data root:
-//
-//	layers/sha256/<diff ID>/tree/        an unpacked layer, whiteouts and opaque directories as overlayfs has them
-//	layers/sha256/<diff ID>/layer.json   what it is (Layer)
-//	layers/incoming/<key>/blob           what has been downloaded of a layer, found again after a crash
-//	layers/incoming/<key>/tree/          what has been unpacked of it, thrown away after a crash
-//	images/<digest>.json                 the layers of an image (Image)
-//
-// A layer is unpacked in incoming, verified, synced with all of its content, and only then renamed to its diff ID:
-// either whole or absent. What is in layers/sha256 is never written again. An image is written when its layers are there.
-const (
-	layersName   = "layers"
-	sha256Name   = "sha256"
-	incomingName = "incoming"
-	imagesName   = "images"
-	treeName     = "tree"
-	layerName    = "layer.json"
-	blobName     = "blob"
-)
-
-// formatVersion is raised when a driver of an earlier version could misread what this one writes.
-const formatVersion = 1
-
-// Config is what a store needs to know.
+// Config is what an operator sets.
 type Config struct {
-	// Root is the data root, open. The store opens layers through it, on the mount that it is on.
-	Root *os.File
-	// Discard moves a file or directory of the data root out of the way at once, to be deleted later.
-	Discard func(path string) error
-	// Registries are where images come from.
-	Registries *Registries
-	// Limits bound what is taken from images.
-	Limits Limits
-	// Parallel is how many layers are downloaded and unpacked at the same time.
-	Parallel int
-	// StallTimeout is how long a registry may send next to nothing before the request is tried again.
-	StallTimeout time.Duration
-	// Backoff is the pause after the first failed request. It doubles with every one that follows.
-	Backoff time.Duration
-	// Collect says when layers that no volume uses are removed.
-	Collect CollectConfig
-	// Keep are references of images that are pulled at start and never collected.
-	Keep []string
+	// MaxConcurrentLayerPulls is how many layers are downloaded and unpacked at the same time.
+	MaxConcurrentLayerPulls int
+	// MaxLayerBytes and MaxLayerEntries bound the content of one layer: the size of its files, holes included, and their
+	// number. Zero is no limit.
+	MaxLayerBytes, MaxLayerEntries int64
+	// MinFreeDiskPercent of the data root's disk stay free: a pull that would take more of it fails.
+	MinFreeDiskPercent int
+	// GC says when layers that no volume uses are removed.
+	GC GCConfig
+	// Prefetch are the names of images that are pulled at start and never removed.
+	Prefetch []string
 }
 
-// Limits bound what one layer may take. Zero is no limit.
-type Limits struct {
-	// LayerBytes is the size of the content of a layer's files, holes included.
-	LayerBytes int64
-	// LayerEntries is the number of files, directories and links of a layer.
-	LayerEntries int64
-	// ReservePercent of the disk stay free: a pull that would take more of it ends.
-	ReservePercent int
-}
-
-// Layer is an unpacked layer.
-type Layer struct {
-	Version int `json:"version"`
-	// DiffID is the digest of the uncompressed tar (OCI image specification, "Layer DiffID").
-	DiffID digest.Digest `json:"diffID"`
-	// Digest and Title are those of the blob that it was unpacked from; Title only where that is a file, not a tar.
-	Digest digest.Digest `json:"digest,omitempty"`
-	Title  string        `json:"title,omitempty"`
-	// Bytes are what its files take on the disk, about; Entries how many there are.
-	Bytes   int64 `json:"bytes"`
-	Entries int64 `json:"entries"`
-	// Opaque: its root hides the image's lower layers. overlayfs does not look at that of a root.
-	Opaque bool `json:"opaque,omitempty"`
-	// Created is when it was unpacked.
-	Created time.Time `json:"created"`
-}
-
-// Store is the store of one node. One process has it at a time.
+// Store is the layer store of one node. One process uses it at a time.
 type Store struct {
-	config   Config
-	path     string
-	platform platforms.MatchComparer
-	slots    *semaphore.Weighted
-	syncer   *syncer
-	// ctx is that of the pulls, which outlive the requests that began them.
-	ctx  context.Context
+	catalogue  *catalogue
+	workDirs   *workDirs
+	builder    *builder
+	puller     *puller
+	collector  *collector
+	prefetcher *prefetcher
+	registries *registry.Client
+	platform   platforms.MatchComparer
+
 	stop context.CancelFunc
 	work sync.WaitGroup
-
-	mu     sync.Mutex
-	layers map[digest.Digest]*entry
-	// blobs are the layers by the blob and title that they were unpacked from.
-	blobs  map[blobKey]digest.Digest
-	images map[digest.Digest]*Image
-	// pulls and fetches are what is under way, by image and by layer.
-	pulls   map[pullKey]*pull
-	fetches map[blobKey]*fetch
-	// kept are the images that Config.Keep names, as they were resolved at start.
-	kept       map[string]digest.Digest
-	collecting *collection
-	users      users
-	// enterMu lets one image at a time be written down, without publishes of others waiting for the disk.
-	enterMu sync.Mutex
-	// collectMu lets one collection at a time work.
-	collectMu sync.Mutex
 }
 
-// entry is a layer and who has it at the moment.
-type entry struct {
-	Layer
-	users int
-	used  time.Time
-}
-
-type blobKey struct {
-	digest digest.Digest
-	title  string
-}
-
-// New opens the store in a data root, and throws away what a crash left half done. ctx ends everything that the store
-// does in the background; Close waits for that.
-func New(ctx context.Context, config Config) (*Store, error) {
-	ctx, stop := context.WithCancel(ctx)
-	s := &Store{
-		config:   config,
-		path:     config.Root.Name(),
-		platform: platforms.Default(),
-		slots:    semaphore.NewWeighted(int64(max(config.Parallel, 1))),
-		ctx:      ctx,
-		stop:     stop,
-		layers:   map[digest.Digest]*entry{},
-		blobs:    map[blobKey]digest.Digest{},
-		images:   map[digest.Digest]*Image{},
-		pulls:    map[pullKey]*pull{},
-		fetches:  map[blobKey]*fetch{},
-		kept:     map[string]digest.Digest{},
-	}
-	if err := s.open(); err != nil {
-		stop()
+// New opens the store in a data root, and removes what a crash left unfinished. ctx ends everything that the store does in
+// the background; Close waits for that.
+func New(ctx context.Context, root *os.File, discard func(path string) error, registries *registry.Client, config Config) (*Store, error) {
+	layout := layout{root: root, path: root.Name(), discard: discard}
+	if err := layout.create(); err != nil {
 		return nil, fmt.Errorf("open the layer store: %w", err)
 	}
-	s.syncer = newSyncer(config.Root)
+	catalogue, err := openCatalogue(ctx, layout)
+	if err != nil {
+		return nil, fmt.Errorf("open the layer store: %w", err)
+	}
+	workDirs, err := openWorkDirs(layout)
+	if err != nil {
+		return nil, fmt.Errorf("open the layer store: %w", err)
+	}
+	limits := unpack.Limits{MaxBytes: config.MaxLayerBytes, MaxEntries: config.MaxLayerEntries, MinFreePercent: config.MinFreeDiskPercent}
+	ctx, stop := context.WithCancel(ctx)
+	s := &Store{
+		catalogue: catalogue, workDirs: workDirs, registries: registries, platform: platforms.Default(), stop: stop,
+		builder:    &builder{layout: layout, limits: limits, syncer: newSyncer(root)},
+		prefetcher: &prefetcher{catalogue: catalogue, names: config.Prefetch, resolved: map[string]digest.Digest{}},
+	}
+	s.collector = &collector{config: config.GC, catalogue: catalogue, workDirs: workDirs, prefetcher: s.prefetcher}
+	s.puller = &puller{
+		catalogue: catalogue, fetcher: newFetcher(catalogue, config.MaxConcurrentLayerPulls), collector: s.collector,
+		parallel: config.MaxConcurrentLayerPulls, minFreePercent: config.MinFreeDiskPercent,
+		ctx: ctx, work: &s.work, pulls: map[pullKey]*pull{},
+	}
 	return s, nil
 }
 
-// Close ends the pulls. What they have downloaded is found again.
+// Run prefetches images, and runs garbage collection until ctx is done.
+func (s *Store) Run(ctx context.Context, records records) {
+	s.collector.setRecords(records)
+	for _, name := range s.prefetcher.names {
+		s.work.Go(func() { s.prefetcher.run(ctx, s, name) })
+	}
+	s.collector.run(ctx)
+}
+
+// Close ends the pulls. A later store finds what they have downloaded.
 func (s *Store) Close() {
 	s.stop()
 	s.work.Wait()
 }
 
-func (s *Store) layersDir() string                { return filepath.Join(s.path, layersName, sha256Name) }
-func (s *Store) layerDir(id digest.Digest) string { return filepath.Join(s.layersDir(), id.Encoded()) }
-func (s *Store) incomingDir(key string) string {
-	return filepath.Join(s.path, layersName, incomingName, key)
-}
-func (s *Store) imagePath(id digest.Digest) string {
-	return filepath.Join(s.path, imagesName, id.Encoded()+".json")
+// Resolve asks the registry which image a reference stands for at the moment.
+func (s *Store) Resolve(ctx context.Context, named reference.Named, credentials registry.Credentials) (digest.Digest, error) {
+	descriptor, err := s.registries.Repository(named, credentials).Resolve(ctx)
+	return descriptor.Digest, err
 }
 
-func (s *Store) open() error {
-	for _, dir := range []string{s.layersDir(), s.incomingDir(""), filepath.Join(s.path, imagesName)} {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return err
-		}
-	}
-	if err := s.loadLayers(); err != nil {
-		return err
-	}
-	if err := s.loadImages(); err != nil {
-		return err
-	}
-	// Trees that a crash cut off. Blobs stay: a pull that is asked for again goes on where it was.
-	trees, err := filepath.Glob(filepath.Join(s.incomingDir("*"), treeName))
+// Acquire leases an image at path in it (relative and clean, "" for the whole image) without asking any registry. It
+// returns ErrNotFound if the image is not present with all of its layers.
+func (s *Store) Acquire(id digest.Digest, path string) (*Lease, error) {
+	image, err := s.catalogue.acquireImage(id)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	for _, tree := range trees {
-		if err := s.config.Discard(tree); err != nil {
-			return err
-		}
-	}
-	return nil
+	return openLease(s.catalogue, image, path)
 }
 
-func (s *Store) loadLayers() error {
-	names, err := dirNames(s.layersDir())
+// Pull leases an image at path in it, and pulls it first if it is not present. Concurrent calls share the pull of an image
+// and of a layer. A pull goes on when ctx is done: Pull then returns Unavailable with the progress, and the next call finds
+// the pull further on.
+func (s *Store) Pull(ctx context.Context, named reference.Canonical, credentials registry.Credentials, path string) (*Lease, error) {
+	key := pullKey{named.Digest(), named.Name(), credentials.ID()}
+	present := func() (*Image, error) { return s.catalogue.acquireImage(named.Digest()) }
+	image, err := s.puller.acquire(ctx, key, named.String(), present, &registryOrigin{
+		repository: s.registries.Repository(named, credentials), platform: s.platform, builder: s.builder, workDirs: s.workDirs,
+	})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	for _, name := range names {
-		dir := filepath.Join(s.layersDir(), name)
-		var layer Layer
-		used, err := readJSON(filepath.Join(dir, layerName), &layer)
-		if err != nil || layer.DiffID.Validate() != nil || layer.DiffID.Encoded() != name || layer.Version != formatVersion {
-			klog.FromContext(s.ctx).Info("What is no layer is thrown out of the layer store", "directory", dir, "reason", fmt.Sprint(err))
-			if err := s.config.Discard(dir); err != nil {
-				return err
-			}
-			continue
-		}
-		s.add(layer, used)
-	}
-	return nil
+	return openLease(s.catalogue, image, path)
 }
 
-func (s *Store) loadImages() error {
-	names, err := dirNames(filepath.Join(s.path, imagesName))
+// Import leases the image in an archive, which file is opened for reading, and unpacks it first if it is not present: a
+// docker archive, an OCI archive, the directory of an OCI layout, or the tar of a root file system. name is the archive's
+// in messages. wanted is the digest that the archive had before, or "". As with Pull, the work goes on when ctx is done.
+// Import closes the file.
+func (s *Store) Import(ctx context.Context, name string, file *os.File, wanted digest.Digest) (*Lease, error) {
+	identity, err := image.IdentifyArchive(name, file)
 	if err != nil {
-		return err
+		file.Close()
+		return nil, fmt.Errorf("archive %s: %w", name, err)
 	}
-	for _, name := range names {
-		path := filepath.Join(s.path, imagesName, name)
-		var image Image
-		_, err := readJSON(path, &image)
-		if err != nil || image.Digest.Validate() != nil || s.imagePath(image.Digest) != path || image.Version != formatVersion {
-			if err := s.config.Discard(path); err != nil {
-				return err
-			}
-			continue
-		}
-		s.images[image.Digest] = &image
-	}
-	return nil
-}
-
-// add enters a layer that is whole on disk.
-func (s *Store) add(layer Layer, used time.Time) {
-	s.layers[layer.DiffID] = &entry{Layer: layer, used: used}
-	if layer.Digest != "" {
-		s.blobs[blobKey{layer.Digest, layer.Title}] = layer.DiffID
-	}
-}
-
-// LayerUse is a layer and when it was last used.
-type LayerUse struct {
-	Layer
-	LastUsed time.Time `json:"lastUsed"`
-}
-
-// Layers are the layers of the store, by diff ID.
-func (s *Store) Layers() []LayerUse {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	list := make([]LayerUse, 0, len(s.layers))
-	for _, e := range s.layers {
-		list = append(list, LayerUse{e.Layer, e.used})
-	}
-	slices.SortFunc(list, func(a, b LayerUse) int { return strings.Compare(string(a.DiffID), string(b.DiffID)) })
-	return list
-}
-
-func dirNames(path string) ([]string, error) {
-	entries, err := os.ReadDir(path)
-	names := make([]string, len(entries))
-	for i, e := range entries {
-		names[i] = e.Name()
-	}
-	return names, err
-}
-
-// readJSON reads a file that the store wrote, and when that was, or when it was last marked as used.
-func readJSON(path string, into any) (time.Time, error) {
-	info, err := os.Stat(path)
+	present := func() (*Image, error) { return s.catalogue.acquireArchive(identity) }
+	imported, err := s.puller.acquire(ctx, pullKey{image: identity.Key()}, name, present, &archiveOrigin{
+		identity: identity, file: file, platform: s.platform, builder: s.builder, workDirs: s.workDirs,
+	})
 	if err != nil {
-		return time.Time{}, err
+		return nil, err
 	}
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return time.Time{}, err
+	lease, err := openLease(s.catalogue, imported, "")
+	if err == nil && wanted != "" && lease.Image.Digest != wanted {
+		lease.Release()
+		return nil, fmt.Errorf("%w: archive %s was changed: the volume was made on %s, and the archive is %s now; restore the former file or use another volume",
+			errdefs.ErrFailedPrecondition, name, wanted, lease.Image.Digest)
 	}
-	return info.ModTime(), json.Unmarshal(data, into)
+	return lease, err
 }
 
-// writeJSON writes a file whole or not at all, and syncs it.
-func writeJSON(path string, value any) error {
-	data, err := json.Marshal(value)
-	if err != nil {
-		return err
+// Progress returns how far the pull of an image is. It returns ErrNotFound if there is none in progress.
+func (s *Store) Progress(id digest.Digest) (Progress, error) {
+	current, ok := s.puller.find(id)
+	if !ok {
+		return Progress{}, fmt.Errorf("%w: no pull of image %s is in progress", errdefs.ErrNotFound, id)
 	}
-	temporary := path + ".new"
-	file, err := os.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = file.Write(data)
-	if err := errors.Join(err, file.Sync(), file.Close()); err != nil {
-		return errors.Join(err, os.Remove(temporary))
-	}
-	return os.Rename(temporary, path)
+	return s.puller.progress(current), nil
 }
 
-func ignoreNotExist(err error) error {
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
+// Layers returns the layers of the store, by diff ID.
+func (s *Store) Layers() []LayerStatus { return s.catalogue.listLayers() }
+
+// Images returns the images whose layers are all present, by name.
+func (s *Store) Images() []Image { return s.catalogue.listImages() }
+
+// GC removes layers that no volume uses, the least recently used first, and the images that had them.
+func (s *Store) GC(ctx context.Context, request GCRequest) (GCResult, error) {
+	return s.collector.collect(ctx, request)
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 	"github.com/overlay-csi/overlay-csi/test/needs"
@@ -32,15 +33,18 @@ type node struct {
 	t        *testing.T
 	dir      string
 	certsDir string
+	registry registry.Config
 	config   store.Config
 	stop     context.CancelFunc
 	used     map[digest.Digest][]string
+	root     *os.File
+	trashed  atomic.Int64
 }
 
 func (n *node) LayerUsers() (map[digest.Digest][]string, error) { return n.used, nil }
 
 // newNode makes a store in a directory of its own, on a file system that can hold layers.
-func newNode(t *testing.T, change ...func(*store.Config)) *node {
+func newNode(t *testing.T, change ...func(*node)) *node {
 	t.Helper()
 	needs.Root(t)
 	dir, remove, err := drivertest.WorkDir()
@@ -49,7 +53,7 @@ func newNode(t *testing.T, change ...func(*store.Config)) *node {
 	return newNodeIn(t, dir, change...)
 }
 
-func newNodeIn(t *testing.T, dir string, change ...func(*store.Config)) *node {
+func newNodeIn(t *testing.T, dir string, change ...func(*node)) *node {
 	t.Helper()
 	n := &node{t: t, dir: dir, certsDir: filepath.Join(dir, "certs.d")}
 	must(t, os.MkdirAll(filepath.Join(dir, "trash"), 0o700))
@@ -57,33 +61,31 @@ func newNodeIn(t *testing.T, dir string, change ...func(*store.Config)) *node {
 	root, err := os.Open(dir)
 	must(t, err)
 	t.Cleanup(func() { root.Close() })
-	var discarded atomic.Int64
-	n.config = store.Config{
-		Root: root,
-		Discard: func(path string) error {
-			err := os.Rename(path, filepath.Join(dir, "trash", fmt.Sprint(time.Now().UnixNano(), "-", discarded.Add(1))))
-			if errors.Is(err, fs.ErrNotExist) {
-				return nil
-			}
-			return err
-		},
-		Registries: store.NewRegistries(n.certsDir, "", "test"),
-		Parallel:   4, StallTimeout: 5 * time.Second, Backoff: 10 * time.Millisecond,
-		Collect: store.CollectConfig{HighPercent: 100, LowPercent: 100, Interval: time.Hour},
-	}
+	n.root = root
+	n.registry = registry.Config{CertsDir: n.certsDir, StallTimeout: 5 * time.Second, Backoff: 10 * time.Millisecond}
+	n.config = store.Config{MaxConcurrentLayerPulls: 4, GC: store.GCConfig{HighThreshold: 100, LowThreshold: 100, Interval: time.Hour}}
 	for _, c := range change {
-		c(&n.config)
+		c(n)
 	}
 	n.start()
 	t.Cleanup(func() { n.stop(); n.Close() })
 	return n
 }
 
+// discard moves a file or directory to the trash, as the data root does.
+func (n *node) discard(path string) error {
+	err := os.Rename(path, filepath.Join(n.dir, "trash", fmt.Sprint(time.Now().UnixNano(), "-", n.trashed.Add(1))))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
 // start opens the store, and has it run.
 func (n *node) start() {
 	n.t.Helper()
 	ctx, stop := context.WithCancel(n.t.Context())
-	s, err := store.New(ctx, n.config)
+	s, err := store.New(ctx, n.root, n.discard, registry.NewClient(n.registry), n.config)
 	must(n.t, err)
 	n.Store, n.stop = s, stop
 	go s.Run(ctx, n)
@@ -108,8 +110,8 @@ func (n *node) startRegistry(options registrytest.Options) *registrytest.Registr
 }
 
 // pull pulls by tag or digest.
-func (n *node) pull(image, path string, credentials store.Credentials) (*store.Use, error) {
-	named, err := store.ParseName(image)
+func (n *node) pull(image, path string, credentials registry.Credentials) (*store.Lease, error) {
+	named, err := registry.ParseName(image)
 	must(n.t, err)
 	canonical, ok := named.(reference.Canonical)
 	if !ok {
@@ -123,19 +125,19 @@ func (n *node) pull(image, path string, credentials store.Credentials) (*store.U
 	return n.Pull(n.t.Context(), canonical, credentials, path)
 }
 
-func (n *node) pullWith(ctx context.Context, pinned string) (*store.Use, error) {
-	named, err := store.ParseName(pinned)
+func (n *node) pullWith(ctx context.Context, pinned string) (*store.Lease, error) {
+	named, err := registry.ParseName(pinned)
 	must(n.t, err)
-	return n.Pull(ctx, named.(reference.Canonical), store.Credentials{}, "")
+	return n.Pull(ctx, named.(reference.Canonical), registry.Credentials{}, "")
 }
 
-func (n *node) mustPull(image string) *store.Use {
+func (n *node) mustPull(image string) *store.Lease {
 	n.t.Helper()
-	use, err := n.pull(image, "", store.Credentials{})
+	use, err := n.pull(image, "", registry.Credentials{})
 	if err != nil {
 		n.t.Fatalf("pull %s: %v", image, err)
 	}
-	n.t.Cleanup(use.Close)
+	n.t.Cleanup(use.Release)
 	return use
 }
 
@@ -227,11 +229,11 @@ func TestPull(t *testing.T) {
 			must(t, err)
 			top := layer(t, registrytest.File("a", "gzip"))
 			pinned := push(t, r, "team/data:1", image(t, bottom, middle, top))
-			credentials, err := store.ParseCredentials(map[string]string{".dockerconfigjson": r.DockerConfig(options.User, options.Password)})
+			credentials, err := registry.ParseCredentials(map[string]string{".dockerconfigjson": r.DockerConfig(options.User, options.Password)})
 			must(t, err)
 			use, err := n.pull(r.Host+"/team/data:1", "", credentials)
 			must(t, err)
-			defer use.Close()
+			defer use.Release()
 			if len(use.Dirs) != 3 || !strings.HasSuffix(pinned, use.Image.Digest.String()) {
 				t.Fatalf("%d layers of %s: %+v", len(use.Dirs), pinned, use.Image)
 			}
@@ -239,13 +241,13 @@ func TestPull(t *testing.T) {
 			wantFile(t, filepath.Join(use.Dirs[1].Name(), "d/c"), "c")
 			wantFile(t, filepath.Join(use.Dirs[2].Name(), "a"), "plain")
 			r.Close()
-			again, err := n.pull(pinned, "", store.Credentials{})
+			again, err := n.pull(pinned, "", registry.Credentials{})
 			must(t, err)
-			again.Close()
+			again.Release()
 			n.restart()
-			again, err = n.pull(pinned, "", store.Credentials{})
+			again, err = n.pull(pinned, "", registry.Credentials{})
 			must(t, err)
-			again.Close()
+			again.Release()
 		})
 	}
 }

@@ -1,15 +1,14 @@
 package store
 
 import (
-	"fmt"
 	"os"
 	"sync"
 
-	"golang.org/x/sys/unix"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
-// syncer writes a file system to its disk. Calls that come while one is at it share the next one: layers that are done
-// at about the same time are synced together.
+// syncer syncs a file system. Calls during a sync share the next one: layers that are finished at about the same time are
+// synced together.
 type syncer struct {
 	dir     *os.File
 	mu      sync.Mutex
@@ -51,20 +50,7 @@ func (s *syncer) run() {
 			return
 		}
 		s.mu.Unlock()
-		current.err = syncFS(s.dir)
+		current.err = linux.SyncFS(s.dir)
 		close(current.done)
 	}
-}
-
-// syncFS is syncfs(2), which reports write errors from Linux 5.8 on. It wants a descriptor that is no O_PATH.
-func syncFS(dir *os.File) error {
-	fd, err := unix.Openat(int(dir.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return &os.PathError{Op: "open", Path: dir.Name(), Err: err}
-	}
-	defer unix.Close(fd)
-	if err := unix.Syncfs(fd); err != nil {
-		return fmt.Errorf("syncfs %s: %w", dir.Name(), err)
-	}
-	return nil
 }

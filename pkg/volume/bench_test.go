@@ -18,6 +18,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
@@ -104,9 +105,8 @@ func newBenchNode(b *testing.B) *benchNode {
 	roots, err := layer.NewRoots(map[string]layer.Root{"r": {Path: filepath.Join(dir, "layers")}}, forbidden, detached)
 	check(err)
 	certs := filepath.Join(dir, "certs.d")
-	images, err := store.New(b.Context(), store.Config{
-		Root: root.Dir(), Discard: root.Discard, Registries: store.NewRegistries(certs, "", "bench"), Parallel: 4, StallTimeout: time.Minute, Backoff: time.Second,
-	})
+	registries := registry.NewClient(registry.Config{CertsDir: certs, StallTimeout: time.Minute, Backoff: time.Second})
+	images, err := store.New(b.Context(), root.Dir(), root.Discard, registries, store.Config{MaxConcurrentLayerPulls: 4})
 	check(err)
 	b.Cleanup(images.Close)
 	kubeletDir := kubelet.Dir(filepath.Join(dir, "kubelet"))

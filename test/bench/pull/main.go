@@ -24,6 +24,7 @@ import (
 	"github.com/prometheus/procfs"
 	"k8s.io/klog/v2"
 
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
@@ -154,10 +155,8 @@ func pullWithStore(dir, image string) error {
 	if err := errors.Join(os.MkdirAll(filepath.Join(certs, name), 0o755), os.WriteFile(filepath.Join(certs, name, "hosts.toml"), []byte(toml), 0o644)); err != nil {
 		return err
 	}
-	s, err := store.New(context.Background(), store.Config{
-		Root: root, Discard: os.RemoveAll, Registries: store.NewRegistries(certs, "", "bench"),
-		Parallel: 4, StallTimeout: time.Minute, Backoff: time.Second,
-	})
+	registries := registry.NewClient(registry.Config{CertsDir: certs, StallTimeout: time.Minute, Backoff: time.Second})
+	s, err := store.New(context.Background(), root, os.RemoveAll, registries, store.Config{MaxConcurrentLayerPulls: 4})
 	if err != nil {
 		return err
 	}
@@ -166,12 +165,12 @@ func pullWithStore(dir, image string) error {
 		return err
 	}
 	begin := time.Now()
-	use, err := s.Pull(context.Background(), named.(reference.Canonical), store.Credentials{}, "")
+	lease, err := s.Pull(context.Background(), named.(reference.Canonical), registry.Credentials{}, "")
 	if err != nil {
 		return err
 	}
 	took := time.Since(begin)
-	use.Close()
+	lease.Release()
 	peak, err := peakMemory()
 	if err != nil {
 		return err

@@ -1,0 +1,166 @@
+package image
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// ErrNoImage is returned for a tar that is no archive of images.
+var ErrNoImage = fmt.Errorf("%w: the tar is no archive of images", errdefs.ErrNotFound)
+
+// ArchiveFile identifies an archive and its content: a file that has not changed is not read again.
+type ArchiveFile struct {
+	// Reference is how it was named.
+	Reference string    `json:"reference"`
+	Device    uint64    `json:"device"`
+	Inode     uint64    `json:"inode"`
+	Size      int64     `json:"size"`
+	Modified  time.Time `json:"modified"`
+}
+
+// IdentifyArchive returns the identity of an open archive. In the directory of an OCI layout it is index.json that changes
+// with the content.
+func IdentifyArchive(reference string, file *os.File) (ArchiveFile, error) {
+	info, err := file.Stat()
+	if err == nil && info.IsDir() {
+		info, err = statLayoutIndex(file)
+	}
+	if err != nil {
+		return ArchiveFile{}, err
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return ArchiveFile{}, fmt.Errorf("stat %s: no inode number", file.Name())
+	}
+	return ArchiveFile{Reference: reference, Device: stat.Dev, Inode: stat.Ino, Size: info.Size(), Modified: info.ModTime().UTC()}, nil
+}
+
+// Key stands for the archive where a digest is needed.
+func (a ArchiveFile) Key() digest.Digest {
+	return digest.FromString(fmt.Sprintf("%q %d %d %d %d", a.Reference, a.Device, a.Inode, a.Size, a.Modified.UnixNano()))
+}
+
+// Blob describes the archive itself as a layer: the tar of a root file system.
+func (a ArchiveFile) Blob() LayerBlob {
+	return LayerBlob{Descriptor: ocispec.Descriptor{Digest: a.Key(), Size: a.Size}, DigestUnknown: true}
+}
+
+// Archive is an open archive of one image.
+type Archive struct {
+	Description
+	files archiveFiles
+	// names are the names of the layers' blobs in the archive.
+	names map[digest.Digest]string
+}
+
+// archiveFiles are the files of an archive.
+type archiveFiles interface {
+	open(name string) (io.ReadCloser, int64, error)
+	has(name string) bool
+	close()
+}
+
+// OpenArchive opens an archive: a docker archive, an OCI archive, both compressed or not, or the directory of an OCI
+// layout. It returns ErrNoImage if the file is another tar. It decompresses a compressed archive into scratch, a
+// directory: there is no other way to its middle. The file stays the caller's, and open as long as the Archive is.
+func OpenArchive(ctx context.Context, file *os.File, scratch string, platform platforms.MatchComparer) (*Archive, error) {
+	files, err := openFiles(ctx, file, filepath.Join(scratch, "archive.tar"))
+	if err != nil {
+		return nil, err
+	}
+	archive := &Archive{files: files, names: map[digest.Digest]string{}}
+	if files.has(ocispec.ImageIndexFile) {
+		err = archive.describeLayout(ctx, platform)
+	} else {
+		err = archive.describeDocker()
+	}
+	if err != nil {
+		files.close()
+		return nil, err
+	}
+	return archive, nil
+}
+
+// OpenBlob opens the blob of one of the layers.
+func (a *Archive) OpenBlob(blob LayerBlob) (io.ReadCloser, error) {
+	content, _, err := a.files.open(a.names[blob.Descriptor.Digest])
+	return content, err
+}
+
+// Close removes what OpenArchive decompressed.
+func (a *Archive) Close() { a.files.close() }
+
+func openFiles(ctx context.Context, file *os.File, scratch string) (archiveFiles, error) {
+	info, err := file.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if info.IsDir() {
+		return layoutDir{file}, nil
+	}
+	whole := func() *io.SectionReader { return io.NewSectionReader(file, 0, info.Size()) }
+	magic := make([]byte, magicSize)
+	if _, err := io.ReadFull(whole(), magic); err != nil {
+		return nil, fmt.Errorf("%w: the file is too short for an archive", errdefs.ErrInvalidArgument)
+	}
+	if err := checkSupported(magic); err != nil {
+		return nil, err
+	}
+	if !isCompressed(magic) {
+		return indexTar(ctx, whole(), io.NopCloser(nil))
+	}
+	plain, err := decompress(whole())
+	if err != nil {
+		return nil, err
+	}
+	defer plain.Close()
+	if err := scanTar(ctx, plain); err != nil {
+		return nil, err
+	}
+	return decompressArchive(ctx, whole(), scratch)
+}
+
+// decompressArchive writes the archive to the file at scratch, which is removed at once and lives as long as it is open.
+func decompressArchive(ctx context.Context, from io.Reader, scratch string) (archiveFiles, error) {
+	plain, err := decompress(from)
+	if err != nil {
+		return nil, err
+	}
+	defer plain.Close()
+	file, err := os.OpenFile(scratch, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	size, err := io.Copy(file, plain)
+	if err == nil {
+		err = os.Remove(scratch)
+	}
+	if err != nil {
+		file.Close()
+		return nil, fmt.Errorf("decompress the archive: %w", err)
+	}
+	return indexTar(ctx, io.NewSectionReader(file, 0, size), file)
+}
+
+// readDocument reads a manifest or a configuration.
+func readDocument(files archiveFiles, name string) ([]byte, error) {
+	content, size, err := files.open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer content.Close()
+	if size > MaxDocumentSize {
+		return nil, fmt.Errorf("%w: %q has %d bytes, more than %d", errdefs.ErrInvalidArgument, truncate(name), size, MaxDocumentSize)
+	}
+	return io.ReadAll(io.LimitReader(content, size))
+}

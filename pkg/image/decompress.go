@@ -1,0 +1,74 @@
+package image
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/containerd/errdefs"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+)
+
+// maxWindow is the largest window of a zstd stream in bytes, and so the memory that one layer takes. `zstd --ultra -20`
+// makes no larger one.
+const maxWindow = 32 << 20
+
+var (
+	gzipMagic = []byte{0x1f, 0x8b}
+	zstdMagic = []byte{0x28, 0xb5, 0x2f, 0xfd}
+	// unsupported are compressions that images had once, or that a plain archive may have.
+	unsupported = map[string][]byte{"bzip2": []byte("BZh"), "xz": {0xfd, '7', 'z', 'X', 'Z', 0}, "lz4": {0x04, 0x22, 0x4d, 0x18}}
+)
+
+// decompress recognizes gzip, zstd or no compression by the first bytes of a stream, whatever its media type says.
+func decompress(from io.Reader) (io.ReadCloser, error) {
+	buffered := bufio.NewReaderSize(from, 128<<10)
+	magic, err := buffered.Peek(magicSize)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	switch {
+	case bytes.HasPrefix(magic, gzipMagic):
+		reader, err := gzip.NewReader(buffered)
+		if err != nil {
+			return nil, fmt.Errorf("%w: gzip: %w", errdefs.ErrInvalidArgument, err)
+		}
+		return reader, nil
+	case bytes.HasPrefix(magic, zstdMagic), isSkippable(magic):
+		reader, err := zstd.NewReader(buffered, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
+		if err != nil {
+			return nil, fmt.Errorf("%w: zstd: %w", errdefs.ErrInvalidArgument, err)
+		}
+		return reader.IOReadCloser(), nil
+	}
+	if err := checkSupported(magic); err != nil {
+		return nil, err
+	}
+	return io.NopCloser(buffered), nil
+}
+
+// magicSize is how many bytes decompress looks at.
+const magicSize = 6
+
+// checkSupported refuses the compressions that are known and not supported.
+func checkSupported(magic []byte) error {
+	for name, prefix := range unsupported {
+		if bytes.HasPrefix(magic, prefix) {
+			return fmt.Errorf("%w: compression %s is not supported; use gzip or zstd", errdefs.ErrInvalidArgument, name)
+		}
+	}
+	return nil
+}
+
+// isCompressed reports whether decompress decompresses a stream with this beginning.
+func isCompressed(magic []byte) bool {
+	return bytes.HasPrefix(magic, gzipMagic) || bytes.HasPrefix(magic, zstdMagic) || isSkippable(magic)
+}
+
+// isSkippable reports whether a zstd stream begins with a skippable frame (RFC 8878, 3.1.2).
+func isSkippable(magic []byte) bool {
+	return len(magic) >= 4 && magic[0]&0xf0 == 0x50 && magic[1] == 0x2a && magic[2] == 0x4d && magic[3] == 0x18
+}

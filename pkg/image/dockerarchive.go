@@ -1,0 +1,74 @@
+package image
+
+import (
+	"encoding/json"
+	"fmt"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// dockerManifestFile describes the images of a docker archive.
+const dockerManifestFile = "manifest.json"
+
+// dockerImage is an image in a docker archive.
+type dockerImage struct {
+	Config string
+	Layers []string
+}
+
+// describeDocker reads the manifest.json of a docker archive, in which layers have names instead of digests.
+func (a *Archive) describeDocker() error {
+	data, err := readDocument(a.files, dockerManifestFile)
+	if err != nil {
+		return err
+	}
+	manifest, err := parseDockerManifest(data)
+	if err != nil {
+		return err
+	}
+	config, err := readDocument(a.files, manifest.Config)
+	if err != nil {
+		return err
+	}
+	var parsed ocispec.Image
+	if err := json.Unmarshal(config, &parsed); err != nil {
+		return fmt.Errorf("%w: read the image's configuration: %w", errdefs.ErrInvalidArgument, err)
+	}
+	diffIDs := parsed.RootFS.DiffIDs
+	if len(diffIDs) != len(manifest.Layers) {
+		return fmt.Errorf("%w: the image has %d layers, and its configuration has %d diff IDs",
+			errdefs.ErrInvalidArgument, len(manifest.Layers), len(diffIDs))
+	}
+	a.Digest, a.Platform = digest.FromBytes(config), platforms.Format(parsed.Platform)
+	a.Layers = make([]LayerBlob, len(diffIDs))
+	for i, id := range diffIDs {
+		if err := checkDiffID(id); err != nil {
+			return err
+		}
+		blob, size, err := a.files.open(manifest.Layers[i])
+		if err != nil {
+			return err
+		}
+		blob.Close()
+		a.Layers[i] = LayerBlob{Descriptor: ocispec.Descriptor{Digest: id, Size: size}, DiffID: id, DigestUnknown: true}
+		a.names[id] = manifest.Layers[i]
+	}
+	return nil
+}
+
+func parseDockerManifest(data []byte) (dockerImage, error) {
+	var images []dockerImage
+	if err := json.Unmarshal(data, &images); err != nil {
+		return dockerImage{}, fmt.Errorf("%w: read %s: %w", errdefs.ErrInvalidArgument, dockerManifestFile, err)
+	}
+	switch {
+	case len(images) != 1:
+		return dockerImage{}, errImageCount(len(images))
+	case len(images[0].Layers) == 0 || len(images[0].Layers) > MaxLayers:
+		return dockerImage{}, fmt.Errorf("%w: the image has %d layers; want 1 to %d", errdefs.ErrInvalidArgument, len(images[0].Layers), MaxLayers)
+	}
+	return images[0], nil
+}

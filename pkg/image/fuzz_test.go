@@ -1,0 +1,68 @@
+package image
+
+import (
+	"bytes"
+	"io"
+	"testing"
+
+	"github.com/containerd/platforms"
+)
+
+func FuzzManifest(f *testing.F) {
+	for _, seed := range []string{
+		`{"schemaVersion":2,"config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","size":2},"layers":[{"digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","size":1}]}`,
+		`{"schemaVersion":2,"manifests":[{"digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","size":1,"platform":{"os":"linux","architecture":"amd64"}}]}`,
+		`{"schemaVersion":2,"config":{"mediaType":"x","digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000"},"layers":[{"digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","annotations":{"org.opencontainers.image.title":"../.wh.x"}}]}`,
+		`{"schemaVersion":1,"fsLayers":[{}]}`,
+	} {
+		f.Add([]byte(seed), []byte(`{"rootfs":{"diff_ids":["sha256:0000000000000000000000000000000000000000000000000000000000000000"]}}`))
+	}
+	f.Fuzz(func(t *testing.T, manifest, config []byte) {
+		d, err := parseManifest(manifest)
+		if err != nil {
+			return
+		}
+		if len(d.Manifests) > 0 {
+			_, _ = d.choose(platforms.Default())
+			return
+		}
+		blobs, err := d.layers(config)
+		if err != nil {
+			return
+		}
+		if len(blobs) == 0 || len(blobs) > MaxLayers {
+			t.Errorf("%d layers", len(blobs))
+		}
+		for _, blob := range blobs {
+			if blob.Descriptor.Digest.Validate() != nil || blob.Descriptor.Size < 0 || checkFileName(blob.FileName) != nil {
+				t.Errorf("%+v", blob)
+			}
+		}
+	})
+}
+
+func FuzzDockerManifest(f *testing.F) {
+	f.Add([]byte(`[{"Config":"x.json","Layers":["a/layer.tar"]}]`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		image, err := parseDockerManifest(data)
+		if err == nil && (len(image.Layers) == 0 || len(image.Layers) > MaxLayers) {
+			t.Errorf("%d layers", len(image.Layers))
+		}
+	})
+}
+
+// FuzzDecompress reads whatever claims to be compressed.
+func FuzzDecompress(f *testing.F) {
+	f.Add([]byte{0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0})
+	f.Add([]byte{0x28, 0xb5, 0x2f, 0xfd, 0, 0, 0, 0})
+	f.Add([]byte{0x50, 0x2a, 0x4d, 0x18, 1, 0, 0, 0, 0})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		reader, err := decompress(bytes.NewReader(data))
+		if err != nil {
+			return
+		}
+		defer reader.Close()
+		_, _ = io.CopyN(io.Discard, reader, 16<<20)
+		looksLikeTar(data)
+	})
+}

@@ -1,0 +1,122 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+)
+
+// blobsName is the directory of a layout's blobs.
+const blobsName = "blobs"
+
+// layoutDir is the directory of an OCI layout (OCI image specification, "Image Layout").
+type layoutDir struct{ dir *os.File }
+
+func (layoutDir) close() {}
+
+func (l layoutDir) has(name string) bool {
+	file, err := l.openFile(name)
+	if err == nil {
+		file.Close()
+	}
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
+func (l layoutDir) open(name string) (io.ReadCloser, int64, error) {
+	file, err := l.openFile(name)
+	if err != nil {
+		return nil, 0, err
+	}
+	info, err := file.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%w: the layout's %q is not a regular file", errdefs.ErrInvalidArgument, truncate(name))
+	}
+	if err != nil {
+		file.Close()
+		return nil, 0, err
+	}
+	return file, info.Size(), nil
+}
+
+func (l layoutDir) openFile(name string) (*os.File, error) {
+	fd, err := unix.Openat2(int(l.dir.Fd()), name, &unix.OpenHow{
+		Flags: unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%w: open the layout's file %q: %w", errdefs.ErrInvalidArgument, truncate(name), err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// statLayoutIndex returns the file info of the index.json in the directory of a layout.
+func statLayoutIndex(dir *os.File) (fs.FileInfo, error) {
+	file, err := layoutDir{dir}.openFile(ocispec.ImageIndexFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: a directory without %s is not an OCI layout", errdefs.ErrInvalidArgument, ocispec.ImageIndexFile)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	return file.Stat()
+}
+
+// describeLayout reads the index.json of an OCI layout or archive.
+func (a *Archive) describeLayout(ctx context.Context, platform platforms.MatchComparer) error {
+	data, err := readDocument(a.files, ocispec.ImageIndexFile)
+	if err != nil {
+		return err
+	}
+	root, err := chooseInLayout(data)
+	if err != nil {
+		return err
+	}
+	a.Description, err = Describe(ctx, root, platform, func(_ context.Context, descriptor ocispec.Descriptor) ([]byte, error) {
+		data, err := readDocument(a.files, blobPath(descriptor.Digest))
+		if err == nil {
+			err = Verify(descriptor, descriptor.Digest.Algorithm().FromBytes(data), int64(len(data)))
+		}
+		return data, err
+	})
+	for _, blob := range a.Layers {
+		a.names[blob.Descriptor.Digest] = blobPath(blob.Descriptor.Digest)
+	}
+	return err
+}
+
+func blobPath(id digest.Digest) string {
+	return path.Join(blobsName, id.Algorithm().String(), id.Encoded())
+}
+
+// chooseInLayout finds the one image of a layout, which may be an index for many platforms, and may have many names.
+func chooseInLayout(data []byte) (ocispec.Descriptor, error) {
+	index, err := parseManifest(data)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	var images []ocispec.Descriptor
+	for _, descriptor := range index.Manifests {
+		if !slices.ContainsFunc(images, func(d ocispec.Descriptor) bool { return d.Digest == descriptor.Digest }) {
+			images = append(images, descriptor)
+		}
+	}
+	if len(images) != 1 {
+		return ocispec.Descriptor{}, errImageCount(len(images))
+	}
+	return images[0], nil
+}
+
+func errImageCount(count int) error {
+	return fmt.Errorf("%w: the archive has %d images; make one archive for each", errdefs.ErrInvalidArgument, count)
+}

@@ -1,0 +1,183 @@
+package registry
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
+	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"k8s.io/klog/v2"
+)
+
+const (
+	// maxFailures is how often in a row a registry may fail without sending anything.
+	maxFailures = 5
+	// minRate is the least that a registry must send, in bytes a second.
+	minRate = 1 << 10
+	// downloadSize is how much is read from a registry at once.
+	downloadSize = 256 << 10
+)
+
+// errStalled says that a registry sends next to nothing.
+var errStalled = errors.New("the registry has stopped sending")
+
+// Download fetches the rest of a blob into its spool. After a failure that may be gone later it tries again, from where it
+// was, with a longer pause each time. It keeps progress at the number of bytes in the spool. It does not verify the blob's
+// digest.
+func (r *Repository) Download(ctx context.Context, descriptor ocispec.Descriptor, into *Spool, progress *atomic.Int64) error {
+	open := func(ctx context.Context, offset int64) (io.ReadCloser, error) {
+		return r.openBlob(ctx, descriptor, offset)
+	}
+	d := &download{repository: r, descriptor: descriptor, open: open, into: into, progress: progress}
+	return d.run(ctx)
+}
+
+// download is one call of Download.
+type download struct {
+	repository *Repository
+	descriptor ocispec.Descriptor
+	open       func(ctx context.Context, offset int64) (io.ReadCloser, error)
+	into       *Spool
+	progress   *atomic.Int64
+}
+
+func (d *download) run(ctx context.Context) error {
+	failures, pause := 0, d.repository.config.Backoff
+	d.progress.Store(d.into.Len())
+	for {
+		before := d.into.Len()
+		if before == d.descriptor.Size {
+			return nil
+		}
+		err := d.attempt(ctx)
+		if err == nil || ctx.Err() != nil || !errdefs.IsUnavailable(err) {
+			return err
+		}
+		if d.into.Len() > before {
+			failures, pause = 0, d.repository.config.Backoff
+		}
+		if failures++; failures >= maxFailures {
+			return fmt.Errorf("%w (tried %d times)", err, failures)
+		}
+		klog.FromContext(ctx).Info("Retrying download",
+			"layer", d.descriptor.Digest, "received", d.into.Len(), "size", d.descriptor.Size, "reason", err.Error())
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pause + rand.N(pause/4+1)):
+		}
+		pause *= 2
+	}
+}
+
+// attempt makes one request.
+func (d *download) attempt(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var received atomic.Int64
+	go cancelIfStalled(ctx, cancel, &received, d.repository.config.StallTimeout)
+	body, skip, err := d.openAt(ctx, d.into.Len())
+	if err != nil {
+		return d.repository.wrap(fetchOp(d.descriptor), stallCause(ctx, err))
+	}
+	defer body.Close()
+	buffer := make([]byte, downloadSize)
+	for {
+		n, err := body.Read(buffer)
+		received.Add(int64(n))
+		if skipped := int(min(skip, int64(n))); skipped > 0 {
+			skip -= int64(skipped)
+			n = copy(buffer, buffer[skipped:n])
+		}
+		if n > 0 {
+			if _, err := d.into.Write(buffer[:n]); err != nil {
+				return fmt.Errorf("write the download: %w", err)
+			}
+			d.progress.Store(d.into.Len())
+		}
+		if done, err := d.check(body, err); done {
+			return d.repository.wrap("fetch", stallCause(ctx, err))
+		}
+	}
+}
+
+// check reports whether an attempt has ended after a read that returned err, and with which error.
+func (d *download) check(body io.Reader, err error) (done bool, _ error) {
+	length := d.into.Len()
+	switch {
+	case length > d.descriptor.Size, errdefs.IsFailedPrecondition(err):
+		return true, errTooLong(d.descriptor)
+	case length == d.descriptor.Size:
+		return true, d.checkEnd(body)
+	case errors.Is(err, io.EOF):
+		return true, fmt.Errorf("%s ends after %d of %d bytes", d.descriptor.Digest, length, d.descriptor.Size)
+	}
+	return err != nil, err
+}
+
+// checkEnd refuses a blob that is longer than its descriptor says.
+func (d *download) checkEnd(body io.Reader) error {
+	var more [1]byte
+	if n, err := body.Read(more[:]); n > 0 || errdefs.IsFailedPrecondition(err) {
+		return errTooLong(d.descriptor)
+	}
+	return nil
+}
+
+// openAt opens the blob from offset on. A registry without ranges sends all of it again: then skip is how many bytes come
+// first that are not wanted.
+func (d *download) openAt(ctx context.Context, offset int64) (body io.ReadCloser, skip int64, err error) {
+	body, err = d.open(ctx, offset)
+	if err != nil || offset == 0 {
+		return body, 0, err
+	}
+	// The request is made when the first byte is read.
+	buffered := bufio.NewReader(body)
+	_, err = buffered.Peek(1)
+	var status remoteerrors.ErrUnexpectedStatus
+	if errors.As(err, &status) && status.StatusCode == http.StatusRequestedRangeNotSatisfiable {
+		body.Close()
+		body, err = d.open(ctx, 0)
+		return body, offset, err
+	}
+	return struct {
+		io.Reader
+		io.Closer
+	}{buffered, body}, 0, nil
+}
+
+// cancelIfStalled cancels a request that receives less than minRate for the whole of a timeout.
+func cancelIfStalled(ctx context.Context, cancel context.CancelCauseFunc, received *atomic.Int64, timeout time.Duration) {
+	ticker := time.NewTicker(timeout)
+	defer ticker.Stop()
+	before := int64(0)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		now := received.Load()
+		if now-before < int64(timeout.Seconds()*minRate) {
+			cancel(errStalled)
+			return
+		}
+		before = now
+	}
+}
+
+// stallCause returns errStalled if that is why a request ended, else err.
+func stallCause(ctx context.Context, err error) error {
+	if err != nil && errors.Is(context.Cause(ctx), errStalled) {
+		return errStalled
+	}
+	return err
+}

@@ -1,0 +1,130 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync/atomic"
+
+	"github.com/containerd/containerd/v2/core/remotes"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/distribution/reference"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/overlay-csi/overlay-csi/pkg/image"
+)
+
+// Repository is one image's repository in a registry, as one set of credentials sees it.
+type Repository struct {
+	named    reference.Named
+	registry string
+	resolver remotes.Resolver
+	config   Config
+	// lastUser is the user that a registry was last sent, "" for a token, nil for nobody.
+	lastUser *atomic.Pointer[string]
+}
+
+// Repository returns the repository of an image. It asks nobody yet.
+func (c *Client) Repository(named reference.Named, credentials Credentials) *Repository {
+	repository := &Repository{named: named, registry: reference.Domain(named), config: c.config, lastUser: &atomic.Pointer[string]{}}
+	login := func(host string) (string, string, error) {
+		node, err := c.nodeCredentials()
+		if err != nil {
+			return "", "", err
+		}
+		for _, candidate := range []Credentials{credentials, node} {
+			if found, ok := candidate.find(host, reference.Path(named)); ok {
+				repository.lastUser.Store(&found.user)
+				return found.user, found.secret, nil
+			}
+		}
+		return "", "", nil
+	}
+	repository.resolver = docker.NewResolver(docker.ResolverOptions{
+		Headers: c.header,
+		Hosts:   func(host string) ([]docker.RegistryHost, error) { return c.hosts(host, login) },
+	})
+	return repository
+}
+
+// Named returns the image's name.
+func (r *Repository) Named() reference.Named { return r.named }
+
+// Resolve returns the descriptor that the tag, or the digest, stands for.
+func (r *Repository) Resolve(ctx context.Context) (ocispec.Descriptor, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, r.config.StallTimeout, errStalled)
+	defer cancel()
+	_, descriptor, err := r.resolver.Resolve(log.WithLogger(ctx, discardLogger()), r.named.String())
+	if err != nil {
+		return descriptor, r.wrap("resolve", stallCause(ctx, err))
+	}
+	if err := descriptor.Digest.Validate(); err != nil {
+		return descriptor, r.wrap("resolve", fmt.Errorf("%w: the registry's answer has no valid digest: %w", image.ErrContentMismatch, err))
+	}
+	if digested, ok := r.named.(reference.Digested); ok && digested.Digest() != descriptor.Digest {
+		return descriptor, r.wrap("resolve", fmt.Errorf("%w: the registry answers with %s", image.ErrContentMismatch, descriptor.Digest))
+	}
+	return descriptor, nil
+}
+
+// Fetch returns the content of a manifest, an index or a configuration, verified.
+func (r *Repository) Fetch(ctx context.Context, descriptor ocispec.Descriptor) ([]byte, error) {
+	op := fetchOp(descriptor)
+	if descriptor.Size > image.MaxDocumentSize {
+		return nil, r.wrap(op, fmt.Errorf("%w: it has %d bytes, more than %d", image.ErrContentMismatch, descriptor.Size, image.MaxDocumentSize))
+	}
+	// More than a request for a tag takes: it may have 8 MiB.
+	ctx, cancel := context.WithTimeoutCause(ctx, documentTimeouts*r.config.StallTimeout, errStalled)
+	defer cancel()
+	body, err := r.openBlob(ctx, descriptor, 0)
+	if err != nil {
+		return nil, r.wrap(op, stallCause(ctx, err))
+	}
+	defer body.Close()
+	data, err := io.ReadAll(io.LimitReader(body, image.MaxDocumentSize+1))
+	switch {
+	case errdefs.IsFailedPrecondition(err):
+		err = errTooLong(descriptor)
+	case err == nil:
+		err = image.Verify(descriptor, descriptor.Digest.Algorithm().FromBytes(data), int64(len(data)))
+	}
+	if err != nil {
+		return nil, r.wrap(op, stallCause(ctx, err))
+	}
+	return data, nil
+}
+
+// documentTimeouts is how many stall timeouts a manifest may take.
+const documentTimeouts = 4
+
+func fetchOp(descriptor ocispec.Descriptor) string { return "fetch " + descriptor.Digest.String() }
+
+func errTooLong(descriptor ocispec.Descriptor) error {
+	return fmt.Errorf("%w: %s has more than %d bytes", image.ErrContentMismatch, descriptor.Digest, descriptor.Size)
+}
+
+// openBlob opens a blob from offset on. The request may be made, and fail, only when the blob is read.
+func (r *Repository) openBlob(ctx context.Context, descriptor ocispec.Descriptor, offset int64) (io.ReadCloser, error) {
+	ctx = log.WithLogger(ctx, discardLogger())
+	// The operator says where blobs are, not the image.
+	descriptor.URLs = nil
+	fetcher, err := r.resolver.Fetcher(ctx, r.named.String())
+	if err != nil {
+		return nil, err
+	}
+	body, err := fetcher.Fetch(ctx, descriptor)
+	if err != nil || offset == 0 {
+		return body, err
+	}
+	seeker, ok := body.(io.Seeker)
+	if !ok {
+		return nil, errors.Join(fmt.Errorf("%w: %T has no Seek", errdefs.ErrNotImplemented, body), body.Close())
+	}
+	if _, err := seeker.Seek(offset, io.SeekStart); err != nil {
+		return nil, errors.Join(err, body.Close())
+	}
+	return body, nil
+}

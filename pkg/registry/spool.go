@@ -1,0 +1,103 @@
+package registry
+
+import (
+	"errors"
+	"io"
+	"os"
+	"sync"
+)
+
+// Spool is a file that is read while it is still being downloaded. The registry does not wait for the disk, and what has
+// come is still there after the driver was restarted.
+type Spool struct {
+	file *os.File
+	mu   sync.Mutex
+	more *sync.Cond
+	size int64
+	// err is why nothing more comes: io.EOF if all has come.
+	err error
+}
+
+// OpenSpool opens the file with what an earlier download left in it.
+func OpenSpool(path string) (*Spool, error) {
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	size, err := file.Seek(0, io.SeekEnd)
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	s := &Spool{file: file, size: size}
+	s.more = sync.NewCond(&s.mu)
+	return s, nil
+}
+
+// Write appends.
+func (s *Spool) Write(data []byte) (int, error) {
+	n, err := s.file.Write(data)
+	s.mu.Lock()
+	s.size += int64(n)
+	s.mu.Unlock()
+	s.more.Broadcast()
+	return n, err
+}
+
+// Finish tells readers that nothing more will come: because of err or, if err is nil, because that was all.
+func (s *Spool) Finish(err error) {
+	if err == nil {
+		err = io.EOF
+	}
+	s.mu.Lock()
+	if s.err == nil {
+		s.err = err
+	}
+	s.mu.Unlock()
+	s.more.Broadcast()
+}
+
+// Reset discards what an earlier download left, before any other use.
+func (s *Spool) Reset() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.size = 0
+	_, err := s.file.Seek(0, io.SeekStart)
+	return errors.Join(err, s.file.Truncate(0))
+}
+
+// Len returns how many bytes have come.
+func (s *Spool) Len() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.size
+}
+
+// Close closes the file.
+func (s *Spool) Close() error { return s.file.Close() }
+
+// Reader reads from the beginning, and waits for what has not come yet.
+func (s *Spool) Reader() io.Reader { return &spoolReader{spool: s} }
+
+type spoolReader struct {
+	spool  *Spool
+	offset int64
+}
+
+func (r *spoolReader) Read(buffer []byte) (int, error) {
+	s := r.spool
+	s.mu.Lock()
+	for r.offset >= s.size && s.err == nil {
+		s.more.Wait()
+	}
+	available, err := s.size-r.offset, s.err
+	s.mu.Unlock()
+	if available <= 0 {
+		return 0, err
+	}
+	n, err := s.file.ReadAt(buffer[:min(int64(len(buffer)), available)], r.offset)
+	r.offset += int64(n)
+	if n > 0 && errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return n, err
+}

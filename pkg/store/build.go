@@ -1,0 +1,130 @@
+package store
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/overlay-csi/overlay-csi/pkg/image"
+	"github.com/overlay-csi/overlay-csi/pkg/unpack"
+)
+
+// builder makes layers from blobs.
+type builder struct {
+	layout
+	limits unpack.Limits
+	syncer *syncer
+}
+
+// build unpacks a blob in dir, verifies all that is known of it, and commits the layer. After an error the caller removes
+// what is in dir.
+func (b *builder) build(ctx context.Context, dir *workDir, blob image.LayerBlob, content io.Reader) (Layer, error) {
+	layer, err := b.unpack(ctx, dir, blob, content)
+	if err != nil {
+		return Layer{}, err
+	}
+	// dir becomes the layer: nothing but tree and layer.json may be in it.
+	if err := dir.removeExcept(treeName); err != nil {
+		return Layer{}, err
+	}
+	if err := writeJSON(dir.join(layerName), layer); err != nil {
+		return Layer{}, fmt.Errorf("write %s of layer %s: %w", layerName, layer.DiffID, err)
+	}
+	if err := b.syncer.sync(); err != nil {
+		return Layer{}, err
+	}
+	return layer, b.commit(dir, layer)
+}
+
+// commit renames a layer into the store.
+func (b *builder) commit(dir *workDir, layer Layer) error {
+	err := os.Rename(dir.path(), b.layerDir(layer.DiffID))
+	if errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EEXIST) {
+		// Another blob with the same content was faster.
+		err = dir.discard()
+	}
+	if err != nil {
+		return fmt.Errorf("commit layer %s: %w", layer.DiffID, err)
+	}
+	parent, err := os.Open(b.layersDir())
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	if err := parent.Sync(); err != nil {
+		return fmt.Errorf("sync the layer store: %w", err)
+	}
+	return nil
+}
+
+// unpack unpacks and verifies.
+func (b *builder) unpack(ctx context.Context, dir *workDir, blob image.LayerBlob, content io.Reader) (Layer, error) {
+	compressed := image.NewVerifyingReader(blob, content)
+	uncompressed := &hashingReader{hash: sha256.New()}
+	result, err := b.unpackTar(ctx, dir, blob, compressed, uncompressed)
+	if err != nil {
+		return Layer{}, compressed.ExplainUnpackError(err)
+	}
+	if err := compressed.Verify(); err != nil {
+		return Layer{}, err
+	}
+	layer := Layer{
+		Version: formatVersion, DiffID: digest.NewDigest(digest.SHA256, uncompressed.hash), Digest: blob.Descriptor.Digest, FileName: blob.FileName,
+		Bytes: result.DiskBytes, Entries: result.Entries, Opaque: result.Opaque, Created: time.Now().UTC().Truncate(time.Second),
+	}
+	if blob.DigestUnknown {
+		layer.Digest = ""
+	}
+	if blob.DiffID != "" && blob.DiffID != layer.DiffID {
+		return Layer{}, fmt.Errorf("%w: layer %s unpacks to diff ID %s, and the image's configuration says %s",
+			image.ErrContentMismatch, blob.Descriptor.Digest, layer.DiffID, blob.DiffID)
+	}
+	return layer, nil
+}
+
+// unpackTar unpacks compressed through uncompressed. Nobody reads either any more when it returns.
+func (b *builder) unpackTar(ctx context.Context, dir *workDir, blob image.LayerBlob, compressed io.Reader, uncompressed *hashingReader) (unpack.Result, error) {
+	content, err := blob.OpenTar(compressed)
+	if err != nil {
+		return unpack.Result{}, err
+	}
+	defer content.Close()
+	uncompressed.from = content
+	if err := os.Mkdir(dir.join(scratchName), 0o700); err != nil {
+		return unpack.Result{}, err
+	}
+	return unpack.Tar(ctx, uncompressed, dir.join(treeName), dir.join(scratchName), b.limits)
+}
+
+// hashingReader hashes what is read through it.
+type hashingReader struct {
+	from io.Reader
+	hash hash.Hash
+}
+
+func (h *hashingReader) Read(buffer []byte) (int, error) {
+	n, err := h.from.Read(buffer)
+	h.hash.Write(buffer[:n])
+	return n, err
+}
+
+// isDiskFull reports whether an error is about a full disk or an exhausted quota.
+func isDiskFull(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}
+
+// explainDiskFull names the disk in an error about a full disk.
+func (b *builder) explainDiskFull(blob image.LayerBlob, err error) error {
+	if isDiskFull(err) {
+		return fmt.Errorf("layer %s: the disk of %s is full: %w", blob.Descriptor.Digest, b.path, err)
+	}
+	return err
+}

@@ -1,0 +1,398 @@
+package store
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/image"
+)
+
+// Layer is an unpacked layer.
+type Layer struct {
+	Version int `json:"version"`
+	// DiffID is the digest of the uncompressed tar (OCI image specification, "Layer DiffID").
+	DiffID digest.Digest `json:"diffID"`
+	// Digest and FileName are those of the blob that it was unpacked from; FileName only if the blob is a file, not a tar.
+	Digest   digest.Digest `json:"digest,omitempty"`
+	FileName string        `json:"fileName,omitempty"`
+	// Bytes is about what its files take on the disk, Entries the number of them.
+	Bytes   int64 `json:"bytes"`
+	Entries int64 `json:"entries"`
+	// Opaque says that its root hides the image's lower layers. overlayfs does not look at that of a root.
+	Opaque bool `json:"opaque,omitempty"`
+	// Created is when it was unpacked.
+	Created time.Time `json:"created"`
+}
+
+// LayerStatus is a layer and when it was last used.
+type LayerStatus struct {
+	Layer
+	LastUsed time.Time `json:"lastUsed"`
+}
+
+// Image is an image, an artifact or an archive whose layers were pulled.
+type Image struct {
+	Version int `json:"version"`
+	// Digest is what a reference resolves to: the digest of the index if there is one for many platforms, else of the
+	// manifest. An archive has that of the manifest, the image ID (docker), or the diff ID (a plain tar).
+	Digest digest.Digest `json:"digest"`
+	// Manifest is the digest of the manifest for this node's platform.
+	Manifest digest.Digest `json:"manifest,omitempty"`
+	Platform string        `json:"platform,omitempty"`
+	// Names are the references that led to it.
+	Names []string `json:"names"`
+	// Layers in the order of the manifest, the lowest first.
+	Layers []ImageLayer `json:"layers"`
+	// Archive is the file that it was read from.
+	Archive *image.ArchiveFile `json:"archive,omitempty"`
+	// Pulled is when it was last completed here.
+	Pulled time.Time `json:"pulled"`
+}
+
+// ImageLayer is a layer of an image.
+type ImageLayer struct {
+	DiffID    digest.Digest `json:"diffID"`
+	Digest    digest.Digest `json:"digest"`
+	MediaType string        `json:"mediaType,omitempty"`
+	// Size of the blob in bytes.
+	Size     int64  `json:"size"`
+	FileName string `json:"fileName,omitempty"`
+}
+
+func (i *Image) diffIDs() []digest.Digest {
+	ids := make([]digest.Digest, len(i.Layers))
+	for n, layer := range i.Layers {
+		ids[n] = layer.DiffID
+	}
+	return ids
+}
+
+// blobKey identifies what a layer was made from: a file in a layer is another layer than the same blob as a tar.
+type blobKey struct {
+	digest   digest.Digest
+	fileName string
+}
+
+func keyOf(blob image.LayerBlob) blobKey { return blobKey{blob.Descriptor.Digest, blob.FileName} }
+
+// catalogue is what the store has: its layers and images, and the leases on layers.
+type catalogue struct {
+	layout
+
+	mu     sync.Mutex
+	layers map[digest.Digest]*LayerStatus
+	// blobs are the layers by the blob that they were unpacked from.
+	blobs  map[blobKey]digest.Digest
+	images map[digest.Digest]*Image
+	leases leaseTable
+
+	// saveMu serializes saveImage, so that no publish has to wait on mu for the disk.
+	saveMu sync.Mutex
+}
+
+// openCatalogue reads the catalogue of a store, and removes what is not valid.
+func openCatalogue(ctx context.Context, layout layout) (*catalogue, error) {
+	c := &catalogue{
+		layout: layout,
+		layers: map[digest.Digest]*LayerStatus{},
+		blobs:  map[blobKey]digest.Digest{},
+		images: map[digest.Digest]*Image{},
+		leases: leaseTable{counts: map[digest.Digest]int{}},
+	}
+	if err := c.loadLayers(ctx); err != nil {
+		return nil, err
+	}
+	return c, c.loadImages()
+}
+
+func (c *catalogue) loadLayers(ctx context.Context) error {
+	names, err := dirNames(c.layersDir())
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		dir := filepath.Join(c.layersDir(), name)
+		var layer Layer
+		used, err := readJSON(filepath.Join(dir, layerName), &layer)
+		if err != nil || layer.DiffID.Validate() != nil || layer.DiffID.Encoded() != name || layer.Version != formatVersion {
+			klog.FromContext(ctx).Info("Removing invalid layer directory", keyDirectory, dir, keyReason, fmt.Sprint(err))
+			if err := c.discard(dir); err != nil {
+				return err
+			}
+			continue
+		}
+		c.addLocked(layer, used)
+	}
+	return nil
+}
+
+func (c *catalogue) loadImages() error {
+	names, err := dirNames(c.imagesDir())
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		path := filepath.Join(c.imagesDir(), name)
+		var image Image
+		_, err := readJSON(path, &image)
+		if err != nil || image.Digest.Validate() != nil || c.imagePath(image.Digest) != path || image.Version != formatVersion {
+			if err := c.discard(path); err != nil {
+				return err
+			}
+			continue
+		}
+		c.images[image.Digest] = &image
+	}
+	return nil
+}
+
+func (c *catalogue) addLocked(layer Layer, used time.Time) {
+	c.layers[layer.DiffID] = &LayerStatus{layer, used}
+	if layer.Digest != "" {
+		c.blobs[blobKey{layer.Digest, layer.FileName}] = layer.DiffID
+	}
+}
+
+// add adds a layer that is whole on disk, made from a blob, with a reference held.
+func (c *catalogue) add(layer Layer, key blobKey) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	if c.layers[layer.DiffID] == nil {
+		c.addLocked(layer, now)
+	}
+	c.blobs[key] = layer.DiffID
+	c.leases.acquire(layer.DiffID)
+	c.layers[layer.DiffID].LastUsed = now
+}
+
+// findLocked returns the layer that was made, or would be made, from a blob. It returns nil if there is none.
+func (c *catalogue) findLocked(blob image.LayerBlob) *LayerStatus {
+	if blob.DiffID != "" {
+		return c.layers[blob.DiffID]
+	}
+	return c.layers[c.blobs[keyOf(blob)]]
+}
+
+// has reports whether the layer of a blob is present.
+func (c *catalogue) has(blob image.LayerBlob) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.findLocked(blob) != nil
+}
+
+// acquireBlob returns the layer of a blob with a reference held. It returns ErrNotFound if the layer is not present.
+func (c *catalogue) acquireBlob(blob image.LayerBlob) (digest.Digest, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	layer := c.findLocked(blob)
+	if layer == nil {
+		return "", fmt.Errorf("%w: layer %s", errdefs.ErrNotFound, blob.Descriptor.Digest)
+	}
+	return layer.DiffID, c.acquireLocked([]digest.Digest{layer.DiffID})
+}
+
+// acquireImage returns an image with references on its layers held. It returns ErrNotFound if not all are present.
+func (c *catalogue) acquireImage(id digest.Digest) (*Image, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	image, ok := c.images[id]
+	if !ok {
+		return nil, fmt.Errorf("%w: image %s", errdefs.ErrNotFound, id)
+	}
+	return image, c.acquireLocked(image.diffIDs())
+}
+
+// acquireArchive is acquireImage for the image that was read from an archive.
+func (c *catalogue) acquireArchive(archive image.ArchiveFile) (*Image, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, image := range c.images {
+		if image.Archive != nil && *image.Archive == archive && c.acquireLocked(image.diffIDs()) == nil {
+			return image, nil
+		}
+	}
+	return nil, fmt.Errorf("%w: archive %s", errdefs.ErrNotFound, archive.Reference)
+}
+
+// acquire holds a reference on each of the layers or, if one is not present, on none and returns ErrNotFound.
+func (c *catalogue) acquire(ids []digest.Digest) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.acquireLocked(ids)
+}
+
+func (c *catalogue) acquireLocked(ids []digest.Digest) error {
+	for _, id := range ids {
+		if c.layers[id] == nil {
+			return fmt.Errorf("%w: layer %s", errdefs.ErrNotFound, id)
+		}
+	}
+	now := time.Now()
+	for _, id := range ids {
+		c.leases.acquire(id)
+		c.layers[id].LastUsed = now
+	}
+	return nil
+}
+
+// unref gives references back.
+func (c *catalogue) unref(ids []digest.Digest) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, id := range ids {
+		c.leases.release(id)
+	}
+}
+
+// visible returns the layers that show anything, the topmost first. A layer that is there twice shows nothing where it is
+// lower, and overlayfs takes a directory once.
+func (c *catalogue) visible(ids []digest.Digest) []digest.Digest {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	visible := make([]digest.Digest, 0, len(ids))
+	seen := make(map[digest.Digest]bool, len(ids))
+	for _, id := range slices.Backward(ids) {
+		if seen[id] {
+			continue
+		}
+		seen[id] = true
+		visible = append(visible, id)
+		if c.layers[id].Opaque {
+			break
+		}
+	}
+	return visible
+}
+
+// listLayers returns the layers by diff ID.
+func (c *catalogue) listLayers() []LayerStatus {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	list := make([]LayerStatus, 0, len(c.layers))
+	for _, layer := range c.layers {
+		list = append(list, *layer)
+	}
+	slices.SortFunc(list, func(a, b LayerStatus) int { return strings.Compare(string(a.DiffID), string(b.DiffID)) })
+	return list
+}
+
+// listImages returns the images whose layers are all present, by name.
+func (c *catalogue) listImages() []Image {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var list []Image
+	for _, image := range c.images {
+		if !slices.ContainsFunc(image.Layers, func(layer ImageLayer) bool { return c.layers[layer.DiffID] == nil }) {
+			list = append(list, *image)
+		}
+	}
+	slices.SortFunc(list, func(a, b Image) int {
+		return cmp.Or(slices.Compare(a.Names, b.Names), cmp.Compare(a.Digest, b.Digest))
+	})
+	return list
+}
+
+// maxNames is how many of the references that led to an image are remembered.
+const maxNames = 16
+
+// saveImage writes an image, on whose layers the caller holds references.
+func (c *catalogue) saveImage(image Image) (*Image, error) {
+	c.saveMu.Lock()
+	defer c.saveMu.Unlock()
+	c.mu.Lock()
+	before := c.images[image.Digest]
+	c.mu.Unlock()
+	if before != nil {
+		if image.Archive == nil {
+			image.Archive = before.Archive
+		}
+		for _, name := range before.Names {
+			if !slices.Contains(image.Names, name) && len(image.Names) < maxNames {
+				image.Names = append(image.Names, name)
+			}
+		}
+	}
+	slices.Sort(image.Names)
+	image.Version, image.Pulled = formatVersion, time.Now().UTC().Truncate(time.Second)
+	if err := writeJSON(c.imagePath(image.Digest), image); err != nil {
+		return nil, fmt.Errorf("write image %s: %w", image.Digest, err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.images[image.Digest] = &image
+	return &image, nil
+}
+
+// markUsed notes that layers are in use now. A restarted driver finds the times in the files of the layers.
+func (c *catalogue) markUsed(used map[digest.Digest][]string) {
+	now := time.Now()
+	last := map[digest.Digest]time.Time{}
+	c.mu.Lock()
+	for id, layer := range c.layers {
+		if len(used[id]) > 0 {
+			layer.LastUsed = now
+		}
+		last[id] = layer.LastUsed
+	}
+	c.mu.Unlock()
+	for id, at := range last {
+		// It only orders what is removed: an error does not matter.
+		_ = os.Chtimes(filepath.Join(c.layerDir(id), layerName), at, at)
+	}
+}
+
+// beginGC protects the layers that have a lease now or get one before endGC.
+func (c *catalogue) beginGC() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.leases.beginGC()
+}
+
+func (c *catalogue) endGC() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.leases.endGC()
+}
+
+// remove removes a layer, and the images that have it. It reports false if the layer is leased or protected. With dryRun
+// it removes nothing.
+func (c *catalogue) remove(id digest.Digest, dryRun bool) (bool, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.layers[id] == nil || c.leases.isHeld(id) {
+		return false, nil
+	}
+	if dryRun {
+		return true, nil
+	}
+	if err := c.discard(c.layerDir(id)); err != nil {
+		return false, fmt.Errorf("remove layer %s: %w", id, err)
+	}
+	delete(c.layers, id)
+	for key, of := range c.blobs {
+		if of == id {
+			delete(c.blobs, key)
+		}
+	}
+	for digest, image := range c.images {
+		if slices.Contains(image.diffIDs(), id) {
+			delete(c.images, digest)
+			if err := c.discard(c.imagePath(digest)); err != nil {
+				return true, fmt.Errorf("remove image %s: %w", digest, err)
+			}
+		}
+	}
+	return true, nil
+}

@@ -1,0 +1,220 @@
+package store_test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
+	"github.com/overlay-csi/overlay-csi/pkg/store"
+	"github.com/overlay-csi/overlay-csi/test/registrytest"
+)
+
+func (n *node) collectGarbage(request store.GCRequest) store.GCResult {
+	n.t.Helper()
+	collected, err := n.GC(n.t.Context(), request)
+	for ; err != nil && strings.Contains(err.Error(), "has not been read yet"); collected, err = n.GC(n.t.Context(), request) {
+		time.Sleep(time.Millisecond)
+	}
+	must(n.t, err)
+	return collected
+}
+
+func TestCollect(t *testing.T) {
+	n := newNode(t)
+	r := n.startRegistry(registrytest.Options{})
+	shared := layer(t, registrytest.File("shared", "x"))
+	var pinned []string
+	for i := range 4 {
+		pinned = append(pinned, push(t, r, fmt.Sprint("i", i, ":1"), image(t, shared, layer(t, registrytest.File("own", fmt.Sprint(i))))))
+	}
+	held := n.mustPull(pinned[0])
+	for _, name := range pinned[1:] {
+		use, err := n.pull(name, "", registry.Credentials{})
+		must(t, err)
+		use.Release()
+	}
+	used, err := n.pull(pinned[1], "", registry.Credentials{})
+	must(t, err)
+	n.used = map[digest.Digest][]string{}
+	for _, layer := range used.Image.Layers {
+		n.used[layer.DiffID] = []string{"volume"}
+	}
+	used.Release()
+
+	if collected := n.collectGarbage(store.GCRequest{}); len(collected.Layers) != 0 {
+		t.Errorf("%d layers were collected from a disk that is not full", len(collected.Layers))
+	}
+	if collected := n.collectGarbage(store.GCRequest{All: true, DryRun: true}); len(collected.Layers) != 2 || len(n.Layers()) != 5 {
+		t.Errorf("%d layers would be collected, %d are left", len(collected.Layers), len(n.Layers()))
+	}
+	if collected := n.collectGarbage(store.GCRequest{All: true}); len(collected.Layers) != 2 {
+		t.Errorf("%d layers were collected", len(collected.Layers))
+	}
+	for _, dir := range held.Dirs {
+		if _, err := os.Stat(dir.Name()); err != nil {
+			t.Error(err)
+		}
+	}
+	if images := n.Images(); len(images) != 2 {
+		t.Errorf("%d images are left", len(images))
+	}
+	n.restart()
+	if images, layers := n.Images(), n.Layers(); len(images) != 2 || len(layers) != 3 {
+		t.Errorf("after a restart there are %d images and %d layers", len(images), len(layers))
+	}
+	n.mustPull(pinned[3])
+}
+
+// TestCollectsTheLeastRecentlyUsed also after a restart, which remembers what a collection saw.
+func TestCollectsTheLeastRecentlyUsed(t *testing.T) {
+	n := newNode(t)
+	r := n.startRegistry(registrytest.Options{})
+	var pinned []string
+	for i := range 4 {
+		name := push(t, r, fmt.Sprint("i", i, ":1"), image(t, layer(t, registrytest.File("own", fmt.Sprint(i)))))
+		pinned = append(pinned, name)
+		use, err := n.pull(name, "", registry.Credentials{})
+		must(t, err)
+		use.Release()
+		time.Sleep(20 * time.Millisecond)
+	}
+	again, err := n.pull(pinned[0], "", registry.Credentials{})
+	must(t, err)
+	again.Release()
+	n.collectGarbage(store.GCRequest{})
+	n.restart()
+	n.collectGarbage(store.GCRequest{Bytes: 1})
+	n.collectGarbage(store.GCRequest{Bytes: 1})
+	left := map[string]bool{}
+	for _, image := range n.Images() {
+		left[image.Names[0][len(r.Host)+1:]] = true
+	}
+	if len(left) != 2 || !left["i0:1"] && !left["i0@"+strings.SplitN(pinned[0], "@", 2)[1]] {
+		t.Errorf("these are left: %v", left)
+	}
+}
+
+func TestCollectByMarksAndAge(t *testing.T) {
+	dir := newDisk(t, 64<<20)
+	n := newNodeIn(t, dir, func(n *node) {
+		n.config.GC = store.GCConfig{HighThreshold: 50, LowThreshold: 30, MinAge: time.Hour, Interval: time.Hour}
+	})
+	r := n.startRegistry(registrytest.Options{})
+	for i := range 5 {
+		entry := incompressible(8 << 20)
+		entry.Content = fmt.Sprint(i) + entry.Content
+		use, err := n.pull(push(t, r, fmt.Sprint("i", i, ":1"), image(t, layer(t, entry))), "", registry.Credentials{})
+		must(t, err)
+		use.Release()
+		must(t, os.RemoveAll(filepath.Join(dir, "trash")))
+		must(t, os.Mkdir(filepath.Join(dir, "trash"), 0o700))
+	}
+	if collected := n.collectGarbage(store.GCRequest{}); len(collected.Layers) != 0 {
+		t.Errorf("%d layers were collected although they were just used", len(collected.Layers))
+	}
+	n.config.GC.MinAge = 0
+	n.restart()
+	// 40 of 64 MiB are taken: three layers go before less than 30 % are.
+	if collected := n.collectGarbage(store.GCRequest{}); len(collected.Layers) != 3 {
+		t.Errorf("%d layers were collected", len(collected.Layers))
+	}
+}
+
+func TestPrefetchedIsKept(t *testing.T) {
+	n := newNode(t)
+	r := n.startRegistry(registrytest.Options{})
+	push(t, r, "kept:1", image(t, layer(t, registrytest.File("f", "kept"))))
+	use, err := n.pull(push(t, r, "other:1", image(t, layer(t, registrytest.File("f", "other")))), "", registry.Credentials{})
+	must(t, err)
+	use.Release()
+	n.config.Prefetch = []string{r.Host + "/kept:1"}
+	n.restart()
+	deadline := time.Now().Add(10 * time.Second)
+	for len(n.Images()) < 2 && time.Now().Before(deadline) {
+		time.Sleep(10 * time.Millisecond)
+	}
+	n.collectGarbage(store.GCRequest{All: true})
+	if images := n.Images(); len(images) != 1 || images[0].Names[0] != r.Host+"/kept:1" {
+		t.Errorf("these are left: %+v", images)
+	}
+	// As long as the registry does not say what the name stands for, what it stood for is kept.
+	r.Close()
+	n.restart()
+	n.collectGarbage(store.GCRequest{All: true})
+	if images := n.Images(); len(images) != 1 {
+		t.Errorf("%d images are left", len(images))
+	}
+}
+
+// TestCollectsWhileLayersAreUsed has layers taken, let go of and collected at once: one that is held is there.
+func TestCollectsWhileLayersAreUsed(t *testing.T) {
+	n := newNode(t)
+	r := n.startRegistry(registrytest.Options{})
+	var pinned []string
+	for i := range 6 {
+		pinned = append(pinned, push(t, r, fmt.Sprint("i", i, ":1"), image(t, layer(t, registrytest.File("f", "content")), layer(t, registrytest.File("own", fmt.Sprint(i))))))
+	}
+	stop := make(chan struct{})
+	collector := make(chan int)
+	go func() {
+		collected := 0
+		for {
+			select {
+			case <-stop:
+				collector <- collected
+				return
+			default:
+			}
+			result, err := n.GC(t.Context(), store.GCRequest{All: true})
+			if err != nil {
+				t.Error(err)
+			}
+			collected += len(result.Layers)
+		}
+	}()
+	users := make(chan int)
+	for range 4 {
+		go func() {
+			uses := 0
+			for begin := time.Now(); time.Since(begin) < 3*time.Second; {
+				use, err := n.pull(pinned[rand.IntN(len(pinned))], "", registry.Credentials{})
+				if err != nil {
+					if !strings.Contains(err.Error(), "was removed again") {
+						t.Error(err)
+					}
+					continue
+				}
+				uses++
+				if content, err := os.ReadFile(filepath.Join(use.Dirs[1].Name(), "f")); string(content) != "content" {
+					t.Errorf("a layer that is held lost its file: %v", err)
+				}
+				use.Release()
+			}
+			users <- uses
+		}()
+	}
+	uses := 0
+	for range 4 {
+		uses += <-users
+	}
+	close(stop)
+	collected := <-collector
+	if uses < 20 || collected < 20 {
+		t.Errorf("only %d uses and %d layers collected", uses, collected)
+	}
+}
+
+func TestStateThatCannotBeReadCollectsNothing(t *testing.T) {
+	n := newNode(t)
+	must(t, os.MkdirAll(filepath.Join(n.dir, "layers/sha256/junk/tree"), 0o755))
+	must(t, os.WriteFile(filepath.Join(n.dir, "images/junk.json"), []byte("{"), 0o600))
+	n.restart()
+	n.wantNothing(false)
+}

@@ -1,0 +1,80 @@
+package store
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Lease holds the layers of an image, open and safe from garbage collection, until Release.
+type Lease struct {
+	Image Image
+	// Dirs are the directories of the layers, the topmost first. They belong to the Lease.
+	Dirs []*os.File
+
+	catalogue *catalogue
+	layers    []digest.Digest
+}
+
+// Release closes the directories and gives up the hold on the layers.
+func (l *Lease) Release() {
+	closeAll(l.Dirs)
+	l.catalogue.unref(l.layers)
+}
+
+// openLease opens the layers of an image at path in it. It takes over the references on the layers that the caller holds.
+func openLease(c *catalogue, image *Image, path string) (*Lease, error) {
+	l := &Lease{Image: *image, catalogue: c, layers: image.diffIDs()}
+	for _, id := range c.visible(l.layers) {
+		dir, err := c.openTree(id)
+		if err != nil {
+			l.Release()
+			return nil, err
+		}
+		l.Dirs = append(l.Dirs, dir)
+	}
+	if path == "" {
+		return l, nil
+	}
+	dirs, err := openInLayers(l.Dirs, path)
+	if err != nil {
+		l.Release()
+		return nil, fmt.Errorf("?path=/%s: %w", path, err)
+	}
+	closeAll(l.Dirs)
+	l.Dirs = dirs
+	return l, nil
+}
+
+// leaseTable counts the references on each layer. The catalogue's lock guards it.
+type leaseTable struct {
+	counts map[digest.Digest]int
+	// protected has the layers that were referenced since a garbage collection began, nil when there is none. The volume
+	// that a reference was for may have saved its record too late for the collection to see it.
+	protected map[digest.Digest]bool
+}
+
+func (t *leaseTable) acquire(id digest.Digest) {
+	t.counts[id]++
+	if t.protected != nil {
+		t.protected[id] = true
+	}
+}
+
+func (t *leaseTable) release(id digest.Digest) {
+	if t.counts[id]--; t.counts[id] == 0 {
+		delete(t.counts, id)
+	}
+}
+
+func (t *leaseTable) isHeld(id digest.Digest) bool { return t.counts[id] > 0 || t.protected[id] }
+
+func (t *leaseTable) beginGC() {
+	t.protected = map[digest.Digest]bool{}
+	for id := range t.counts {
+		t.protected[id] = true
+	}
+}
+
+func (t *leaseTable) endGC() { t.protected = nil }
