@@ -54,8 +54,9 @@ bench: ## Print the table of docs/performance.md: the driver beside the raw syst
 	go run ./test/bench
 
 .PHONY: docs
-docs: ## Write docs/flags.md from the driver's --help
+docs: ## Write docs/flags.md and the kernel features in docs/operations.md from the code
 	@{ printf '# Flags of overlay-csi\n\nMade from `overlay-csi --help` by `make docs`.\n\n```\n'; go run ./cmd/overlay-csi --help 2>&1; printf '```\n'; } > docs/flags.md
+	@go test -count=1 ./test -run TestKernelFeaturesAreDocumented -update
 
 .PHONY: e2e
 e2e: ## Run the end-to-end tests on a kind cluster made for them (docker, kind, kubectl, helm; see test/e2e/run)
