@@ -1,0 +1,199 @@
+package dataroot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"runtime"
+	"strconv"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+)
+
+const (
+	// deleteDelay is the time between the first discard and the deletion: a burst of unpublishes ends before it begins.
+	deleteDelay = time.Second
+	// deleteNice is the niceness of the thread that deletes: pods and RPCs come first.
+	deleteNice = 19
+	// deleteBatch is the number of entries that are deleted between two pauses. A pause is as long as the batch before it, so
+	// that deletion takes at most half of one core and of the disk's time.
+	deleteBatch = 256
+	// deleteDepth is how deep a tree is followed. A directory below that is moved to the top of the trash first: a pod may have
+	// made more levels of directories than there are file descriptors.
+	deleteDepth = 64
+)
+
+// Deleter deletes directory trees in the background. Discard moves a tree to the trash, which is a rename and takes the same
+// time for each size; Run deletes what is in the trash, also what an earlier process left. Trees are followed by handles,
+// because a pod may have made paths of any length.
+type Deleter struct {
+	trash *os.File
+	next  atomic.Uint64
+	wake  chan struct{}
+}
+
+// NewDeleter returns a deleter with the trash in dir. What it discards must be on the file system of dir.
+func NewDeleter(dir string) (*Deleter, error) {
+	trash, err := linux.OpenDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	return &Deleter{trash: trash, wake: make(chan struct{}, 1)}, nil
+}
+
+// Close closes the trash. It must not be called before Run has returned.
+func (d *Deleter) Close() error { return d.trash.Close() }
+
+// Discard moves a file or directory to the trash. It returns nil if path does not exist.
+func (d *Deleter) Discard(path string) error {
+	if err := d.moveToTrash(nil, path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("move %s to the trash: %w", path, err)
+	}
+	return nil
+}
+
+func (d *Deleter) moveToTrash(dir *os.File, name string) error {
+	if err := linux.Renameat(dir, name, d.trash, d.newName(), linux.RenameNoReplace); err != nil {
+		return err
+	}
+	select {
+	case d.wake <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// newName returns a name that neither this process nor an earlier one, which started at another time, has used.
+func (d *Deleter) newName() string {
+	return strconv.FormatInt(time.Now().UnixNano(), 36) + "-" + strconv.FormatUint(d.next.Add(1), 36)
+}
+
+// Run deletes what is in the trash, and what is discarded later, until ctx is done.
+func (d *Deleter) Run(ctx context.Context) {
+	// There is no unlock: the thread, whose niceness stays, ends with this goroutine.
+	runtime.LockOSThread()
+	if err := linux.Setpriority(deleteNice); err != nil {
+		klog.FromContext(ctx).Info("Deleting at normal priority", "reason", err.Error())
+	}
+	for {
+		if err := d.empty(ctx); err != nil && ctx.Err() == nil {
+			klog.FromContext(ctx).Error(err, "Could not delete all of the trash")
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-d.wake:
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(deleteDelay):
+		}
+	}
+}
+
+// empty deletes what is in the trash now.
+func (d *Deleter) empty(ctx context.Context) error {
+	trash, err := openToList(d.trash, ".")
+	if err != nil {
+		return err
+	}
+	defer trash.Close()
+	names, err := trash.Readdirnames(-1)
+	if err != nil {
+		return err
+	}
+	var failed error
+	pace := pace{began: time.Now()}
+	for _, name := range names {
+		failed = errors.Join(failed, d.remove(ctx, trash, name, 0, &pace))
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return failed
+}
+
+// remove deletes the tree that dir has under a name. It follows no symbolic link.
+func (d *Deleter) remove(ctx context.Context, dir *os.File, name string, depth int, pace *pace) error {
+	err := removeOne(dir, name)
+	if !errors.Is(err, syscall.ENOTEMPTY) && !errors.Is(err, syscall.EEXIST) {
+		return errors.Join(err, pace.step(ctx))
+	}
+	if depth >= deleteDepth {
+		return d.moveToTrash(dir, name)
+	}
+	if err := d.removeContents(ctx, dir, name, depth, pace); err != nil {
+		return err
+	}
+	return errors.Join(removeOne(dir, name), pace.step(ctx))
+}
+
+// removeOne deletes a file or an empty directory. It returns nil if there is none.
+func removeOne(dir *os.File, name string) error {
+	err := linux.Unlinkat(dir, name)
+	if errors.Is(err, syscall.EISDIR) {
+		err = linux.Rmdirat(dir, name)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+func (d *Deleter) removeContents(ctx context.Context, parent *os.File, name string, depth int, pace *pace) error {
+	dir, err := openToList(parent, name)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	for {
+		// Each batch is read from the beginning: the order of a directory changes as entries are removed.
+		if _, err := dir.Seek(0, 0); err != nil {
+			return err
+		}
+		names, err := dir.Readdirnames(deleteBatch)
+		if len(names) == 0 {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		for _, name := range names {
+			if err := d.remove(ctx, dir, name, depth+1, pace); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func openToList(dir *os.File, name string) (*os.File, error) {
+	return linux.Open(dir, name, os.O_RDONLY|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
+}
+
+// pace spreads deletions over time.
+type pace struct {
+	began time.Time
+	done  int
+}
+
+func (p *pace) step(ctx context.Context) error {
+	p.done++
+	if p.done < deleteBatch {
+		return ctx.Err()
+	}
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(time.Since(p.began)):
+	}
+	*p = pace{began: time.Now()}
+	return nil
+}

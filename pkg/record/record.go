@@ -1,0 +1,123 @@
+package record
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
+)
+
+// version is raised when an earlier driver could misread what this one writes.
+const version = 1
+
+// Record describes one volume on this node.
+type Record struct {
+	Version int       `json:"version"`
+	ID      string    `json:"id"`
+	Spec    spec.Spec `json:"spec"`
+	// Inline is set if the volume lives as long as its pod.
+	Inline bool `json:"inline,omitempty"`
+	// Provisioned is set if CreateVolume created the volume, and nil for inline and static volumes.
+	Provisioned *Provisioned `json:"provisioned,omitempty"`
+	// Backend stores the volume's uppers, "" until the first one was requested.
+	Backend upper.Backend `json:"backend,omitempty"`
+	// Size is the limit of each upper in bytes, 0 for none: the size in Spec, or what it was expanded to.
+	Size int64 `json:"sizeBytes,omitempty"`
+	// Made is set once the persistent upper exists. If it does not exist later, it is lost.
+	Made bool `json:"made,omitempty"`
+	// Resolved has the image digests that references to images and archives were resolved to, and Layers the layers of
+	// these images by diff ID: garbage collection leaves them in the layer store.
+	Resolved reference.Digests `json:"resolved,omitempty"`
+	Layers   []digest.Digest   `json:"layers,omitempty"`
+	// Publications are the targets at which the volume is mounted, is about to be, or was when the node went down.
+	Publications []Publication `json:"publications,omitempty"`
+}
+
+// Provisioned says how CreateVolume was called.
+type Provisioned struct {
+	Name string `json:"name"`
+	// RequestedLayers are the layers as requested, nil if they are those of the spec: there, tags are replaced by digests.
+	RequestedLayers []reference.Reference `json:"requestedLayers,omitempty"`
+	Access          spec.AccessMode       `json:"access"`
+}
+
+// Publication is a volume at one target path.
+type Publication struct {
+	Target     string             `json:"target"`
+	Pod        kubelet.Pod        `json:"pod"`
+	Access     spec.AccessMode    `json:"access,omitempty"`
+	Attributes overlay.Attributes `json:"attributes"`
+	// Group is the pod's fsGroup, nil if it has none.
+	Group *uint32 `json:"group,omitempty"`
+	// BootID identifies the boot of the node in which the volume was published.
+	BootID string `json:"bootID"`
+	// LowerDirs are the paths of the lower directories, the topmost first. Fingerprints are theirs at that time, "" for a
+	// directory that may change.
+	LowerDirs    []string            `json:"lowerDirs,omitempty"`
+	Fingerprints []linux.Fingerprint `json:"fingerprints,omitempty"`
+	// PodVolume is the directory of the upper if that is in another volume of the pod, else nil.
+	PodVolume *upper.PodVolumePath `json:"podVolume,omitempty"`
+}
+
+// Limit returns the limit of each of the volume's uppers.
+func (r *Record) Limit() upper.Limit {
+	if r.Spec.SizeEnforcement == spec.EnforceNone {
+		return upper.Limit{}
+	}
+	return upper.LimitOf(r.Size)
+}
+
+// Publication returns the publication at a target, nil if there is none.
+func (r *Record) Publication(target string) *Publication {
+	for i := range r.Publications {
+		if r.Publications[i].Target == target {
+			return &r.Publications[i]
+		}
+	}
+	return nil
+}
+
+// With returns a copy of the record with a publication added, or replaced if there is one with the same target.
+func (r *Record) With(p Publication) *Record {
+	changed := r.Without(p.Target)
+	changed.Publications = append(changed.Publications, p)
+	return changed
+}
+
+// Without returns a copy of the record without the publication at a target.
+func (r *Record) Without(target string) *Record {
+	changed := *r
+	changed.Publications = nil
+	for _, p := range r.Publications {
+		if p.Target != target {
+			changed.Publications = append(changed.Publications, p)
+		}
+	}
+	return &changed
+}
+
+// maxID is the maximal length of a volume handle in bytes (CSI spec, "Size Limits").
+const maxID = 128
+
+// CheckID returns ErrInvalidArgument if a volume handle cannot be the name of a directory.
+func CheckID(id string) error {
+	bad := func(r rune) bool { return r < ' ' || r == '/' || r == '\x7f' || r == '\uFFFD' }
+	switch {
+	case id == "":
+		return fmt.Errorf("%w: the volume ID is missing", errdefs.ErrInvalidArgument)
+	case len(id) > maxID:
+		return fmt.Errorf("%w: the volume ID has %d bytes, the maximum is %d", errdefs.ErrInvalidArgument, len(id), maxID)
+	case strings.HasPrefix(id, "."), strings.ContainsFunc(id, bad):
+		return fmt.Errorf("%w: volume ID %q begins with '.', or has '/' or control characters; choose another volumeHandle",
+			errdefs.ErrInvalidArgument, id)
+	}
+	return nil
+}

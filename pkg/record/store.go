@@ -1,0 +1,131 @@
+package record
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+)
+
+var (
+	// ErrEmpty is returned for a record without content, which a power cut leaves of an ephemeral volume.
+	ErrEmpty = fmt.Errorf("%w: the record is empty", errdefs.ErrDataLoss)
+	// ErrDamaged is returned for a record that is not what Save writes.
+	ErrDamaged = fmt.Errorf("%w: the record is damaged", errdefs.ErrDataLoss)
+)
+
+// Store has the records of a data root. Its methods may be called concurrently, except for Save of one volume.
+type Store struct{ dir string }
+
+// NewStore returns the records in a directory of volumes (dataroot.Root.VolumesDir).
+func NewStore(dir string) *Store { return &Store{dir: dir} }
+
+// Dir returns the directory of a volume.
+func (s *Store) Dir(id string) string { return filepath.Join(s.dir, id) }
+
+// Load reads the record of a volume. It returns ErrNotFound if there is none, ErrEmpty or ErrDamaged if it cannot be
+// used, and ErrFailedPrecondition if a driver of another version wrote it.
+func (s *Store) Load(id string) (*Record, error) {
+	path := filepath.Join(s.Dir(id), dataroot.Record)
+	data, err := os.ReadFile(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("%w: volume %s does not exist on this node", errdefs.ErrNotFound, id)
+	case err != nil:
+		return nil, fmt.Errorf("read the record of volume %s: %w", id, err)
+	case len(data) == 0:
+		return nil, fmt.Errorf("read the record of volume %s: %w: %s", id, ErrEmpty, path)
+	}
+	var r Record
+	if err := json.Unmarshal(data, &r); err != nil {
+		return nil, fmt.Errorf("read the record of volume %s: %w: %s: %w", id, ErrDamaged, path, err)
+	}
+	if r.Version != version || r.ID != id {
+		return nil, fmt.Errorf("%w: read the record of volume %s: %s has version %d and volume %q; this driver reads version %d",
+			errdefs.ErrFailedPrecondition, id, path, r.Version, r.ID, version)
+	}
+	return &r, nil
+}
+
+// Save writes a record in place of the one before, and makes the directory of the volume if it is missing. If the upper is
+// persistent, the record is on the disk when Save returns.
+func (s *Store) Save(r *Record) error {
+	if err := s.write(r); err != nil {
+		return fmt.Errorf("write the record of volume %s: %w", r.ID, err)
+	}
+	return nil
+}
+
+func (s *Store) write(r *Record) error {
+	r.Version = version
+	data, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	path := s.Dir(r.ID)
+	if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	dir, err := linux.OpenDir(path)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	_, statErr := linux.Fstatat(dir, dataroot.Record)
+	if err := linux.WriteFileAtomic(dir, dataroot.Record, data, r.Spec.Persistent()); err != nil {
+		return err
+	}
+	if statErr == nil || !r.Spec.Persistent() {
+		return nil
+	}
+	// The first record: its name, and that of the directory, which may be of a process that was killed before it came here.
+	return errors.Join(linux.SyncDir(dir), linux.SyncPath(s.dir))
+}
+
+// List returns the IDs of all volumes with a directory in order, also those without a record.
+func (s *Store) List() ([]string, error) {
+	entries, err := os.ReadDir(s.dir)
+	if err != nil {
+		return nil, fmt.Errorf("list volumes: %w", err)
+	}
+	ids := make([]string, len(entries))
+	for i, entry := range entries {
+		ids[i] = entry.Name()
+	}
+	return ids, nil
+}
+
+// LayersInUse returns the IDs of the volumes that use each of the layers in the layer store. It returns an error if a
+// record cannot be read, because the layers that its volume uses are then unknown.
+func (s *Store) LayersInUse() (map[digest.Digest][]string, error) {
+	ids, err := s.List()
+	if err != nil {
+		return nil, err
+	}
+	volumes := map[digest.Digest][]string{}
+	for _, id := range ids {
+		r, err := s.Load(id)
+		switch {
+		case errdefs.IsNotFound(err), errors.Is(err, ErrEmpty):
+			// A volume without a record has no view. Neither has one with an empty record: it is of an earlier boot.
+			continue
+		case err != nil:
+			return nil, fmt.Errorf("the layers that volume %s uses are unknown: %w", id, err)
+		}
+		for _, layer := range r.Layers {
+			if !slices.Contains(volumes[layer], id) {
+				volumes[layer] = append(volumes[layer], id)
+			}
+		}
+	}
+	return volumes, nil
+}

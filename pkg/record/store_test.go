@@ -1,0 +1,94 @@
+package record
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"reflect"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
+)
+
+func TestSaveAndLoad(t *testing.T) {
+	s := NewStore(t.TempDir())
+	group := uint32(7)
+	want := &Record{ID: "v", Spec: spec.Spec{Upper: spec.UpperClaim, Size: 1 << 30}, Size: 2 << 30, Made: true}
+	want = want.With(Publication{Target: "/t", Pod: kubelet.Pod{UID: "u"}, Group: &group, BootID: "b", LowerDirs: []string{"/l"}})
+	for range 2 {
+		if err := s.Save(want); err != nil {
+			t.Fatal(err)
+		}
+		got, err := s.Load("v")
+		if err != nil || !reflect.DeepEqual(got, want) {
+			t.Fatalf("loaded %+v, %v; want %+v", got, err, want)
+		}
+	}
+	if ids, err := s.List(); err != nil || !reflect.DeepEqual(ids, []string{"v"}) {
+		t.Errorf("%v, %v", ids, err)
+	}
+	entries, err := os.ReadDir(s.Dir("v"))
+	if err != nil || len(entries) != 1 {
+		t.Errorf("the volume has %v, %v; want the record alone", entries, err)
+	}
+}
+
+func TestLoadErrors(t *testing.T) {
+	for name, row := range map[string]struct {
+		content string
+		want    error
+	}{
+		"none":            {"", errdefs.ErrNotFound},
+		"empty":           {"", ErrEmpty},
+		"half":            {`{"version":1,"id":"v",`, ErrDamaged},
+		"other version":   {`{"version":99,"id":"v","spec":{"layers":[],"upper":"pod"}}`, errdefs.ErrFailedPrecondition},
+		"other volume":    {`{"version":1,"id":"w","spec":{"layers":[],"upper":"pod"}}`, errdefs.ErrFailedPrecondition},
+		"wrong reference": {`{"version":1,"id":"v","spec":{"layers":["nothing"],"upper":"pod"}}`, ErrDamaged},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := NewStore(t.TempDir())
+			if name != "none" {
+				write(t, s, "v", row.content)
+			}
+			if r, err := s.Load("v"); !errors.Is(err, row.want) || r != nil {
+				t.Errorf("%+v, %v; want %v", r, err, row.want)
+			}
+		})
+	}
+}
+
+func TestLayersInUse(t *testing.T) {
+	s := NewStore(t.TempDir())
+	a, b := digest.FromString("a"), digest.FromString("b")
+	for id, layers := range map[string][]digest.Digest{"v": {a, b, a}, "w": {b}} {
+		if err := s.Save(&Record{ID: id, Layers: layers}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(t, s, "empty", "")
+	if err := os.Mkdir(s.Dir("without"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	got, err := s.LayersInUse()
+	if want := (map[digest.Digest][]string{a: {"v"}, b: {"v", "w"}}); err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("%v, %v; want %v", got, err, want)
+	}
+	write(t, s, "damaged", "{")
+	if got, err := s.LayersInUse(); !errors.Is(err, ErrDamaged) {
+		t.Errorf("with a damaged record: %v, %v", got, err)
+	}
+}
+
+func write(t *testing.T, s *Store, id, content string) {
+	t.Helper()
+	if err := os.Mkdir(s.Dir(id), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(s.Dir(id), "volume.json"), []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
