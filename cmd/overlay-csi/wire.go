@@ -12,8 +12,6 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sync/errgroup"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 	registerapi "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 	mount "k8s.io/mount-utils"
@@ -21,6 +19,7 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/admin"
 	"github.com/overlay-csi/overlay-csi/pkg/driver"
+	"github.com/overlay-csi/overlay-csi/pkg/kubeapi"
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
@@ -56,7 +55,7 @@ func run(ctx context.Context, opts options) error {
 	if quiet := detached.Reopen(root.Dir()); quiet != nil {
 		root.UseMount(quiet)
 	}
-	specs, err := newPodSpecs(opts)
+	api, err := newAPI(opts)
 	if err != nil {
 		return err
 	}
@@ -65,7 +64,7 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 	defer layers.Close()
-	manager, err := newManager(root, mounter, detached, specs, layers, opts)
+	manager, err := newManager(root, mounter, detached, api, layers, opts)
 	if err != nil {
 		return err
 	}
@@ -75,7 +74,7 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 	csi.RegisterIdentityServer(server, driver.NewIdentity(opts.driverName, version, manager.Ready))
-	csi.RegisterControllerServer(server, newController(manager, specs, opts))
+	csi.RegisterControllerServer(server, driver.NewController(opts.driverName, opts.nodeID, manager, api, opts.volumeHealth))
 	csi.RegisterNodeServer(server, driver.NewNode(opts.driverName, opts.nodeID, manager, opts.allowedMountOptions, opts.volumeHealth))
 
 	group, ctx := errgroup.WithContext(ctx)
@@ -138,7 +137,7 @@ func newMounter(dataRoot string, features overlay.Features) (*overlay.Mounter, e
 	return overlay.NewMounter(overlay.Config{Dir: dir, Features: features, MountUtils: mount.NewWithoutSystemd(""), Commands: exec.New()})
 }
 
-func newManager(root *volume.DataRoot, mounter *overlay.Mounter, detached *overlay.DetachedRoot, specs *kubelet.PodSpecs, layers *store.Store, opts options) (*volume.Manager, error) {
+func newManager(root *volume.DataRoot, mounter *overlay.Mounter, detached *overlay.DetachedRoot, api kubeapi.Reader, layers *store.Store, opts options) (*volume.Manager, error) {
 	forbidden, err := layer.Forbid(root.Path())
 	if err != nil {
 		return nil, err
@@ -148,7 +147,7 @@ func newManager(root *volume.DataRoot, mounter *overlay.Mounter, detached *overl
 		return nil, err
 	}
 	kubeletDir := kubelet.Dir(opts.kubeletDir)
-	podVolumes := layer.NewPodVolumes(newPodVolumes(kubeletDir, specs, opts), forbidden)
+	podVolumes := layer.NewPodVolumes(kubelet.NewPodVolumes(kubeletDir, api, opts.podVolumeWait), forbidden)
 	bootID, err := volume.BootID()
 	if err != nil {
 		return nil, err
@@ -176,48 +175,16 @@ func newStore(ctx context.Context, root *volume.DataRoot, opts options) (*store.
 	return store.New(ctx, root.Dir(), root.Discard, registry.NewClient(opts.registry), opts.store)
 }
 
-// newPodSpecs returns nil where there is no API server.
-func newPodSpecs(opts options) (*kubelet.PodSpecs, error) {
-	config, err := clientConfig(opts.kubeconfig)
-	if err != nil {
-		return nil, err
-	}
-	if config == nil {
-		klog.Background().Info("No API server: volume:// finds none of a pod's claims, and no claim can name its layers")
-		return nil, nil
-	}
-	return kubelet.NewPodSpecs(config)
-}
-
-// newPodVolumes and newController keep a missing API server what it is: a nil pointer in an interface is not nil.
-func newPodVolumes(dir kubelet.Dir, specs *kubelet.PodSpecs, opts options) *kubelet.PodVolumes {
-	if specs == nil {
-		return kubelet.NewPodVolumes(dir, nil, opts.podVolumeWait)
-	}
-	return kubelet.NewPodVolumes(dir, specs, opts.podVolumeWait)
-}
-
-func newController(manager *volume.Manager, specs *kubelet.PodSpecs, opts options) *driver.Controller {
-	if specs == nil {
-		return driver.NewController(opts.driverName, opts.nodeID, manager, nil, opts.volumeHealth)
-	}
-	return driver.NewController(opts.driverName, opts.nodeID, manager, specs, opts.volumeHealth)
-}
-
-// clientConfig is nil where there is no API server.
-func clientConfig(kubeconfig string) (*rest.Config, error) {
-	if kubeconfig == "" {
-		config, err := rest.InClusterConfig()
-		if errors.Is(err, rest.ErrNotInCluster) {
-			return nil, nil
-		}
-		return config, err
-	}
-	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
-	if err != nil {
+// newAPI returns a reader of the API server. There may be none to read.
+func newAPI(opts options) (kubeapi.Reader, error) {
+	api, err := kubeapi.New(opts.kubeconfig)
+	if err != nil && opts.kubeconfig != "" {
 		return nil, fmt.Errorf("--kubeconfig: %w", err)
 	}
-	return config, nil
+	if api == (kubeapi.None{}) {
+		klog.Background().Info("No API server: volume:// finds no claims of a pod, and claims cannot name their layers")
+	}
+	return api, err
 }
 
 func newRegistration(opts options, logger klog.Logger) (*driver.Server, error) {

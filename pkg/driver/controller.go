@@ -39,11 +39,10 @@ type Controller struct {
 
 // claims reads claims from the API server.
 type claims interface {
-	Annotations(ctx context.Context, namespace, name string) (map[string]string, error)
+	ClaimAnnotations(ctx context.Context, namespace, name string) (map[string]string, error)
 }
 
-// NewController returns the service of a node. claims may be nil, where there is no API server: then no claim can name
-// its layers. health switches the health RPCs on.
+// NewController returns the service of a node. health switches the health RPCs on.
 func NewController(driverName, nodeID string, volumes provisioner, claims claims, health bool) *Controller {
 	return &Controller{volumes: volumes, claims: claims, annotation: driverName + "/layers", topology: nodeTopology(driverName, nodeID), health: health}
 }
@@ -71,15 +70,13 @@ func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 
 // claimLayers reads the layers that a claim names in its annotation.
 func (c *Controller) claimLayers(ctx context.Context, namespace, name string) ([]reference.Reference, error) {
-	switch {
-	case c.claims == nil:
-		return nil, fmt.Errorf("%w: key %q: the driver has no access to the API server, which claims are read from (--kubeconfig)", errdefs.ErrFailedPrecondition, spec.KeyLayersFrom)
-	case namespace == "" || name == "":
-		return nil, fmt.Errorf("%w: key %q: the request does not say which claim it is for: start external-provisioner with --extra-create-metadata", errdefs.ErrFailedPrecondition, spec.KeyLayersFrom)
+	if namespace == "" || name == "" {
+		return nil, fmt.Errorf("%w: key %q: the request does not name its claim; start external-provisioner with --extra-create-metadata",
+			errdefs.ErrFailedPrecondition, spec.KeyLayersFrom)
 	}
-	annotations, err := c.claims.Annotations(ctx, namespace, name)
+	annotations, err := c.claims.ClaimAnnotations(ctx, namespace, name)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("key %q: %w", spec.KeyLayersFrom, err)
 	}
 	text, ok := annotations[c.annotation]
 	if !ok {

@@ -1,5 +1,3 @@
-// Package kubelet knows what the driver has to know of kubelet: where it keeps the volumes of a pod, when it has
-// mounted one, whether a pod is still there, and how a CSI driver registers with it.
 package kubelet
 
 import (
@@ -11,14 +9,14 @@ import (
 	"strings"
 )
 
-// Pod names a pod as kubelet gives it to a driver whose CSIDriver has podInfoOnMount.
+// Pod identifies a pod. Kubelet sends it to a driver whose CSIDriver object has podInfoOnMount.
 type Pod struct {
 	UID       string `json:"uid,omitempty"`
 	Namespace string `json:"namespace,omitempty"`
 	Name      string `json:"name,omitempty"`
 }
 
-// String is namespace/name, as Kubernetes writes pods.
+// String returns namespace/name, or the UID if the name is unknown.
 func (p Pod) String() string {
 	if p.Name == "" {
 		return p.UID
@@ -29,8 +27,8 @@ func (p Pod) String() string {
 // Dir is kubelet's directory on this node (its --root-dir, /var/lib/kubelet).
 type Dir string
 
-// PodUID returns the UID of the pod that a path within kubelet's directory belongs to:
-// <dir>/pods/<uid>/volumes/kubernetes.io~csi/<name>/mount. It is "" for any other path.
+// PodUID returns the UID of the pod that a path in kubelet's directory belongs to:
+// <dir>/pods/<uid>/volumes/kubernetes.io~csi/<name>/mount. It returns "" for any other path.
 func (d Dir) PodUID(path string) string {
 	rest, ok := strings.CutPrefix(path, filepath.Join(string(d), "pods")+"/")
 	if !ok {
@@ -43,9 +41,8 @@ func (d Dir) PodUID(path string) string {
 	return uid
 }
 
-// PodGone reports whether kubelet has no directory of this pod any more, which it removes only after the pod's last
-// container and volume. Where that cannot be told (kubelet's directory itself is not there, or cannot be read), the
-// answer is false.
+// PodGone reports whether kubelet has removed the directory of this pod, which it does after the pod's last container and volume are
+// gone. It returns false if that is unknown because kubelet's own directory is missing or cannot be read.
 func (d Dir) PodGone(uid string) bool {
 	if validName(uid) != nil {
 		return false
@@ -58,10 +55,10 @@ func (d Dir) PodGone(uid string) bool {
 	return errors.Is(err, fs.ErrNotExist)
 }
 
-// validName refuses what cannot be the name of one directory entry.
+// validName returns an error if the name cannot be that of one directory entry.
 func validName(name string) error {
 	if name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") {
-		return fmt.Errorf("%q is no name of a pod or volume", name)
+		return fmt.Errorf("invalid name %q of a pod or volume", name)
 	}
 	return nil
 }

@@ -13,57 +13,62 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
-// Volume is what a name among a pod's volumes stands for.
+// Volume is a volume of a pod as the API server describes it.
 type Volume struct {
-	// PersistentVolume is the name of the bound PersistentVolume, "" where the volume is none or is not bound yet.
+	// PersistentVolume is the name of the bound PersistentVolume, "" if the volume has no claim or the claim is not bound.
 	PersistentVolume string
-	// Claim is the name of the claim, "" where the volume is not of a claim.
+	// Claim is the name of the claim, "" if the volume has none.
 	Claim string
-	// Unreachable says why kubelet keeps no directory of this volume, "" where it does.
+	// Unreachable says why kubelet has no directory for this volume, "" if it has one.
 	Unreachable string
 }
 
-// podSpecs reads what the API server knows of a pod's volumes. The error is of the kind NotFound where the pod has no
-// such volume.
-type podSpecs interface {
-	Volume(ctx context.Context, pod Pod, name string) (Volume, error)
+// ErrNoAPIServer is the error of a driver that has no API server to ask. It is an ErrFailedPrecondition.
+var ErrNoAPIServer = fmt.Errorf("%w: the driver has no access to the API server", errdefs.ErrFailedPrecondition)
+
+// apiServer describes the volumes of pods.
+type apiServer interface {
+	// PodVolume returns ErrInvalidArgument if the pod has no such volume, and [ErrNoAPIServer] if there is nobody to ask.
+	PodVolume(ctx context.Context, pod Pod, name string) (Volume, error)
 }
 
 // PodVolumes finds the volumes of a pod in kubelet's directory.
 type PodVolumes struct {
-	dir   Dir
-	specs podSpecs
-	wait  time.Duration
+	dir  Dir
+	api  apiServer
+	wait time.Duration
 }
 
-// NewPodVolumes returns a finder that waits at most this long for kubelet to mount a volume. specs may be nil: then
-// volumes that kubelet keeps under the name of a PersistentVolume are not found.
-func NewPodVolumes(dir Dir, specs podSpecs, wait time.Duration) *PodVolumes {
-	return &PodVolumes{dir: dir, specs: specs, wait: wait}
+// NewPodVolumes returns a PodVolumes that waits at most this long until kubelet has mounted a volume. Without an API server, it does
+// not find volumes whose directory has the name of a PersistentVolume.
+func NewPodVolumes(dir Dir, api apiServer, wait time.Duration) *PodVolumes {
+	return &PodVolumes{dir: dir, api: api, wait: wait}
 }
 
-// Plugins whose directories are named for the pod's volume, never for a PersistentVolume, by how kubelet shows that
-// such a volume is set up.
+// Plugins whose directories have the name of the pod's volume, never that of a PersistentVolume. They differ in how kubelet marks a
+// volume that is set up.
 const emptyDirPlugin = "kubernetes.io~empty-dir"
 
 var writtenByKubelet = []string{"kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api"}
 
 const csiPlugin = "kubernetes.io~csi"
 
-// errNotMounted says that kubelet has not set the volume up yet.
+// errNotMounted means that kubelet has not set up the volume yet.
 var errNotMounted = errors.New("kubelet has not mounted it yet")
 
-// pollInterval is how often kubelet's directory is looked at while it mounts the volume.
+// pollInterval is the time between two looks into kubelet's directory.
 const pollInterval = 20 * time.Millisecond
 
-// Open opens the root directory of a volume of the pod (O_PATH). Kubelet mounts a pod's volumes in any order and side
-// by side: Open waits for it, and answers Unavailable when it has waited long enough, so that kubelet asks again.
+// Open opens the root directory of a volume of the pod (O_PATH). Kubelet mounts the volumes of a pod concurrently and in any order,
+// so Open waits for it. It returns ErrUnavailable when that takes too long; kubelet then tries the publish again.
 func (v *PodVolumes) Open(ctx context.Context, pod Pod, name string) (*os.File, error) {
 	if pod.UID == "" {
-		return nil, fmt.Errorf("%w: volume %q of the pod: kubelet sent no pod information: the CSIDriver object needs podInfoOnMount: true", errdefs.ErrFailedPrecondition, name)
+		return nil, fmt.Errorf("%w: volume %q of the pod: kubelet sent no pod information; set podInfoOnMount: true in the CSIDriver object",
+			errdefs.ErrFailedPrecondition, name)
 	}
 	if err := errors.Join(validName(pod.UID), validName(name)); err != nil {
 		return nil, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
@@ -76,18 +81,19 @@ func (v *PodVolumes) Open(ctx context.Context, pod Pod, name string) (*os.File, 
 			return root, err
 		}
 		if time.Now().After(deadline) {
-			return nil, fmt.Errorf("%w: volume %q of pod %s: %w after %s; it is tried again (kubelet mounts only what a container of the pod names in its volumeMounts)", errdefs.ErrUnavailable, name, pod, err, v.wait)
+			return nil, fmt.Errorf("%w: volume %q of pod %s: %w after %s; kubelet mounts only volumes in the volumeMounts of a container, and will retry",
+				errdefs.ErrUnavailable, name, pod, err, v.wait)
 		}
 		select {
 		case <-ctx.Done():
-			return nil, fmt.Errorf("wait for volume %q of pod %s: %w", name, pod, ctx.Err())
+			return nil, fmt.Errorf("wait until volume %q of pod %s is mounted: %w", name, pod, ctx.Err())
 		case <-time.After(pollInterval):
 		}
 	}
 }
 
-// open looks once. It asks the API server only for a volume that the directory alone does not tell, and remembers the
-// answer in known as soon as that is final.
+// open looks once. It asks the API server only for a volume that it does not find by its own name, and stores the answer in known
+// once that is final.
 func (v *PodVolumes) open(ctx context.Context, pod Pod, name string, known **Volume) (*os.File, error) {
 	for _, plugin := range slices.Concat([]string{emptyDirPlugin}, writtenByKubelet) {
 		root, err := v.openPlugin(pod, plugin, name)
@@ -98,11 +104,12 @@ func (v *PodVolumes) open(ctx context.Context, pod Pod, name string, known **Vol
 	if v.isInlineCSI(pod, name) {
 		return v.openPlugin(pod, csiPlugin, name)
 	}
-	if v.specs == nil {
-		return nil, fmt.Errorf("%w (a volume of a claim is found only with access to the API server: see --kubeconfig)", errNotMounted)
-	}
 	if *known == nil {
-		volume, err := v.specs.Volume(ctx, pod, name)
+		volume, err := v.api.PodVolume(ctx, pod, name)
+		if errors.Is(err, ErrNoAPIServer) {
+			// It may still be a volume that is found by its own name, so this alone is no reason to give up.
+			return nil, fmt.Errorf("%w (%v)", errNotMounted, err)
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -121,14 +128,14 @@ func (v *PodVolumes) open(ctx context.Context, pod Pod, name string, known **Vol
 	return v.openAnyPlugin(pod, specName)
 }
 
-// openAnyPlugin opens the volume of that name whatever plugin it belongs to: the API server said whose name it is.
+// openAnyPlugin opens the volume of that name whatever plugin it belongs to. The name comes from the API server.
 func (v *PodVolumes) openAnyPlugin(pod Pod, specName string) (*os.File, error) {
 	if err := validName(specName); err != nil {
 		return nil, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
 	}
 	plugins, err := os.ReadDir(filepath.Join(v.podDir(pod), "volumes"))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("list the volumes of pod %s: %w", pod, err)
+		return nil, fmt.Errorf("list volumes of pod %s: %w", pod, err)
 	}
 	for _, plugin := range plugins {
 		root, err := v.openPlugin(pod, plugin.Name(), specName)
@@ -139,8 +146,8 @@ func (v *PodVolumes) openAnyPlugin(pod Pod, specName string) (*os.File, error) {
 	return nil, errNotMounted
 }
 
-// openPlugin opens one volume of one plugin once it is set up. The error is fs.ErrNotExist where kubelet has no such
-// directory, errNotMounted where it has and is not done with it.
+// openPlugin opens a volume of a plugin. It returns fs.ErrNotExist if kubelet has no such directory, and errNotMounted if kubelet has
+// not finished setting it up.
 func (v *PodVolumes) openPlugin(pod Pod, plugin, specName string) (*os.File, error) {
 	path := filepath.Join(v.podDir(pod), "volumes", plugin, specName)
 	if plugin == csiPlugin {
@@ -149,17 +156,13 @@ func (v *PodVolumes) openPlugin(pod Pod, plugin, specName string) (*os.File, err
 		}
 		path = filepath.Join(path, "mount")
 	}
-	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_NO_MAGICLINKS,
-	})
+	root, err := linux.Open(nil, path, linux.O_PATH|linux.O_DIRECTORY|linux.O_NOFOLLOW, linux.ResolveNoMagicLinks)
 	if err != nil {
 		if plugin == csiPlugin && errors.Is(err, fs.ErrNotExist) {
 			return nil, errNotMounted
 		}
-		return nil, &os.PathError{Op: "openat2", Path: path, Err: err}
+		return nil, err
 	}
-	root := os.NewFile(uintptr(fd), path)
 	ready, err := v.isReady(pod, plugin, specName, root)
 	if err == nil && !ready {
 		err = errNotMounted
@@ -171,27 +174,22 @@ func (v *PodVolumes) openPlugin(pod Pod, plugin, specName string) (*os.File, err
 	return root, nil
 }
 
-// isReady reports whether kubelet is done with the volume: an emptyDir has a file "ready" beside kubelet's data of it,
-// what kubelet writes itself has the link "..data", and everything else is mounted.
+// isReady reports whether kubelet has finished setting up the volume. An emptyDir then has a file "ready" in kubelet's own data,
+// volumes that kubelet writes have the link "..data", and all others are mounts.
 func (v *PodVolumes) isReady(pod Pod, plugin, specName string, root *os.File) (bool, error) {
 	switch {
 	case plugin == emptyDirPlugin:
 		_, err := os.Lstat(filepath.Join(v.podDir(pod), "plugins", emptyDirPlugin, specName, "ready"))
 		return err == nil, ignoreNotExist(err)
 	case slices.Contains(writtenByKubelet, plugin):
-		var stat unix.Stat_t
-		err := unix.Fstatat(int(root.Fd()), "..data", &stat, unix.AT_SYMLINK_NOFOLLOW)
+		_, err := linux.Fstatat(root, "..data")
 		return err == nil, ignoreNotExist(err)
 	}
-	var stat unix.Statx_t
-	if err := unix.Statx(int(root.Fd()), "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &stat); err != nil {
-		return false, fmt.Errorf("statx %s: %w", root.Name(), err)
-	}
-	return stat.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0, nil
+	return linux.IsMountRoot(root, "")
 }
 
-// isInlineCSI reports whether kubelet has a CSI volume of that name that is inline in the pod. Kubelet keeps a claim's
-// in the same place under its PersistentVolume's name, and a pod must not reach one volume by the name of another.
+// isInlineCSI reports whether the pod has an inline CSI volume of that name. The volumes of claims are in the same directory under the
+// names of their PersistentVolumes, and a pod must not reach one volume by the name of another.
 func (v *PodVolumes) isInlineCSI(pod Pod, name string) bool {
 	file, err := os.Open(filepath.Join(v.podDir(pod), "volumes", csiPlugin, name, "vol_data.json"))
 	if err != nil {

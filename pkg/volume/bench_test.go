@@ -15,6 +15,7 @@ import (
 	mount "k8s.io/mount-utils"
 	"k8s.io/utils/exec"
 
+	"github.com/overlay-csi/overlay-csi/pkg/kubeapi"
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
@@ -110,7 +111,7 @@ func newBenchNode(b *testing.B) *benchNode {
 	check(err)
 	b.Cleanup(images.Close)
 	kubeletDir := kubelet.Dir(filepath.Join(dir, "kubelet"))
-	podVolumes := layer.NewPodVolumes(kubelet.NewPodVolumes(kubeletDir, nil, 0), forbidden)
+	podVolumes := layer.NewPodVolumes(kubelet.NewPodVolumes(kubeletDir, kubeapi.None{}, 0), forbidden)
 	backends := upper.NewBackends(upper.Config{
 		Root: root.Dir(), MountDir: filepath.Join(dir, "mounts"), Discard: root.Discard, Commands: exec.New(), Mounter: mounter, InUse: volume.UpperInUse(root),
 	})

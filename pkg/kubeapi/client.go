@@ -1,0 +1,146 @@
+package kubeapi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
+)
+
+// Reader is what the driver asks of the API server. [Client] and [None] implement it.
+type Reader interface {
+	PodVolume(ctx context.Context, pod kubelet.Pod, name string) (kubelet.Volume, error)
+	ClaimAnnotations(ctx context.Context, namespace, name string) (map[string]string, error)
+}
+
+// New returns a Client for the API server that the kubeconfig file names. If the path is empty, it is the API server of the cluster
+// that this process runs in, or [None] outside of a cluster. New does not connect.
+func New(kubeconfig string) (Reader, error) {
+	if kubeconfig == "" {
+		config, err := rest.InClusterConfig()
+		if errors.Is(err, rest.ErrNotInCluster) {
+			return None{}, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("configure the API server's client from the pod's ServiceAccount: %w", err)
+		}
+		return NewClient(config)
+	}
+	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	return NewClient(config)
+}
+
+// Client reads pods and claims from an API server. It needs the right to get both.
+type Client struct {
+	client corev1client.CoreV1Interface
+}
+
+// NewClient returns a client of the API server that config names. It does not connect.
+func NewClient(config *rest.Config) (*Client, error) {
+	client, err := corev1client.NewForConfig(config)
+	if err != nil {
+		return nil, fmt.Errorf("create a client of the API server: %w", err)
+	}
+	return &Client{client: client}, nil
+}
+
+// PodVolume returns the volume of that name in the pod's specification. It returns ErrInvalidArgument if the pod has no such volume
+// or no container mounts it, ErrFailedPrecondition if the driver may not read the pod or its claim or if the claim was not created for
+// the pod, and ErrUnavailable if the API
+// server did not answer.
+func (c *Client) PodVolume(ctx context.Context, ref kubelet.Pod, name string) (kubelet.Volume, error) {
+	pod, err := c.client.Pods(ref.Namespace).Get(ctx, ref.Name, metav1.GetOptions{})
+	if err != nil {
+		return kubelet.Volume{}, apiError(fmt.Sprintf("get pod %s", ref), err)
+	}
+	if string(pod.UID) != ref.UID {
+		return kubelet.Volume{}, fmt.Errorf("%w: pod %s was recreated: UID is %s, request is for %s", errdefs.ErrUnavailable, ref, pod.UID, ref.UID)
+	}
+	for _, volume := range pod.Spec.Volumes {
+		if volume.Name != name {
+			continue
+		}
+		if !isMounted(pod, name) {
+			return kubelet.Volume{}, fmt.Errorf("%w: volume %q of pod %s is not mounted by kubelet; add it to the volumeMounts of a container",
+				errdefs.ErrInvalidArgument, name, ref)
+		}
+		return c.resolve(ctx, pod, volume)
+	}
+	return kubelet.Volume{}, fmt.Errorf("%w: pod %s has no volume %q", errdefs.ErrInvalidArgument, ref, name)
+}
+
+// ClaimAnnotations returns the annotations of a claim. It returns ErrNotFound if there is no such claim, ErrFailedPrecondition if the
+// driver may not read it, and ErrUnavailable if the API server did not answer.
+func (c *Client) ClaimAnnotations(ctx context.Context, namespace, name string) (map[string]string, error) {
+	claim, err := c.client.PersistentVolumeClaims(namespace).Get(ctx, name, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return nil, fmt.Errorf("%w: claim %s/%s does not exist: %w", errdefs.ErrNotFound, namespace, name, err)
+	}
+	if err != nil {
+		return nil, apiError(fmt.Sprintf("get claim %s/%s", namespace, name), err)
+	}
+	return claim.Annotations, nil
+}
+
+// isMounted reports whether a container mounts the volume. Kubelet does not set up the others.
+func isMounted(pod *corev1.Pod, name string) bool {
+	isIt := func(mount corev1.VolumeMount) bool { return mount.Name == name }
+	for _, container := range slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers) {
+		if slices.ContainsFunc(container.VolumeMounts, isIt) {
+			return true
+		}
+	}
+	return slices.ContainsFunc(pod.Spec.EphemeralContainers, func(container corev1.EphemeralContainer) bool {
+		return slices.ContainsFunc(container.VolumeMounts, isIt)
+	})
+}
+
+// resolve returns where kubelet has the volume, with the PersistentVolume that its claim is bound to.
+func (c *Client) resolve(ctx context.Context, pod *corev1.Pod, volume corev1.Volume) (kubelet.Volume, error) {
+	var claimName string
+	switch {
+	case volume.HostPath != nil:
+		return kubelet.Volume{Unreachable: "kubelet has no directory for a hostPath volume; configure the directory as a layer root"}, nil
+	case volume.Image != nil:
+		return kubelet.Volume{Unreachable: "the container runtime mounts image volumes; name the image as an oci:// layer"}, nil
+	case volume.PersistentVolumeClaim != nil:
+		claimName = volume.PersistentVolumeClaim.ClaimName
+	case volume.Ephemeral != nil:
+		// The documented name of the claim that the ephemeral volume controller creates.
+		claimName = pod.Name + "-" + volume.Name
+	default:
+		return kubelet.Volume{}, nil
+	}
+	claim, err := c.client.PersistentVolumeClaims(pod.Namespace).Get(ctx, claimName, metav1.GetOptions{})
+	if err != nil {
+		return kubelet.Volume{}, apiError(fmt.Sprintf("get claim %s/%s", pod.Namespace, claimName), err)
+	}
+	if volume.Ephemeral != nil && !metav1.IsControlledBy(claim, pod) {
+		return kubelet.Volume{}, fmt.Errorf("%w: claim %s/%s was not created for pod %s", errdefs.ErrFailedPrecondition, pod.Namespace, claimName, pod.Name)
+	}
+	if claim.Spec.VolumeMode != nil && *claim.Spec.VolumeMode == corev1.PersistentVolumeBlock {
+		return kubelet.Volume{Unreachable: fmt.Sprintf("claim %s is a raw block volume, which has no directory", claimName)}, nil
+	}
+	return kubelet.Volume{Claim: claimName, PersistentVolume: claim.Spec.VolumeName}, nil
+}
+
+func apiError(action string, err error) error {
+	if apierrors.IsForbidden(err) {
+		return fmt.Errorf("%w: %s: %w; the driver's ServiceAccount needs the right to get pods and persistentvolumeclaims",
+			errdefs.ErrFailedPrecondition, action, err)
+	}
+	return fmt.Errorf("%w: %s: %w", errdefs.ErrUnavailable, action, err)
+}

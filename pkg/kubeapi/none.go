@@ -1,0 +1,25 @@
+package kubeapi
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
+)
+
+// None is a [Reader] for a driver that has no access to an API server.
+type None struct{}
+
+// PodVolume returns [kubelet.ErrNoAPIServer].
+func (None) PodVolume(_ context.Context, pod kubelet.Pod, name string) (kubelet.Volume, error) {
+	return kubelet.Volume{}, noAccess(fmt.Sprintf("find volume %q of pod %s", name, pod))
+}
+
+// ClaimAnnotations returns [kubelet.ErrNoAPIServer].
+func (None) ClaimAnnotations(_ context.Context, namespace, name string) (map[string]string, error) {
+	return nil, noAccess(fmt.Sprintf("read claim %s/%s", namespace, name))
+}
+
+func noAccess(action string) error {
+	return fmt.Errorf("%s: %w; run it in a pod with a ServiceAccount or set --kubeconfig", action, kubelet.ErrNoAPIServer)
+}
