@@ -79,7 +79,7 @@ func run(ctx context.Context, opts options) error {
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { manager.Run(ctx); return nil })
-	group.Go(func() error { layers.Run(ctx, manager); return nil })
+	group.Go(func() error { layers.Run(ctx); return nil })
 	group.Go(func() error { return admin.Serve(ctx, opts.adminSocket, admin.NewHandler(layers, manager)) })
 	group.Go(func() error { return server.Serve(ctx) })
 	if opts.httpEndpoint != "" {
@@ -172,7 +172,7 @@ func newStore(ctx context.Context, root *volume.DataRoot, opts options) (*store.
 			return nil, fmt.Errorf("--registry-config: %w", err)
 		}
 	}
-	return store.New(ctx, root.Dir(), root.Discard, registry.NewClient(opts.registry), opts.store)
+	return store.New(ctx, root, volume.NewRecords(root), registry.NewClient(opts.registry), opts.store)
 }
 
 // newAPI returns a reader of the API server. There may be none to read.

@@ -434,7 +434,11 @@ func TestDownloadGoesOnAfterRestart(t *testing.T) {
 		_, _ = n.pullWith(ctx, pinned)
 	}()
 	<-halfway
-	time.Sleep(200 * time.Millisecond)
+	blob := filepath.Join(n.dir, "layers/incoming", mustHex(t, l), "blob")
+	eventually(t, func() bool {
+		info, err := os.Stat(blob)
+		return err == nil && info.Size() >= size/4
+	})
 	cancel()
 	<-done
 	var ranges []string

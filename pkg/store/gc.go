@@ -3,7 +3,6 @@ package store
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -45,11 +44,6 @@ type GCResult struct {
 	Bytes  int64         `json:"bytes"`
 }
 
-// records are the volumes' records, which say what is in use at any time.
-type records interface {
-	LayerUsers() (map[digest.Digest][]string, error)
-}
-
 // collector is the garbage collection of the store.
 type collector struct {
 	config     GCConfig
@@ -59,12 +53,6 @@ type collector struct {
 	records    records
 	// mu lets one collection at a time work.
 	mu sync.Mutex
-}
-
-func (c *collector) setRecords(records records) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.records = records
 }
 
 // run collects garbage at intervals until ctx is done.
@@ -87,13 +75,10 @@ func (c *collector) run(ctx context.Context) {
 func (c *collector) collect(ctx context.Context, request GCRequest) (GCResult, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.records == nil {
-		return GCResult{}, errors.New("find the layers in use: the volumes' state has not been read yet")
-	}
 	c.catalogue.beginGC()
 	defer c.catalogue.endGC()
 	// Only now: a volume whose layers have no lease any more has its record on disk.
-	used, err := c.records.LayerUsers()
+	used, err := c.records.LayersInUse()
 	if err != nil {
 		return GCResult{}, fmt.Errorf("find the layers in use: %w", err)
 	}

@@ -46,10 +46,22 @@ type Store struct {
 	work sync.WaitGroup
 }
 
+// dataRoot is the directory that the store is in, a dataroot.Root.
+type dataRoot interface {
+	Dir() *os.File
+	// Discard moves a file or directory of the data root out of the way at once, to be deleted later.
+	Discard(path string) error
+}
+
+// records are the volumes' records, a record.Store. They say which layers volumes use.
+type records interface {
+	LayersInUse() (map[digest.Digest][]string, error)
+}
+
 // New opens the store in a data root, and removes what a crash left unfinished. ctx ends everything that the store does in
 // the background; Close waits for that.
-func New(ctx context.Context, root *os.File, discard func(path string) error, registries *registry.Client, config Config) (*Store, error) {
-	layout := layout{root: root, path: root.Name(), discard: discard}
+func New(ctx context.Context, root dataRoot, records records, registries *registry.Client, config Config) (*Store, error) {
+	layout := layout{root: root.Dir(), path: root.Dir().Name(), discard: root.Discard}
 	if err := layout.create(); err != nil {
 		return nil, fmt.Errorf("open the layer store: %w", err)
 	}
@@ -65,10 +77,10 @@ func New(ctx context.Context, root *os.File, discard func(path string) error, re
 	ctx, stop := context.WithCancel(ctx)
 	s := &Store{
 		catalogue: catalogue, workDirs: workDirs, registries: registries, platform: platforms.Default(), stop: stop,
-		builder:    &builder{layout: layout, limits: limits, syncer: newSyncer(root)},
+		builder:    &builder{layout: layout, limits: limits, syncer: newSyncer(root.Dir())},
 		prefetcher: &prefetcher{catalogue: catalogue, names: config.Prefetch, resolved: map[string]digest.Digest{}},
 	}
-	s.collector = &collector{config: config.GC, catalogue: catalogue, workDirs: workDirs, prefetcher: s.prefetcher}
+	s.collector = &collector{config: config.GC, catalogue: catalogue, workDirs: workDirs, prefetcher: s.prefetcher, records: records}
 	s.puller = &puller{
 		catalogue: catalogue, fetcher: newFetcher(catalogue, config.MaxConcurrentLayerPulls), collector: s.collector,
 		parallel: config.MaxConcurrentLayerPulls, minFreePercent: config.MinFreeDiskPercent,
@@ -78,8 +90,7 @@ func New(ctx context.Context, root *os.File, discard func(path string) error, re
 }
 
 // Run prefetches images, and runs garbage collection until ctx is done.
-func (s *Store) Run(ctx context.Context, records records) {
-	s.collector.setRecords(records)
+func (s *Store) Run(ctx context.Context) {
 	for _, name := range s.prefetcher.names {
 		s.work.Go(func() { s.prefetcher.run(ctx, s, name) })
 	}

@@ -41,7 +41,7 @@ type node struct {
 	trashed  atomic.Int64
 }
 
-func (n *node) LayerUsers() (map[digest.Digest][]string, error) { return n.used, nil }
+func (n *node) LayersInUse() (map[digest.Digest][]string, error) { return n.used, nil }
 
 // newNode makes a store in a directory of its own, on a file system that can hold layers.
 func newNode(t *testing.T, change ...func(*node)) *node {
@@ -72,8 +72,10 @@ func newNodeIn(t *testing.T, dir string, change ...func(*node)) *node {
 	return n
 }
 
-// discard moves a file or directory to the trash, as the data root does.
-func (n *node) discard(path string) error {
+// Dir, Discard and LayersInUse are those of the data root and of the records.
+func (n *node) Dir() *os.File { return n.root }
+
+func (n *node) Discard(path string) error {
 	err := os.Rename(path, filepath.Join(n.dir, "trash", fmt.Sprint(time.Now().UnixNano(), "-", n.trashed.Add(1))))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -85,10 +87,10 @@ func (n *node) discard(path string) error {
 func (n *node) start() {
 	n.t.Helper()
 	ctx, stop := context.WithCancel(n.t.Context())
-	s, err := store.New(ctx, n.root, n.discard, registry.NewClient(n.registry), n.config)
+	s, err := store.New(ctx, n, n, registry.NewClient(n.registry), n.config)
 	must(n.t, err)
 	n.Store, n.stop = s, stop
-	go s.Run(ctx, n)
+	go s.Run(ctx)
 }
 
 // restart closes the store and opens it again, as a new driver does.
@@ -195,6 +197,16 @@ func wantError(t *testing.T, err error, words ...string) {
 	for _, word := range words {
 		if !strings.Contains(err.Error(), word) {
 			t.Errorf("the error %q does not say %q", err, word)
+		}
+	}
+}
+
+// eventually waits for a condition.
+func eventually(t *testing.T, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); !condition(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the condition is still false")
 		}
 	}
 }

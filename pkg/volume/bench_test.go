@@ -107,7 +107,7 @@ func newBenchNode(b *testing.B) *benchNode {
 	check(err)
 	certs := filepath.Join(dir, "certs.d")
 	registries := registry.NewClient(registry.Config{CertsDir: certs, StallTimeout: time.Minute, Backoff: time.Second})
-	images, err := store.New(b.Context(), root.Dir(), root.Discard, registries, store.Config{MaxConcurrentLayerPulls: 4})
+	images, err := store.New(b.Context(), root, volume.NewRecords(root), registries, store.Config{MaxConcurrentLayerPulls: 4})
 	check(err)
 	b.Cleanup(images.Close)
 	kubeletDir := kubelet.Dir(filepath.Join(dir, "kubelet"))
