@@ -21,7 +21,6 @@ import (
 // starts it again. Workers try again as kubelet does. In the end no mount, directory or state file is left, and
 // persistent volumes have every byte that was written to them.
 func TestCrash(t *testing.T) {
-	t.Parallel()
 	takesMinutes(t)
 	onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
 		c := crash{workers: 8, rounds: proof(2, 15), kills: proof(8, 40), limit: []string{"sizeEnforcement", "none"}}
@@ -31,14 +30,15 @@ func TestCrash(t *testing.T) {
 	})
 }
 
+// crashSystems are the file systems of the data root under which TestCrashOfLimitedUppers runs.
+var crashSystems = []string{"the node's own", "btrfs with quota"}
+
 // TestCrashOfLimitedUppers is the same with uppers of every kind that the data root can hold. That they are mounted does
 // not depend on the way in which views are.
 func TestCrashOfLimitedUppers(t *testing.T) {
-	t.Parallel()
 	takesMinutes(t)
-	for _, system := range []string{"the node's own", "btrfs with quota"} {
+	for _, system := range crashSystems {
 		t.Run(system, func(t *testing.T) {
-			t.Parallel()
 			node := newNode(t)
 			if system != "the node's own" {
 				mountImage(t, system, 2<<30, node.DataRoot, "")

@@ -36,11 +36,18 @@ func run(m *testing.M) int {
 	defer os.RemoveAll(dir)
 	buildDriver = sync.OnceValues(func() (string, error) { return drivertest.Build(dir) })
 	buildOverlayctl = sync.OnceValues(func() (string, error) { return drivertest.BuildCommand(dir, "overlayctl") })
-	if os.Getenv("OVERLAY_CSI_TEST_NATIVE") != "" {
+	if os.Getenv("OVERLAY_CSI_TEST_NATIVE") != "" && os.Getenv(besideVariable) == "" {
 		if err := printFeatures(dir); err != nil {
 			fmt.Fprintln(os.Stderr, "probe the kernel:", err)
 			return 1
 		}
+	}
+	if tests := testsBeside(); tests != nil {
+		if err := useBinaries(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return runBeside(tests)
 	}
 	return m.Run()
 }
@@ -92,7 +99,6 @@ func onEachKernel(t *testing.T, test func(t *testing.T, node *drivertest.Node)) 
 	}
 	for name, args := range kernels {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
 			test(t, startNode(t, args...))
 		})
 	}

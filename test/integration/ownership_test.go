@@ -212,7 +212,6 @@ func TestOwnershipWalk(t *testing.T) {
 
 // TestInterruptedWalkIsFinished: a view whose files have not all been gone over is no published volume.
 func TestInterruptedWalkIsFinished(t *testing.T) {
-	t.Parallel()
 	takesMinutes(t)
 	node := startNode(t)
 	files := map[string]string{}
