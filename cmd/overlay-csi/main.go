@@ -1,4 +1,3 @@
-// Command overlay-csi is the node plugin: a CSI driver for overlay volumes.
 package main
 
 import (

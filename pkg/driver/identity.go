@@ -1,5 +1,3 @@
-// Package driver is the CSI services: requests in, calls of package volume, gRPC codes out. It is the only package
-// that knows gRPC, but for kubelet's own registration.
 package driver
 
 import (

@@ -1,4 +1,3 @@
-// Package uppertest is the suite that every backend of package upper passes.
 package uppertest
 
 import (
