@@ -10,7 +10,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
-// Attributes are the per-mount attributes of a view (mount_setattr(2), MOUNT_ATTR_*).
+// Attributes are the attributes of the mount of a view (mount_setattr(2), MOUNT_ATTR_*).
 type Attributes struct {
 	ReadOnly    bool `json:"readOnly,omitempty"`
 	NoSUID      bool `json:"noSUID,omitempty"`
@@ -22,8 +22,7 @@ type Attributes struct {
 	ATime string `json:"atime,omitempty"`
 }
 
-// mountOptions are the options that a volume may name, and what each does. Those that loosen a default are refused
-// unless the operator permits them.
+// mountOptions are the options that a volume may name. Those that loosen a default are refused unless the operator allows them.
 var mountOptions = map[string]struct {
 	loosens bool
 	set     func(*Attributes)
@@ -42,25 +41,26 @@ var mountOptions = map[string]struct {
 	"dev":         {loosens: true, set: func(a *Attributes) { a.NoDev = false }},
 }
 
-// ParseMountOptions turns a volume's mount options (mount(8), "filesystem-independent mount options") into attributes.
-// Layers are untrusted, so nosuid and nodev are on from the beginning; "suid" and "dev" take them off only where
-// permitted names them. An option that is not in the list is an invalid argument.
-func ParseMountOptions(options, permitted []string) (Attributes, error) {
+// ParseMountOptions parses a volume's mount options (mount(8), "filesystem-independent mount options"). Layers are untrusted, so nosuid
+// and nodev are the default; "suid" and "dev" remove them if allowed has them. It returns ErrInvalidArgument for any other option.
+func ParseMountOptions(options, allowed []string) (Attributes, error) {
 	attributes := Attributes{NoSUID: true, NoDev: true}
 	for _, name := range options {
 		option, known := mountOptions[name]
 		switch {
 		case !known:
-			return Attributes{}, fmt.Errorf("%w: mount option %q: allowed are %s", errdefs.ErrInvalidArgument, name, strings.Join(allowedOptions(permitted), ", "))
-		case option.loosens && !slices.Contains(permitted, name):
-			return Attributes{}, fmt.Errorf("%w: mount option %q: layers are untrusted, only the operator can allow it (--allow-mount-option=%s)", errdefs.ErrInvalidArgument, name, name)
+			return Attributes{}, fmt.Errorf("%w: mount option %q: allowed are %s",
+				errdefs.ErrInvalidArgument, name, strings.Join(allowedOptions(allowed), ", "))
+		case option.loosens && !slices.Contains(allowed, name):
+			return Attributes{}, fmt.Errorf("%w: mount option %q: layers are untrusted, only the operator can allow it (--allow-mount-option=%s)",
+				errdefs.ErrInvalidArgument, name, name)
 		}
 		option.set(&attributes)
 	}
 	return attributes, nil
 }
 
-// LooseningOptions are the mount options that a volume may name only where the operator permits it, sorted.
+// LooseningOptions returns the mount options that a volume may name only if the operator allows them, sorted.
 func LooseningOptions() []string {
 	var names []string
 	for name, option := range mountOptions {
@@ -72,10 +72,10 @@ func LooseningOptions() []string {
 	return names
 }
 
-func allowedOptions(permitted []string) []string {
+func allowedOptions(allowed []string) []string {
 	var names []string
 	for name, option := range mountOptions {
-		if !option.loosens || slices.Contains(permitted, name) {
+		if !option.loosens || slices.Contains(allowed, name) {
 			names = append(names, name)
 		}
 	}
@@ -106,7 +106,7 @@ func (a Attributes) bits() uint64 {
 	return bits
 }
 
-// String is the attributes as mount(8) spells them, between commas.
+// String returns the attributes as mount(8) spells them, separated by commas.
 func (a Attributes) String() string { return strings.Join(a.options(), ",") }
 
 // options returns the attributes as mount(8) spells them.

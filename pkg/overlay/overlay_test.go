@@ -22,22 +22,22 @@ import (
 func TestParseMountOptions(t *testing.T) {
 	safe := Attributes{NoSUID: true, NoDev: true}
 	for name, c := range map[string]struct {
-		options, permitted []string
-		want               Attributes
-		word               string
+		options, allowed []string
+		want             Attributes
+		word             string
 	}{
 		"none":             {want: safe},
 		"read-only":        {options: []string{"ro"}, want: Attributes{NoSUID: true, NoDev: true, ReadOnly: true}},
 		"several":          {options: []string{"noexec", "noatime", "nosymfollow"}, want: Attributes{NoSUID: true, NoDev: true, NoExec: true, ATime: "noatime", NoSymFollow: true}},
 		"the last counts":  {options: []string{"noatime", "relatime"}, want: safe},
-		"permitted":        {options: []string{"suid"}, permitted: []string{"suid"}, want: Attributes{NoDev: true}},
-		"not permitted":    {options: []string{"suid"}, permitted: []string{"dev"}, word: "only the operator"},
+		"permitted":        {options: []string{"suid"}, allowed: []string{"suid"}, want: Attributes{NoDev: true}},
+		"not permitted":    {options: []string{"suid"}, allowed: []string{"dev"}, word: "only the operator"},
 		"unknown":          {options: []string{"lowerdir=/etc"}, word: "allowed are noatime"},
 		"empty":            {options: []string{""}, word: "allowed are"},
 		"with a separator": {options: []string{"ro,suid"}, word: "allowed are"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, err := ParseMountOptions(c.options, c.permitted)
+			got, err := ParseMountOptions(c.options, c.allowed)
 			if c.word == "" && (err != nil || got != c.want) {
 				t.Errorf("got %+v, %v; want %+v", got, err, c.want)
 			}
