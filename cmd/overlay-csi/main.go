@@ -6,9 +6,9 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"syscall"
 
 	"github.com/spf13/pflag"
-	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 )
 
@@ -29,7 +29,7 @@ func main() {
 		return
 	}
 	logger := newLogger(opts)
-	ctx, stop := signal.NotifyContext(klog.NewContext(context.Background(), logger), os.Interrupt, unix.SIGTERM)
+	ctx, stop := signal.NotifyContext(klog.NewContext(context.Background(), logger), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, opts); err != nil {
 		logger.Error(err, "The driver cannot go on")

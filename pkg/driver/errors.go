@@ -3,9 +3,9 @@ package driver
 import (
 	"context"
 	"errors"
+	"syscall"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -26,10 +26,10 @@ var kinds = []struct {
 	{is: errdefs.IsOutOfRange, code: codes.OutOfRange},
 	{is: errdefs.IsAborted, code: codes.Aborted},
 	{is: errdefs.IsDataLoss, code: codes.DataLoss},
-	{is: isA(unix.ENOSPC), code: codes.ResourceExhausted, hint: "free space or inodes there"},
-	{is: isA(unix.EDQUOT), code: codes.ResourceExhausted, hint: "raise the quota there"},
+	{is: isA(syscall.ENOSPC), code: codes.ResourceExhausted, hint: "free space or inodes there"},
+	{is: isA(syscall.EDQUOT), code: codes.ResourceExhausted, hint: "raise the quota there"},
 	{is: errdefs.IsResourceExhausted, code: codes.ResourceExhausted},
-	{is: isA(unix.EROFS), code: codes.FailedPrecondition, hint: "it is mounted read-only: the kernel log says why, if nobody meant it"},
+	{is: isA(syscall.EROFS), code: codes.FailedPrecondition, hint: "it is mounted read-only: the kernel log says why, if nobody meant it"},
 	{is: errdefs.IsFailedPrecondition, code: codes.FailedPrecondition},
 	{is: errdefs.IsUnauthorized, code: codes.Unauthenticated},
 	{is: errdefs.IsPermissionDenied, code: codes.PermissionDenied},
