@@ -156,16 +156,22 @@ func (d diskImage) attach(ctx context.Context, made bool) (*os.File, error) {
 	return loop, nil
 }
 
-// check lets e2fsck repair what it safely can. It returns ErrDataLoss if more is wrong.
+// check lets e2fsck repair what it safely can. It returns ErrDataLoss if more is wrong, and ErrUnavailable if e2fsck did not end by
+// itself, so that nothing is known of the image.
 func (d diskImage) check(ctx context.Context) error {
 	output, err := d.commands.CommandContext(ctx, checkExt4, "-p", d.file()).CombinedOutput()
 	if err == nil {
 		return nil
 	}
-	if exit, ok := errors.AsType[exec.ExitError](err); ok && exit.ExitStatus() < badImage {
+	exit, ok := errors.AsType[exec.ExitError](err)
+	if !ok || !exit.Exited() {
+		return fmt.Errorf("%w: check the disk image %s: %s did not finish: %w", errdefs.ErrUnavailable, d.file(), checkExt4, err)
+	}
+	if exit.ExitStatus() < badImage {
 		return nil
 	}
-	return fmt.Errorf("%w: check the disk image %s: %w: %s; repair it with e2fsck", errdefs.ErrDataLoss, d.file(), err, strings.TrimSpace(string(output)))
+	return fmt.Errorf("%w: check the disk image %s: %w: %s; repair it with e2fsck",
+		errdefs.ErrDataLoss, d.file(), err, strings.TrimSpace(string(output)))
 }
 
 // Grow grows the image, and the file system in it while it is mounted. A crash between the two leaves a file that is larger than

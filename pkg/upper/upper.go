@@ -26,7 +26,7 @@ import (
 // state before or after it.
 //
 //	method      absent      in use       at rest     errors of its own
-//	Prepare     makes it    opens it     opens it    ResourceExhausted, FailedPrecondition, DataLoss
+//	Prepare     makes it    opens it     opens it    ResourceExhausted, FailedPrecondition, DataLoss, Unavailable
 //	ClearWork   nothing     allowed¹     allowed
 //	Yield       nothing     allowed¹     nothing
 //	Release     nothing     allowed¹     nothing
