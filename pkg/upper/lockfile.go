@@ -45,19 +45,29 @@ type LockHolder struct {
 	Target   string `json:"target"`
 }
 
-// readLockFile returns existed false if there is no lock file.
+// readLockFile returns existed false if there is no lock file. The pod can make anything of that name: it is opened for reading only
+// once it is known to be a regular file, because opening a device may act on it or load a module.
 func readLockFile(dir *os.File) (file lockFile, existed bool, err error) {
-	reader, err := linux.Open(dir, lockName, os.O_RDONLY|linux.O_NOFOLLOW|linux.O_NONBLOCK, 0)
+	handle, err := linux.Open(dir, lockName, linux.O_PATH|linux.O_NOFOLLOW, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return lockFile{}, false, nil
 	}
 	if err != nil {
 		return lockFile{}, false, err
 	}
-	defer reader.Close()
-	if info, err := reader.Stat(); err != nil || !info.Mode().IsRegular() {
-		return lockFile{}, false, fmt.Errorf("%w: it is not a regular file (%w)", errdefs.ErrFailedPrecondition, errors.Join(err))
+	defer handle.Close()
+	stat, err := linux.StatFile(handle)
+	if err != nil {
+		return lockFile{}, false, err
 	}
+	if !stat.IsRegular() {
+		return lockFile{}, false, fmt.Errorf("%w: it is not a regular file", errdefs.ErrFailedPrecondition)
+	}
+	reader, err := linux.Reopen(handle, os.O_RDONLY)
+	if err != nil {
+		return lockFile{}, false, err
+	}
+	defer reader.Close()
 	if err := json.NewDecoder(io.LimitReader(reader, maxLockFile)).Decode(&file); err != nil {
 		return lockFile{}, false, fmt.Errorf("%w: the driver did not write it: %w", errdefs.ErrFailedPrecondition, err)
 	}

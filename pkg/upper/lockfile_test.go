@@ -1,0 +1,54 @@
+package upper_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
+)
+
+// prepareWithLockFile prepares an upper in another volume where the pod made the lock file.
+func prepareWithLockFile(t *testing.T, plant func(path string) error) error {
+	t.Helper()
+	volume := mountAt(t, "tmpfs")
+	path := filepath.Join(volume, "up", "overlay-csi.json")
+	if err := os.Mkdir(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := plant(path); err != nil {
+		t.Fatal(err)
+	}
+	me := upper.LockHolder{Node: "n", BootID: "b", VolumeID: "v", Target: "/t"}
+	dirs, err := podVolume(t, upper.PodVolumePath{Volume: volume, Path: "up"}, me, true).Prepare(t.Context(), upper.RootAttr{Mode: 0o755})
+	if err == nil {
+		dirs.Close()
+	}
+	return err
+}
+
+// TestLockFileIsLookedAtBeforeItIsOpened has the pod plant what must not be opened. There is no device of the number: opening it
+// answers ENXIO, after the kernel looked for a module.
+func TestLockFileIsLookedAtBeforeItIsOpened(t *testing.T) {
+	for name, plant := range map[string]func(path string) error{
+		"device": func(path string) error { return linux.Mknodat(nil, path, syscall.S_IFCHR|0o600, linux.Mkdev(511, 7)) },
+		"socket": func(path string) error { return linux.Mknodat(nil, path, syscall.S_IFSOCK|0o600, 0) },
+		"FIFO":   func(path string) error { return linux.Mknodat(nil, path, syscall.S_IFIFO|0o600, 0) },
+		"link":   func(path string) error { return os.Symlink("/dev/null", path) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := prepareWithLockFile(t, plant)
+			if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "not a regular file") {
+				t.Errorf("Prepare: %v, want FailedPrecondition", err)
+			}
+			if err != nil && strings.Contains(err.Error(), "%!") {
+				t.Errorf("a broken message: %v", err)
+			}
+		})
+	}
+}
