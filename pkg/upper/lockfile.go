@@ -9,6 +9,8 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -69,7 +71,7 @@ func readLockFile(dir *os.File) (file lockFile, existed bool, err error) {
 	}
 	defer reader.Close()
 	if err := json.NewDecoder(io.LimitReader(reader, maxLockFile)).Decode(&file); err != nil {
-		return lockFile{}, false, fmt.Errorf("%w: the driver did not write it: %w", errdefs.ErrFailedPrecondition, err)
+		return lockFile{}, false, fmt.Errorf("%w: the driver did not write it: %s", errdefs.ErrFailedPrecondition, quote(err.Error()))
 	}
 	return file, true, nil
 }
@@ -92,8 +94,8 @@ func (p podVolume) lock(ctx context.Context, base *os.File) error {
 			}
 		}
 		if existed && !slices.Equal(file.Layers, p.layers) {
-			return p.wrap("lock it", fmt.Errorf("%w: it was made on other layers (%q), and overlayfs supports an upper only on the layers "+
-				"that it was made on; name these layers, or another path", errdefs.ErrFailedPrecondition, file.Layers))
+			return p.wrap("lock it", fmt.Errorf("%w: it was made on other layers (%s), and overlayfs supports an upper only on the layers "+
+				"that it was made on; name these layers, or another path", errdefs.ErrFailedPrecondition, quoteSome(file.Layers)))
 		}
 		if file.Holder != nil && *file.Holder == p.holder {
 			return nil
@@ -119,7 +121,34 @@ func (p podVolume) checkStale(holder *LockHolder, base *os.File) error {
 	}
 	return p.wrap("lock it", fmt.Errorf("%w: volume %s on node %s uses it (published at %s), and two overlays never share one upper; "+
 		"name another path, or remove %s there once nothing uses it",
-		errdefs.ErrFailedPrecondition, holder.VolumeID, holder.Node, holder.Target, lockName))
+		errdefs.ErrFailedPrecondition, quote(holder.VolumeID), quote(holder.Node), quote(holder.Target), lockName))
+}
+
+// maxQuoted is how many bytes of a text of the pod stand in a message, and maxQuotedLayers how many layers. Escaped, they are four
+// times as long.
+const (
+	maxQuoted       = 200
+	maxQuotedLayers = 3
+)
+
+// quote quotes the beginning of a text that the pod wrote.
+func quote(text string) string {
+	if len(text) > maxQuoted {
+		return strconv.Quote(text[:maxQuoted]) + "…"
+	}
+	return strconv.Quote(text)
+}
+
+// quoteSome quotes the first of the layers that the pod wrote.
+func quoteSome(layers []string) string {
+	var quoted []string
+	for _, layer := range layers[:min(len(layers), maxQuotedLayers)] {
+		quoted = append(quoted, quote(layer))
+	}
+	if more := len(layers) - len(quoted); more > 0 {
+		quoted = append(quoted, fmt.Sprintf("and %d more", more))
+	}
+	return strings.Join(quoted, ", ")
 }
 
 func (p podVolume) unlock(ctx context.Context, base *os.File) error {

@@ -1,6 +1,7 @@
 package upper_test
 
 import (
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"strings"
@@ -48,6 +49,36 @@ func TestLockFileIsLookedAtBeforeItIsOpened(t *testing.T) {
 			}
 			if err != nil && strings.Contains(err.Error(), "%!") {
 				t.Errorf("a broken message: %v", err)
+			}
+		})
+	}
+}
+
+// TestMessagesOfALockFileAreBounded has the pod write a lock file of megabytes, whose parts stand in messages.
+func TestMessagesOfALockFileAreBounded(t *testing.T) {
+	const maxMessage = 4 << 10
+	huge := strings.Repeat("\x01", 1<<20)
+	lockFile := func(layers []string, holder upper.LockHolder) []byte {
+		data, err := json.Marshal(map[string]any{"layers": layers, "holder": holder})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	for name, content := range map[string][]byte{
+		"many layers": lockFile(strings.Split(strings.Repeat("oci://registry/repository,", 1<<17), ","), upper.LockHolder{}),
+		"long layers": lockFile([]string{huge, huge, huge, huge}, upper.LockHolder{}),
+		"long holder": lockFile([]string{"dir://m/a"}, upper.LockHolder{Node: "n", BootID: "b", VolumeID: huge, Target: huge}),
+		"long number": []byte(`{"layers": ` + strings.Repeat("1", 1<<20) + `}`),
+		"long key":    []byte(`{"layers": [1], "` + huge + `": 1}`),
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := prepareWithLockFile(t, func(path string) error { return os.WriteFile(path, content, 0o600) })
+			if !errdefs.IsFailedPrecondition(err) {
+				t.Fatalf("Prepare: %.200v, want FailedPrecondition", err)
+			}
+			if len(err.Error()) > maxMessage {
+				t.Errorf("a message of %d bytes", len(err.Error()))
 			}
 		})
 	}
