@@ -57,7 +57,7 @@ func TestLockFileIsLookedAtBeforeItIsOpened(t *testing.T) {
 // TestMessagesOfALockFileAreBounded has the pod write a lock file of megabytes, whose parts stand in messages.
 func TestMessagesOfALockFileAreBounded(t *testing.T) {
 	const maxMessage = 4 << 10
-	huge := strings.Repeat("\x01", 1<<20)
+	huge := strings.Repeat("\x01", 1<<18)
 	lockFile := func(layers []string, holder upper.LockHolder) []byte {
 		data, err := json.Marshal(map[string]any{"layers": layers, "holder": holder})
 		if err != nil {
