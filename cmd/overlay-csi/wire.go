@@ -138,16 +138,16 @@ func newMounter(dataRoot string, features overlay.Features) (*overlay.Mounter, e
 }
 
 func newManager(root *volume.DataRoot, mounter *overlay.Mounter, detached *overlay.DetachedRoot, api kubeapi.Reader, layers *store.Store, opts options) (*volume.Manager, error) {
-	forbidden, err := layer.Forbid(root.Path())
+	protected, err := layer.NewProtectedDir(root.Path())
 	if err != nil {
 		return nil, err
 	}
-	roots, err := layer.NewRoots(opts.layerRoots, forbidden, detached)
+	roots, err := layer.NewRoots(opts.layerRoots, protected, detached)
 	if err != nil {
 		return nil, err
 	}
 	kubeletDir := kubelet.Dir(opts.kubeletDir)
-	podVolumes := layer.NewPodVolumes(kubelet.NewPodVolumes(kubeletDir, api, opts.podVolumeWait), forbidden)
+	podVolumes := layer.NewPodVolumes(kubelet.NewPodVolumes(kubeletDir, api, opts.podVolumeWait), protected)
 	bootID, err := volume.BootID()
 	if err != nil {
 		return nil, err

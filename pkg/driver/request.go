@@ -9,7 +9,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/containerd/errdefs"
 
-	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
@@ -82,7 +82,7 @@ func publishRequest(req *csi.NodePublishVolumeRequest, allowedMountOptions []str
 		Attributes:  attributes,
 		Group:       group,
 		Secrets:     req.GetSecrets(),
-		Pod: layer.Pod{
+		Pod: kubelet.Pod{
 			UID:       volumeContext[keyPodUID],
 			Namespace: volumeContext[keyPodNamespace],
 			Name:      volumeContext[keyPodName],

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 
 	"github.com/containerd/errdefs"
 	dockerref "github.com/distribution/reference"
@@ -14,7 +15,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 )
 
-// images is what oci:// and archive:// references need of the layer store.
+// images is the layer store.
 type images interface {
 	Resolve(ctx context.Context, named dockerref.Named, credentials registry.Credentials) (digest.Digest, error)
 	Acquire(id digest.Digest, path string) (*store.Lease, error)
@@ -22,9 +23,11 @@ type images interface {
 	Import(ctx context.Context, name string, file *os.File, wanted digest.Digest) (*store.Lease, error)
 }
 
-// pinned returns the image of an oci:// reference with its digest, which is asked of the registry where neither the
-// reference nor the pins have it.
-func (r *Resolver) pinned(ctx context.Context, ref reference.Reference, credentials registry.Credentials, pins reference.Digests) (dockerref.Canonical, error) {
+// withDigest returns the image of an oci:// reference with its digest. It asks the registry for the digest if neither the reference
+// nor digests have it.
+func (r *Resolver) withDigest(
+	ctx context.Context, ref reference.Reference, credentials registry.Credentials, digests reference.Digests,
+) (dockerref.Canonical, error) {
 	named, err := dockerref.ParseNormalizedNamed(ref.Name())
 	if err != nil {
 		return nil, fmt.Errorf("%w: layer %s: %w", errdefs.ErrInvalidArgument, ref, err)
@@ -32,7 +35,7 @@ func (r *Resolver) pinned(ctx context.Context, ref reference.Reference, credenti
 	if canonical, ok := named.(dockerref.Canonical); ok {
 		return canonical, nil
 	}
-	id, ok := pins[ref.String()]
+	id, ok := digests[ref.String()]
 	if !ok {
 		if id, err = r.images.Resolve(ctx, named, credentials); err != nil {
 			return nil, fmt.Errorf("layer %s: %w", ref, err)
@@ -41,49 +44,50 @@ func (r *Resolver) pinned(ctx context.Context, ref reference.Reference, credenti
 	return dockerref.WithDigest(named, id)
 }
 
-// Pin replaces the tags of oci:// references by what they stand for at the moment: the same images whenever and wherever
-// they are resolved. secrets are those of the volume.
-func (r *Resolver) Pin(ctx context.Context, refs []reference.Reference, secrets map[string]string) ([]reference.Reference, error) {
+// ResolveTags replaces the tags of oci:// references by the digests that they have now, so that the references name the same images
+// whenever and wherever they are resolved. secrets are those of the volume.
+func (r *Resolver) ResolveTags(ctx context.Context, refs []reference.Reference, secrets map[string]string) ([]reference.Reference, error) {
 	credentials, err := registry.ParseCredentials(secrets)
 	if err != nil {
 		return nil, err
 	}
-	pinned := make([]reference.Reference, len(refs))
+	resolved := slices.Clone(refs)
 	for i, ref := range refs {
-		pinned[i] = ref
 		if ref.Scheme() != reference.OCI {
 			continue
 		}
-		named, err := r.pinned(ctx, ref, credentials, nil)
+		named, err := r.withDigest(ctx, ref, credentials, nil)
 		if err != nil {
 			return nil, err
 		}
-		if pinned[i], err = ref.WithDigest(named.Digest()); err != nil {
+		if resolved[i], err = ref.WithDigest(named.Digest()); err != nil {
 			return nil, err
 		}
 	}
-	return pinned, nil
+	return resolved, nil
 }
 
-// useImage opens the layers of an oci:// dockerref.
-func (r *Resolver) useImage(ctx context.Context, ref reference.Reference, credentials registry.Credentials, pins reference.Digests) (*store.Lease, error) {
-	named, err := r.pinned(ctx, ref, credentials, pins)
+// leaseImage leases the layers of an oci:// reference.
+func (r *Resolver) leaseImage(
+	ctx context.Context, ref reference.Reference, credentials registry.Credentials, digests reference.Digests,
+) (*store.Lease, error) {
+	named, err := r.withDigest(ctx, ref, credentials, digests)
 	if err != nil {
 		return nil, err
 	}
-	use, err := r.images.Pull(ctx, named, credentials, ref.Path())
+	lease, err := r.images.Pull(ctx, named, credentials, ref.Path())
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", ref, err)
 	}
-	return use, nil
+	return lease, nil
 }
 
-// useArchive opens the layers of an archive:// dockerref. The archive itself need not be there any more, where what it
-// was is known and is in the store.
-func (r *Resolver) useArchive(ctx context.Context, ref reference.Reference, pins reference.Digests) (*store.Lease, error) {
-	pin, isPinned := pins[ref.String()]
-	if isPinned {
-		if lease, err := r.images.Acquire(pin, ""); !errdefs.IsNotFound(err) {
+// leaseArchive leases the layers of an archive:// reference. It does not need the archive if the reference was resolved before and the
+// layers are in the store.
+func (r *Resolver) leaseArchive(ctx context.Context, ref reference.Reference, digests reference.Digests) (*store.Lease, error) {
+	id, isResolved := digests[ref.String()]
+	if isResolved {
+		if lease, err := r.images.Acquire(id, ""); !errdefs.IsNotFound(err) {
 			return lease, err
 		}
 	}
@@ -91,9 +95,9 @@ func (r *Resolver) useArchive(ctx context.Context, ref reference.Reference, pins
 	if err != nil {
 		return nil, err
 	}
-	use, err := r.images.Import(ctx, ref.String(), file, pin)
+	lease, err := r.images.Import(ctx, ref.String(), file, id)
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", ref, err)
 	}
-	return use, nil
+	return lease, nil
 }

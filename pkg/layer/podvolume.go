@@ -6,41 +6,42 @@ import (
 	"os"
 
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 )
 
-// PodVolumes resolves volume:// references: the other volumes of the pod that a view is for.
+// PodVolumes resolves volume:// references, which name other volumes of the view's pod.
 type PodVolumes struct {
-	volumes *kubelet.PodVolumes
-	forbid  Forbidden
+	volumes   *kubelet.PodVolumes
+	protected ProtectedDir
 }
 
-// NewPodVolumes returns a resolver on kubelet's directory.
-func NewPodVolumes(volumes *kubelet.PodVolumes, forbid Forbidden) *PodVolumes {
-	return &PodVolumes{volumes: volumes, forbid: forbid}
+// NewPodVolumes returns a resolver of volume:// references.
+func NewPodVolumes(volumes *kubelet.PodVolumes, protected ProtectedDir) *PodVolumes {
+	return &PodVolumes{volumes: volumes, protected: protected}
 }
 
-// Open opens the directory that a volume:// reference names in another volume of the pod (O_PATH), and waits for
-// kubelet to mount that volume. Links within the volume are followed, links out of it refused.
-func (v *PodVolumes) Open(ctx context.Context, ref reference.Reference, pod Pod) (*os.File, error) {
+// Open opens the directory that a volume:// reference names in another volume of the pod (O_PATH), and waits until kubelet has mounted
+// that volume. It follows links within the volume, and returns ErrInvalidArgument for those that lead out of it.
+func (v *PodVolumes) Open(ctx context.Context, ref reference.Reference, pod kubelet.Pod) (*os.File, error) {
 	root, err := v.Root(ctx, ref, pod)
 	if err != nil {
 		return nil, err
 	}
 	defer root.Close()
-	dir, err := openBeneath(root, ref, 0)
+	dir, err := openBeneath(root, ref, linux.O_PATH|linux.O_DIRECTORY, 0)
 	if err != nil {
 		return nil, err
 	}
-	if err := v.forbid.check(root, dir); err != nil {
+	if err := v.protected.check(root, dir); err != nil {
 		dir.Close()
 		return nil, fmt.Errorf("layer %s: %w", ref, err)
 	}
 	return dir, nil
 }
 
-// Root opens the root of the volume that the reference names (O_PATH), whatever its path.
-func (v *PodVolumes) Root(ctx context.Context, ref reference.Reference, pod Pod) (*os.File, error) {
+// Root opens the root of the volume that the reference names (O_PATH). It ignores the path of the reference.
+func (v *PodVolumes) Root(ctx context.Context, ref reference.Reference, pod kubelet.Pod) (*os.File, error) {
 	root, err := v.volumes.Open(ctx, pod, ref.Name())
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", ref, err)

@@ -100,10 +100,10 @@ func newBenchNode(b *testing.B) *benchNode {
 	if quiet := detached.Reopen(root.Dir()); quiet != nil {
 		root.UseMount(quiet)
 	}
-	forbidden, err := layer.Forbid(root.Path())
+	protected, err := layer.NewProtectedDir(root.Path())
 	check(err)
 	check(os.MkdirAll(filepath.Join(dir, "layers"), 0o755))
-	roots, err := layer.NewRoots(map[string]layer.Root{"r": {Path: filepath.Join(dir, "layers")}}, forbidden, detached)
+	roots, err := layer.NewRoots(map[string]layer.Root{"r": {Path: filepath.Join(dir, "layers")}}, protected, detached)
 	check(err)
 	certs := filepath.Join(dir, "certs.d")
 	registries := registry.NewClient(registry.Config{CertsDir: certs, StallTimeout: time.Minute, Backoff: time.Second})
@@ -111,7 +111,7 @@ func newBenchNode(b *testing.B) *benchNode {
 	check(err)
 	b.Cleanup(images.Close)
 	kubeletDir := kubelet.Dir(filepath.Join(dir, "kubelet"))
-	podVolumes := layer.NewPodVolumes(kubelet.NewPodVolumes(kubeletDir, kubeapi.None{}, 0), forbidden)
+	podVolumes := layer.NewPodVolumes(kubelet.NewPodVolumes(kubeletDir, kubeapi.None{}, 0), protected)
 	backends := upper.NewBackends(upper.Config{
 		Root: root.Dir(), MountDir: filepath.Join(dir, "mounts"), Discard: root.Discard, Commands: exec.New(), Mounter: mounter, InUse: volume.UpperInUse(root),
 	})

@@ -8,6 +8,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
@@ -120,7 +121,7 @@ func (m *Manager) health(ctx context.Context, r *record, target string) []Condit
 		}
 		mounted = true
 		for i, mark := range p.LowerMarks {
-			found.addError(mark.Check(p.LowerDirs[i]), Condition{Severity: Degraded, Reason: reasonLayerMissing},
+			found.addError(layer.CheckUnchanged(p.LowerDirs[i], mark), Condition{Severity: Degraded, Reason: reasonLayerMissing},
 				Condition{Severity: Degraded, Reason: reasonLayerChanged}, Condition{Severity: Degraded, Reason: reasonLayerFails})
 		}
 		if r.Spec.Upper != spec.UpperNone {
@@ -131,7 +132,7 @@ func (m *Manager) health(ctx context.Context, r *record, target string) []Condit
 		return found
 	}
 	// A pod that is to have it would meet these.
-	found.addError(m.layers.CheckHere(r.Spec.Layers), Condition{Severity: Inaccessible, Reason: reasonLayerMissing},
+	found.addError(m.layers.CheckPresent(r.Spec.Layers), Condition{Severity: Inaccessible, Reason: reasonLayerMissing},
 		Condition{Severity: Inaccessible, Reason: reasonLayerFails}, Condition{Severity: Inaccessible, Reason: reasonLayerFails})
 	if r.Made {
 		persistent := m.openUpper(r, nil)

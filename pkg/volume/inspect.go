@@ -10,7 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
-	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
@@ -36,7 +36,7 @@ type Description struct {
 // Publication is one target of a volume. Data has the form of docker image inspect's GraphDriver.Data.
 type Publication struct {
 	Target  string
-	Pod     layer.Pod
+	Pod     kubelet.Pod
 	Mounted bool
 	Options string
 	Data    map[string]string

@@ -14,6 +14,7 @@ import (
 
 	"k8s.io/klog/v2"
 
+	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
@@ -32,16 +33,16 @@ type mounter interface {
 
 // layers resolves layer references into open directories.
 type layers interface {
-	Resolve(ctx context.Context, refs []reference.Reference, req layer.Request) (*layer.Stack, error)
-	Pin(ctx context.Context, refs []reference.Reference, secrets map[string]string) ([]reference.Reference, error)
+	Resolve(ctx context.Context, refs []reference.Reference, req layer.Request) (*layer.ResolvedLayers, error)
+	ResolveTags(ctx context.Context, refs []reference.Reference, secrets map[string]string) ([]reference.Reference, error)
 	Check(refs []reference.Reference) error
-	CheckHere(refs []reference.Reference) error
+	CheckPresent(refs []reference.Reference) error
 	CheckRoots() error
 }
 
 // podVolumes opens the root of another volume of a pod.
 type podVolumes interface {
-	Root(ctx context.Context, ref reference.Reference, pod layer.Pod) (*os.File, error)
+	Root(ctx context.Context, ref reference.Reference, pod kubelet.Pod) (*os.File, error)
 }
 
 // uppers chooses backends and opens uppers.

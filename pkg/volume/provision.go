@@ -68,7 +68,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error)
 		return Volume{}, err
 	}
 	asked := req.Spec.Layers
-	if req.Spec.Layers, err = m.layers.Pin(ctx, asked, req.Secrets); err != nil {
+	if req.Spec.Layers, err = m.layers.ResolveTags(ctx, asked, req.Secrets); err != nil {
 		return Volume{}, err
 	}
 	if slices.Equal(asked, req.Spec.Layers) {
@@ -79,7 +79,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error)
 	if req.Spec.Upper != spec.UpperClaim {
 		return Volume{ID: id, Capacity: max(req.Spec.Size, req.Required), Spec: req.Spec}, nil
 	}
-	if err := m.layers.CheckHere(req.Spec.Layers); err != nil {
+	if err := m.layers.CheckPresent(req.Spec.Layers); err != nil {
 		return Volume{}, err
 	}
 	r = &record{ID: id, Spec: req.Spec, Size: req.Spec.Size, Provisioned: &provisioned{Name: req.Name, Access: req.Access, Asked: asked}}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
+	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
@@ -29,7 +30,7 @@ type PublishRequest struct {
 	Provisioned bool
 	Access      spec.AccessMode
 	Attributes  overlay.Attributes
-	Pod         layer.Pod
+	Pod         kubelet.Pod
 	// Group is the pod's fsGroup, nil where it has none.
 	Group *uint32
 	// Secrets have the credentials for registries.
@@ -64,7 +65,7 @@ func (m *Manager) Publish(ctx context.Context, req PublishRequest) (err error) {
 	if err := m.unmountUnfinished(before, req); err != nil {
 		return err
 	}
-	stack, err := m.layers.Resolve(ctx, req.Spec.Layers, layer.Request{Pod: req.Pod, Secrets: req.Secrets, Pins: before.pins()})
+	stack, err := m.layers.Resolve(ctx, req.Spec.Layers, layer.Request{Pod: req.Pod, Secrets: req.Secrets, Digests: before.pins()})
 	if err != nil {
 		return err
 	}
@@ -187,7 +188,7 @@ func (m *Manager) admit(r *record, req PublishRequest) (done bool, err error) {
 }
 
 // plan is the state in which the volume is going to be.
-func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, stack *layer.Stack) (*record, *publication, error) {
+func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, stack *layer.ResolvedLayers) (*record, *publication, error) {
 	r := before
 	if r == nil {
 		r = &record{ID: req.VolumeID, Spec: req.Spec, Inline: req.Inline, Size: req.Spec.Size}
@@ -196,7 +197,7 @@ func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, 
 	if uid := m.pods.PodUID(req.Target); uid != "" {
 		pod.UID = uid
 	}
-	p := publication{Target: req.Target, Pod: pod, Access: req.Access, Attributes: req.Attributes, Group: req.Group, BootID: m.config.BootID, LowerDirs: stack.Paths(), LowerMarks: stack.Marks}
+	p := publication{Target: req.Target, Pod: pod, Access: req.Access, Attributes: req.Attributes, Group: req.Group, BootID: m.config.BootID, LowerDirs: stack.Paths(), LowerMarks: stack.Fingerprints}
 	if req.Spec.Upper == spec.UpperPodVolume {
 		root, err := m.podVolumes.Root(ctx, *req.Spec.UpperRef, req.Pod)
 		if err != nil {
@@ -205,11 +206,11 @@ func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, 
 		root.Close()
 		p.PodVolume = &upper.PodVolumePath{Volume: root.Name(), Path: podVolumePath(*req.Spec.UpperRef)}
 	}
-	if len(stack.Pins) > 0 {
-		klog.FromContext(ctx).Info("Layers are pinned", "digests", stack.Pins)
+	if len(stack.Digests) > 0 {
+		klog.FromContext(ctx).Info("Layers resolved", "digests", stack.Digests)
 	}
 	r = r.with(p)
-	r.Pins, r.Stored = stack.Pins, stack.Stored
+	r.Pins, r.Stored = stack.Digests, stack.Stored
 	if r.Kept == "" && r.Spec.Upper != spec.UpperNone {
 		kept, err := m.chooseKind(r)
 		if err != nil {
@@ -221,7 +222,7 @@ func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, 
 }
 
 // mountView prepares the upper and mounts the view at target.
-func (m *Manager) mountView(ctx context.Context, r *record, p *publication, stack *layer.Stack, target *os.File, steps *[]step) error {
+func (m *Manager) mountView(ctx context.Context, r *record, p *publication, stack *layer.ResolvedLayers, target *os.File, steps *[]step) error {
 	if shared, err := m.openShared(r, p); err != nil {
 		return err
 	} else if shared != nil {

@@ -13,7 +13,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
-	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
@@ -74,7 +75,7 @@ type provisioned struct {
 // publication is one target of a volume.
 type publication struct {
 	Target     string             `json:"target"`
-	Pod        layer.Pod          `json:"pod"`
+	Pod        kubelet.Pod        `json:"pod"`
 	Access     spec.AccessMode    `json:"access,omitempty"`
 	Attributes overlay.Attributes `json:"attributes"`
 	// Group is the pod's fsGroup, nil where it has none.
@@ -83,8 +84,8 @@ type publication struct {
 	BootID string `json:"bootID"`
 	// LowerDirs are the directories that the layers were resolved to, the topmost first, and LowerMarks what these looked
 	// like.
-	LowerDirs  []string     `json:"lowerDirs,omitempty"`
-	LowerMarks []layer.Mark `json:"lowerMarks,omitempty"`
+	LowerDirs  []string            `json:"lowerDirs,omitempty"`
+	LowerMarks []linux.Fingerprint `json:"lowerMarks,omitempty"`
 	// PodVolume is the directory of the upper if that lies in another volume of the pod, else nil.
 	PodVolume *upper.PodVolumePath `json:"podVolume,omitempty"`
 }

@@ -53,7 +53,7 @@ func TestBadPublish(t *testing.T) {
 		"no root name":          {layers("dir:///etc"), codes.InvalidArgument, []string{"invalid name"}},
 		"bad escape":            {layers("dir://layers/%zz"), codes.InvalidArgument, []string{"%25"}},
 		"NUL in a path":         {layers("dir://layers/a%00b"), codes.InvalidArgument, []string{"NUL"}},
-		"unknown root":          {layers("dir://nowhere/x"), codes.InvalidArgument, []string{`"nowhere"`, "there are layers", "--layer-root"}},
+		"unknown root":          {layers("dir://nowhere/x"), codes.InvalidArgument, []string{`"nowhere"`, "--layer-root: layers"}},
 		"missing directory":     {layers("dir://layers/missing"), codes.NotFound, []string{"missing", "no directory"}},
 		"a file":                {layers("dir://layers/good/f"), codes.InvalidArgument, []string{"file"}},
 		"dot dot":               {layers("dir://layers/good/../good"), codes.InvalidArgument, []string{"beneath"}},

@@ -1,0 +1,87 @@
+package layer
+
+import (
+	"os"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/store"
+)
+
+// ResolvedLayers are the directories of a volume's layers, open until Close, so that they stay the ones that were resolved when paths
+// are renamed or layers are collected.
+type ResolvedLayers struct {
+	// Dirs are the directories, the topmost first.
+	Dirs []*os.File
+	// Fingerprints are those of the directories, "" for one that may change.
+	Fingerprints []linux.Fingerprint
+	// Digests has the image digest that each oci:// and archive:// reference was resolved to.
+	Digests reference.Digests
+	// Stored are the diff IDs of the layers that are in the layer store.
+	Stored []digest.Digest
+
+	owned  []*os.File
+	leases []*store.Lease
+	seen   map[string]bool
+}
+
+func newResolvedLayers() *ResolvedLayers {
+	return &ResolvedLayers{Digests: reference.Digests{}, seen: map[string]bool{}}
+}
+
+// Close closes the directories and releases the leases on stored layers.
+func (l *ResolvedLayers) Close() {
+	for _, dir := range l.owned {
+		dir.Close()
+	}
+	for _, lease := range l.leases {
+		lease.Release()
+	}
+}
+
+// Paths returns the paths that the directories had when they were opened.
+func (l *ResolvedLayers) Paths() []string {
+	paths := make([]string, len(l.Dirs))
+	for i, dir := range l.Dirs {
+		paths[i] = dir.Name()
+	}
+	return paths
+}
+
+// addDir adds a directory below the others and takes it over. One that may change gets no fingerprint.
+func (l *ResolvedLayers) addDir(dir *os.File, mayChange bool) error {
+	l.owned = append(l.owned, dir)
+	if mayChange {
+		l.Dirs, l.Fingerprints = append(l.Dirs, dir), append(l.Fingerprints, "")
+		return nil
+	}
+	return l.add(dir)
+}
+
+// addImage adds the layers of an image below the others and takes over the lease. A layer that is there already, because two images
+// share it, is left out: overlayfs takes a directory once, and the lower one would show nothing more.
+func (l *ResolvedLayers) addImage(ref reference.Reference, lease *store.Lease) error {
+	l.leases = append(l.leases, lease)
+	l.Digests[ref.String()] = lease.Image.Digest
+	for _, layer := range lease.Image.Layers {
+		l.Stored = append(l.Stored, layer.DiffID)
+	}
+	for _, dir := range lease.Dirs {
+		if l.seen[dir.Name()] {
+			continue
+		}
+		l.seen[dir.Name()] = true
+		if err := l.add(dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *ResolvedLayers) add(dir *os.File) error {
+	fingerprint, err := linux.FingerprintOf(dir)
+	l.Dirs, l.Fingerprints = append(l.Dirs, dir), append(l.Fingerprints, fingerprint)
+	return err
+}

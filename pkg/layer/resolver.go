@@ -1,0 +1,138 @@
+package layer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+
+	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
+)
+
+// Request says for whom references are resolved.
+type Request struct {
+	Pod kubelet.Pod
+	// Secrets are the volume's. They may contain credentials for registries.
+	Secrets map[string]string
+	// Digests are the image digests that references of the volume were resolved to before. They are used again.
+	Digests reference.Digests
+}
+
+// Resolver resolves references of every scheme.
+type Resolver struct {
+	roots      *Roots
+	podVolumes *PodVolumes
+	images     images
+}
+
+// NewResolver returns a resolver of dir:// and archive:// beneath roots, volume:// in podVolumes, and oci:// in images.
+func NewResolver(roots *Roots, podVolumes *PodVolumes, images images) *Resolver {
+	return &Resolver{roots: roots, podVolumes: podVolumes, images: images}
+}
+
+// Resolve opens the directories of the references in their order. It pulls images that are not on the node. The caller closes the
+// result.
+func (r *Resolver) Resolve(ctx context.Context, refs []reference.Reference, req Request) (*ResolvedLayers, error) {
+	credentials, err := registry.ParseCredentials(req.Secrets)
+	if err != nil {
+		return nil, err
+	}
+	resolved := newResolvedLayers()
+	opened := openedRoots{}
+	defer opened.close()
+	for _, ref := range refs {
+		if err := r.resolve(ctx, ref, req, credentials, opened, resolved); err != nil {
+			resolved.Close()
+			return nil, err
+		}
+	}
+	return resolved, nil
+}
+
+// resolve opens the directories of one reference and adds them to resolved.
+func (r *Resolver) resolve(
+	ctx context.Context, ref reference.Reference, req Request, credentials registry.Credentials, opened openedRoots, resolved *ResolvedLayers,
+) error {
+	switch ref.Scheme() {
+	case reference.Dir:
+		dir, err := r.roots.openDir(ref, opened)
+		if err != nil {
+			return err
+		}
+		return resolved.addDir(dir, false)
+	case reference.Volume:
+		dir, err := r.podVolumes.Open(ctx, ref, req.Pod)
+		if err != nil {
+			return err
+		}
+		return resolved.addDir(dir, true)
+	case reference.OCI:
+		lease, err := r.leaseImage(ctx, ref, credentials, req.Digests)
+		if err != nil {
+			return err
+		}
+		return resolved.addImage(ref, lease)
+	case reference.Archive:
+		lease, err := r.leaseArchive(ctx, ref, req.Digests)
+		if err != nil {
+			return err
+		}
+		return resolved.addImage(ref, lease)
+	}
+	panic(fmt.Sprintf("layer %s: scheme %q", ref, ref.Scheme()))
+}
+
+// Check returns ErrInvalidArgument if a reference cannot be resolved on any node for any pod: if it names an unknown layer root.
+func (r *Resolver) Check(refs []reference.Reference) error {
+	for _, ref := range refs {
+		if ref.Scheme() != reference.Dir && ref.Scheme() != reference.Archive {
+			continue
+		}
+		if _, err := r.roots.find(ref); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// CheckPresent returns the error of the first dir:// or archive:// reference that cannot be opened on this node. It does not check
+// images, which can be pulled, and volumes of pods.
+func (r *Resolver) CheckPresent(refs []reference.Reference) error {
+	opened := openedRoots{}
+	defer opened.close()
+	for _, ref := range refs {
+		var file *os.File
+		var err error
+		switch ref.Scheme() {
+		case reference.Dir:
+			file, err = r.roots.openDir(ref, opened)
+		case reference.Archive:
+			file, err = r.roots.openArchive(ref)
+		default:
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		file.Close()
+	}
+	return nil
+}
+
+// CheckRoots returns an error that names the layer roots that cannot be opened on this node.
+func (r *Resolver) CheckRoots() error {
+	var errs []error
+	for _, name := range slices.Sorted(maps.Keys(r.roots.roots)) {
+		root, err := r.roots.openRoot(r.roots.roots[name])
+		if err != nil {
+			errs = append(errs, fmt.Errorf("layer root %s: %w", name, err))
+			continue
+		}
+		root.close()
+	}
+	return errors.Join(errs...)
+}
