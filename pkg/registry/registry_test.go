@@ -1,0 +1,230 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/overlay-csi/overlay-csi/pkg/image"
+)
+
+func newRepository(t *testing.T, host string) *Repository {
+	t.Helper()
+	named, err := ParseName(host + "/team/data:1")
+	must(t, err)
+	client := NewClient(Config{StallTimeout: 10 * time.Second, Backoff: time.Second})
+	return client.Repository(named, Credentials{})
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestTokenServerSendsWithoutEnd: containerd reads the answer of a token server whole.
+func TestTokenServerSendsWithoutEnd(t *testing.T) {
+	const sent = 64 << 20
+	server := httptest.NewServer(nil)
+	defer server.Close()
+	server.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/token" {
+			w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s/token",service="x"`, server.URL))
+			http.Error(w, "", http.StatusUnauthorized)
+			return
+		}
+		_, _ = io.WriteString(w, `{"token":"`)
+		_, _ = io.CopyN(w, endless('x'), sent)
+		_, _ = io.WriteString(w, `"}`)
+	})
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	_, err := newRepository(t, strings.TrimPrefix(server.URL, "http://")).Resolve(t.Context())
+	runtime.ReadMemStats(&after)
+	if err == nil || !strings.Contains(err.Error(), "token server's answer has more than") {
+		t.Errorf("the error is %v", err)
+	}
+	if allocated := after.TotalAlloc - before.TotalAlloc; allocated > 16<<20 {
+		t.Errorf("%d bytes were allocated for an answer of %d", allocated, sent)
+	}
+}
+
+type endless byte
+
+func (e endless) Read(buffer []byte) (int, error) {
+	for i := range buffer {
+		buffer[i] = byte(e)
+	}
+	return len(buffer), nil
+}
+
+// TestErrorsAreBounded also checks that no signature of a presigned URL gets into an error.
+func TestErrorsAreBounded(t *testing.T) {
+	const signature = "X-Amz-Signature=0123abcd"
+	for name, handler := range map[string]http.HandlerFunc{
+		"presigned URL": func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path != "/signed" {
+				http.Redirect(w, r, "/signed?a=b:c&"+signature, http.StatusTemporaryRedirect)
+				return
+			}
+			http.Error(w, "", http.StatusForbidden)
+		},
+		"presigned URL that cannot be reached": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://127.0.0.1:1/signed?"+signature, http.StatusTemporaryRedirect)
+		},
+		"long URL": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://127.0.0.1:1/"+strings.Repeat("x", 1<<17), http.StatusTemporaryRedirect)
+		},
+		"escape sequences": func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, `{"errors":[{"code":"DENIED","message":"\u001b[2J`+strings.Repeat("y", 60_000)+`"}]}`, http.StatusForbidden)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			server := httptest.NewServer(handler)
+			defer server.Close()
+			descriptor := ocispec.Descriptor{Digest: digest.FromString("x"), Size: 1, MediaType: ocispec.MediaTypeImageLayer}
+			_, err := newRepository(t, strings.TrimPrefix(server.URL, "http://")).Fetch(t.Context(), descriptor)
+			var registryError *Error
+			if !errors.As(err, &registryError) {
+				t.Fatalf("no error of a registry: %v", err)
+			}
+			text := err.Error()
+			if len(text) > 4096 || strings.Contains(text, "0123abcd") || strings.ContainsAny(text, "\x1b\n") {
+				t.Errorf("%d bytes: %.2000q", len(text), text)
+			}
+			if !strings.Contains(text, "team/data") {
+				t.Errorf("the error does not name the image: %q", text)
+			}
+		})
+	}
+}
+
+// TestErrorKind checks what errors.Is finds in the error of a registry, and that wrapping it again changes nothing.
+func TestErrorKind(t *testing.T) {
+	repository := newRepository(t, "registry.example")
+	for name, c := range map[string]struct {
+		err  error
+		want error
+	}{
+		"mismatch":      {fmt.Errorf("%w: x", image.ErrContentMismatch), image.ErrContentMismatch},
+		"cancelled":     {fmt.Errorf("x: %w", context.Canceled), context.Canceled},
+		"not found":     {fmt.Errorf("%w: x", errdefs.ErrNotFound), errdefs.ErrNotFound},
+		"configuration": {fmt.Errorf("%w: x", errdefs.ErrInvalidArgument), errdefs.ErrFailedPrecondition},
+		"anything else": {io.ErrUnexpectedEOF, errdefs.ErrUnavailable},
+		"stall":         {errStalled, errdefs.ErrUnavailable},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := repository.wrap("fetch", c.err)
+			if !errors.Is(err, c.want) || repository.wrap("unpack", fmt.Errorf("y: %w", err)).Error() != "y: "+err.Error() {
+				t.Errorf("the error is %v", err)
+			}
+		})
+	}
+}
+
+// TestFirstLoggedError: containerd logs what is wrong with a hosts.toml instead of returning it.
+func TestFirstLoggedError(t *testing.T) {
+	hook := &firstLoggedError{}
+	logger := discardLogger(hook)
+	log.G(log.WithLogger(t.Context(), logger)).Info("not an error")
+	logger.WithError(errors.New("bad file")).Error("first")
+	logger.WithError(errors.New("other")).Error("second")
+	if hook.message != "first: bad file" {
+		t.Errorf("it is %q", hook.message)
+	}
+}
+
+// newDownload is a download of a blob that open opens.
+func newDownload(t *testing.T, size int64, open func(ctx context.Context, offset int64) (io.ReadCloser, error)) *download {
+	t.Helper()
+	spool, err := OpenSpool(filepath.Join(t.TempDir(), "blob"))
+	must(t, err)
+	t.Cleanup(func() { spool.Close() })
+	descriptor := ocispec.Descriptor{Digest: digest.FromString("x"), Size: size}
+	return &download{repository: newRepository(t, "registry.example"), descriptor: descriptor, open: open, into: spool, progress: &atomic.Int64{}}
+}
+
+// TestBackoff: the pause after a failure doubles, and begins again once something has come.
+func TestBackoff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var at []time.Duration
+		began := time.Now()
+		d := newDownload(t, 2, func(context.Context, int64) (io.ReadCloser, error) {
+			at = append(at, time.Since(began))
+			if len(at) == 4 {
+				return io.NopCloser(strings.NewReader("x")), nil
+			}
+			return nil, errors.New("down")
+		})
+		err := d.run(t.Context())
+		if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "tried 5 times") {
+			t.Errorf("the error is %v", err)
+		}
+		// Three failures, one try that brings a byte and counts as the first failure of five.
+		want := []time.Duration{0, 1, 2, 4, 1, 2, 4, 8}
+		if len(at) != len(want) {
+			t.Fatalf("%d requests: %v", len(at), at)
+		}
+		for i := 1; i < len(at); i++ {
+			pause, least := at[i]-at[i-1], want[i]*time.Second
+			if pause < least || pause > least+least/4 {
+				t.Errorf("the pause before request %d was %s instead of %s and up to a quarter more", i, pause, least)
+			}
+		}
+	})
+}
+
+// TestStall: a request during which next to nothing comes is ended after the stall timeout, whatever it is waiting for.
+func TestStall(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		requests := 0
+		d := newDownload(t, 1<<20, func(ctx context.Context, _ int64) (io.ReadCloser, error) {
+			requests++
+			<-ctx.Done()
+			return nil, ctx.Err()
+		})
+		began := time.Now()
+		err := d.run(t.Context())
+		if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), errStalled.Error()) {
+			t.Errorf("the error is %v", err)
+		}
+		if took := time.Since(began); requests != maxFailures || took < 5*10*time.Second || took > 80*time.Second {
+			t.Errorf("%d requests took %s", requests, took)
+		}
+	})
+}
+
+// TestSpool reads what an earlier download left, what comes, and why it ended.
+func TestSpool(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "blob")
+	must(t, os.WriteFile(path, []byte("old "), 0o600))
+	spool, err := OpenSpool(path)
+	must(t, err)
+	defer spool.Close()
+	reason := errors.New("gone")
+	go func() {
+		_, _ = io.WriteString(spool, "new")
+		spool.Finish(reason)
+	}()
+	content, err := io.ReadAll(spool.Reader())
+	if string(content) != "old new" || !errors.Is(err, reason) || spool.Len() != 7 {
+		t.Errorf("%q, %v", content, err)
+	}
+}
