@@ -14,7 +14,8 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // blobsName is the directory of a layout's blobs.
@@ -50,13 +51,11 @@ func (l layoutDir) open(name string) (io.ReadCloser, int64, error) {
 }
 
 func (l layoutDir) openFile(name string) (*os.File, error) {
-	fd, err := unix.Openat2(int(l.dir.Fd()), name, &unix.OpenHow{
-		Flags: unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
-	})
+	file, err := linux.Open(l.dir, name, os.O_RDONLY|linux.O_NOFOLLOW|linux.O_NONBLOCK, linux.ResolveBeneath|linux.ResolveNoSymlinks)
 	if err != nil {
 		return nil, fmt.Errorf("%w: open the layout's file %q: %w", errdefs.ErrInvalidArgument, truncate(name), err)
 	}
-	return os.NewFile(uintptr(fd), name), nil
+	return file, nil
 }
 
 // statLayoutIndex returns the file info of the index.json in the directory of a layout.

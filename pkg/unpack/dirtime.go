@@ -10,9 +10,6 @@ import (
 	"os"
 	"syscall"
 	"time"
-	"unsafe"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
@@ -47,8 +44,7 @@ func (u *unpacker) setDirTimes() error {
 	}
 }
 
-// setDirTime sets the times of a directory. One that a later entry replaced is passed over; any other error of the lookup is one,
-// since it would leave a wrong time.
+// setDirTime sets the times of a directory, unless a later entry replaced it.
 func (u *unpacker) setDirTime(t dirTime) error {
 	dir, err := linux.Open(u.root, "./"+t.Name, os.O_RDONLY|linux.O_DIRECTORY, linux.ResolveInRoot|linux.ResolveNoMagicLinks)
 	switch {
@@ -62,23 +58,10 @@ func (u *unpacker) setDirTime(t dirTime) error {
 	return linux.Futimens(dir, at, at)
 }
 
-func timesOf(header *tar.Header) [2]unix.Timespec {
-	modified := unixTime(header.ModTime)
+// timesOf returns the access and modification times of an entry.
+func timesOf(header *tar.Header) (accessed, modified time.Time) {
 	if header.AccessTime.IsZero() {
-		return [2]unix.Timespec{modified, modified}
+		return header.ModTime, header.ModTime
 	}
-	return [2]unix.Timespec{unixTime(header.AccessTime), modified}
-}
-
-func unixTime(t time.Time) unix.Timespec {
-	return unix.Timespec{Sec: t.Unix(), Nsec: int64(t.Nanosecond())}
-}
-
-// futimens is utimensat(2) on an open file: without a path, which Linux takes from 5.8 on only.
-func futimens(fd int, times *[2]unix.Timespec) error {
-	_, _, errno := unix.Syscall6(unix.SYS_UTIMENSAT, uintptr(fd), 0, uintptr(unsafe.Pointer(times)), 0, 0, 0)
-	if errno != 0 {
-		return errno
-	}
-	return nil
+	return header.AccessTime, header.ModTime
 }

@@ -7,11 +7,12 @@ import (
 	"os"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // write copies a file's content. Zeros at the end, and blocks of zeros elsewhere, are left out.
-func (u *unpacker) write(fd int, size int64, content io.Reader) error {
+func (u *unpacker) write(file *os.File, size int64, content io.Reader) error {
 	u.content += size
 	if u.limits.MaxBytes > 0 && u.content > u.limits.MaxBytes {
 		return fmt.Errorf("%w: the layer's files have more than %d bytes (--max-layer-size)", errdefs.ErrResourceExhausted, u.limits.MaxBytes)
@@ -28,8 +29,8 @@ func (u *unpacker) write(fd int, size int64, content io.Reader) error {
 				if err := u.room(int64(length)); err != nil {
 					return err
 				}
-				if _, err := pwrite(fd, u.buffer[from:from+length], offset+int64(from)); err != nil {
-					return fmt.Errorf("write: %w", err)
+				if _, err := file.WriteAt(u.buffer[from:from+length], offset+int64(from)); err != nil {
+					return err
 				}
 				end = offset + int64(from+length)
 			}
@@ -38,16 +39,14 @@ func (u *unpacker) write(fd int, size int64, content io.Reader) error {
 		offset += int64(n)
 	}
 	if end < size {
-		if err := unix.Ftruncate(fd, size); err != nil {
-			return fmt.Errorf("ftruncate: %w", err)
-		}
+		return file.Truncate(size)
 	}
 	return nil
 }
 
 var zeros [blockSize]byte
 
-// run is how many bytes at the beginning of the data are alike: whole blocks of zeros, or blocks that are not.
+// run returns how many bytes at the beginning of the data are of one sort: blocks of zeros, or other blocks.
 func run(data []byte) (length int, zero bool) {
 	isZero := func(at int) bool {
 		block := data[at:min(at+blockSize, len(data))]
@@ -59,22 +58,7 @@ func run(data []byte) (length int, zero bool) {
 	return min(length, len(data)), zero
 }
 
-func pwrite(fd int, data []byte, offset int64) (int, error) {
-	written := 0
-	for written < len(data) {
-		n, err := unix.Pwrite(fd, data[written:], offset+int64(written))
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil {
-			return written, err
-		}
-		written += n
-	}
-	return written, nil
-}
-
-// room accounts for bytes that are going to be written, and now and then sees whether the disk still has its reserve.
+// room accounts for bytes before they are written, and checks the disk at intervals.
 func (u *unpacker) room(bytes int64) error {
 	u.disk += bytes
 	u.unchecked += bytes
@@ -85,14 +69,15 @@ func (u *unpacker) room(bytes int64) error {
 	return checkReserve(u.root, u.limits.MinFreePercent)
 }
 
-// checkReserve refuses to take more of a disk than what leaves the reserve.
+// checkReserve refuses to go on if less than percent of the disk is free.
 func checkReserve(dir *os.File, percent int) error {
-	var stat unix.Statfs_t
-	if err := unix.Fstatfs(int(dir.Fd()), &stat); err != nil {
-		return fmt.Errorf("fstatfs %s: %w", dir.Name(), err)
+	usage, err := linux.FileSystemUsage(dir)
+	if err != nil {
+		return err
 	}
-	if stat.Bavail*100 < stat.Blocks*uint64(percent) {
-		return fmt.Errorf("%[1]w: less than %[3]d %% of the disk of %[2]s are free, which stay free for the volumes (--min-free-disk-percent); make room there", errdefs.ErrResourceExhausted, dir.Name(), percent)
+	if usage.Bytes.Available*100 < usage.Bytes.Total*int64(percent) {
+		return fmt.Errorf("%w: less than %d %% of the disk of %s are free, which stay free for the volumes (--min-free-disk-percent); make room there",
+			errdefs.ErrResourceExhausted, percent, dir.Name())
 	}
 	return nil
 }

@@ -13,10 +13,12 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 	"github.com/cyphar/filepath-securejoin/pathrs-lite"
-	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 const (
@@ -177,7 +179,7 @@ func (u *unpacker) entry(header *tar.Header, content io.Reader) error {
 		if header.Typeflag != tar.TypeDir {
 			return fmt.Errorf("%w: the root of a layer is a directory", errdefs.ErrInvalidArgument)
 		}
-		return u.describeDir(u.root, name, header)
+		return u.setDirAttributes(u.root, name, header)
 	}
 	dirName, base := path.Split(name)
 	dir, err := u.parent(path.Clean("/" + dirName))
@@ -199,25 +201,25 @@ func (u *unpacker) entry(header *tar.Header, content io.Reader) error {
 	case tar.TypeLink:
 		return u.hardLink(dir, base, header)
 	case tar.TypeSymlink:
-		if err := unix.Symlinkat(header.Linkname, int(dir.Fd()), base); err != nil {
-			return fmt.Errorf("symlinkat: %w", err)
+		if err := linux.Symlinkat(header.Linkname, dir, base); err != nil {
+			return err
 		}
 	case tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
 		if isWhiteout(header.Typeflag, header.Devmajor, header.Devminor) {
 			// To overlayfs it would be a whiteout, which an image says in another way.
 			return nil
 		}
-		device := unix.Mkdev(uint32(header.Devmajor), uint32(header.Devminor))
-		if err := unix.Mknodat(int(dir.Fd()), base, deviceTypes[header.Typeflag]|0o600, int(device)); err != nil {
-			return fmt.Errorf("mknodat: %w", err)
+		device := linux.Mkdev(uint32(header.Devmajor), uint32(header.Devminor))
+		if err := linux.Mknodat(dir, base, deviceTypes[header.Typeflag]|0o600, device); err != nil {
+			return err
 		}
 	default:
 		return fmt.Errorf("%w: a tar entry of type %q", errdefs.ErrInvalidArgument, header.Typeflag)
 	}
-	return u.describe(dir, base, header)
+	return setAttributesAt(dir, base, header)
 }
 
-var deviceTypes = map[byte]uint32{tar.TypeChar: unix.S_IFCHR, tar.TypeBlock: unix.S_IFBLK, tar.TypeFifo: unix.S_IFIFO}
+var deviceTypes = map[byte]uint32{tar.TypeChar: syscall.S_IFCHR, tar.TypeBlock: syscall.S_IFBLK, tar.TypeFifo: syscall.S_IFIFO}
 
 // parent opens the directory of an entry, and makes what is missing of it. Links on the way are followed within the tree.
 func (u *unpacker) parent(name string) (*os.File, error) {
@@ -248,71 +250,60 @@ func (u *unpacker) forgetParents() {
 
 // clear removes what an earlier entry of the same name made. A directory is moved to scratch.
 func (u *unpacker) clear(dir *os.File, base string) error {
-	var stat unix.Stat_t
-	err := unix.Fstatat(int(dir.Fd()), base, &stat, unix.AT_SYMLINK_NOFOLLOW)
-	if errors.Is(err, unix.ENOENT) {
+	stat, err := linux.Fstatat(dir, base)
+	if errors.Is(err, syscall.ENOENT) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("fstatat: %w", err)
+		return err
 	}
-	if stat.Mode&unix.S_IFMT != unix.S_IFDIR {
-		u.stale = stat.Mode&unix.S_IFMT == unix.S_IFLNK
-		if err := unix.Unlinkat(int(dir.Fd()), base, 0); err != nil {
-			return fmt.Errorf("unlinkat: %w", err)
-		}
-		return nil
+	if !stat.IsDir() {
+		u.stale = stat.IsSymlink()
+		return linux.Unlinkat(dir, base)
 	}
 	u.stale = true
 	u.replaced++
 	old := filepath.Join(u.scratch, "replaced-"+strconv.Itoa(u.replaced))
-	if err := unix.Renameat(int(dir.Fd()), base, unix.AT_FDCWD, old); err != nil {
-		return fmt.Errorf("renameat: %w", err)
-	}
-	return nil
+	return linux.Renameat(dir, base, nil, old, 0)
 }
 
 // file makes a regular file. Runs of zeros become holes: many images have files that were sparse where they were made.
 func (u *unpacker) file(dir *os.File, base string, header *tar.Header, content io.Reader) error {
-	fd, err := unix.Openat(int(dir.Fd()), base, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	file, err := linux.OpenFile(dir, base, os.O_WRONLY|os.O_CREATE|os.O_EXCL|linux.O_NOFOLLOW, 0o600, 0)
 	if err != nil {
-		return fmt.Errorf("openat: %w", err)
-	}
-	defer unix.Close(fd)
-	if err := u.write(fd, header.Size, content); err != nil {
 		return err
 	}
-	if err := describeOpen(fd, header); err != nil {
+	defer file.Close()
+	if err := u.write(file, header.Size, content); err != nil {
 		return err
 	}
-	times := timesOf(header)
-	if err := futimens(fd, &times); err != nil {
-		return fmt.Errorf("utimensat: %w", err)
+	if err := setAttributes(file, header); err != nil {
+		return err
 	}
-	return nil
+	accessed, modified := timesOf(header)
+	return linux.Futimens(file, accessed, modified)
 }
 
 // directory makes a directory, or takes the one that an earlier entry made.
 func (u *unpacker) directory(dir *os.File, base, name string, header *tar.Header) error {
-	err := unix.Mkdirat(int(dir.Fd()), base, 0o700)
+	err := linux.Mkdirat(dir, base, 0o700)
 	hidden := false
-	if errors.Is(err, unix.EEXIST) {
-		var stat unix.Stat_t
-		if err := unix.Fstatat(int(dir.Fd()), base, &stat, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-			return fmt.Errorf("fstatat: %w", err)
+	if errors.Is(err, syscall.EEXIST) {
+		var stat linux.Stat
+		if stat, err = linux.Fstatat(dir, base); err != nil {
+			return err
 		}
-		err = nil
-		if stat.Mode&unix.S_IFMT != unix.S_IFDIR {
-			// A whiteout of the same name hides what is below, and so does a file, which is not there any more.
-			hidden = stat.Mode&unix.S_IFMT == unix.S_IFCHR && stat.Rdev == 0
+		if !stat.IsDir() {
+			// A whiteout of the same name hides the entries of lower layers. A file does so too, but it is replaced.
+			hidden = stat.IsWhiteout()
 			if err := u.clear(dir, base); err != nil {
 				return err
 			}
-			err = unix.Mkdirat(int(dir.Fd()), base, 0o700)
+			err = linux.Mkdirat(dir, base, 0o700)
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("mkdirat: %w", err)
+		return err
 	}
 	made, err := openDir(dir, base)
 	if err != nil {
@@ -324,20 +315,15 @@ func (u *unpacker) directory(dir *os.File, base, name string, header *tar.Header
 			return err
 		}
 	}
-	return u.describeDir(made, name, header)
+	return u.setDirAttributes(made, name, header)
 }
 
 func openDir(dir *os.File, base string) (*os.File, error) {
-	fd, err := unix.Openat(int(dir.Fd()), base, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("openat: %w", err)
-	}
-	return os.NewFile(uintptr(fd), base), nil
+	return linux.Open(dir, base, os.O_RDONLY|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
 }
 
-func (u *unpacker) describeDir(dir *os.File, name string, header *tar.Header) error {
-	fd := int(dir.Fd())
-	if err := describeOpen(fd, header); err != nil {
+func (u *unpacker) setDirAttributes(dir *os.File, name string, header *tar.Header) error {
+	if err := setAttributes(dir, header); err != nil {
 		return err
 	}
 	return u.timesEncoder.Encode(dirTime{name, header.ModTime.Unix(), header.ModTime.Nanosecond()})
@@ -354,52 +340,45 @@ func (u *unpacker) hardLink(dir *os.File, base string, header *tar.Header) error
 		return fmt.Errorf("%w: the hard link's target %q: %w", errdefs.ErrInvalidArgument, header.Linkname, err)
 	}
 	defer from.Close()
-	var stat unix.Stat_t
-	if err := unix.Fstatat(int(from.Fd()), target, &stat, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+	stat, err := linux.Fstatat(from, target)
+	if err != nil {
 		return fmt.Errorf("%w: the hard link's target %q: %w", errdefs.ErrInvalidArgument, header.Linkname, err)
 	}
-	if stat.Mode&unix.S_IFMT == unix.S_IFCHR && stat.Rdev == 0 {
+	if stat.IsWhiteout() {
 		return fmt.Errorf("%w: the hard link's target %q was removed by the layer", errdefs.ErrInvalidArgument, header.Linkname)
 	}
-	if err := unix.Linkat(int(from.Fd()), target, int(dir.Fd()), base, 0); err != nil {
-		return fmt.Errorf("linkat %q: %w", header.Linkname, err)
-	}
-	return nil
+	return linux.Linkat(from, target, dir, base)
 }
 
-// describeOpen sets owner, mode and attributes of an open file or directory, in this order: a new owner takes set-user-ID
-// and file capabilities away.
-func describeOpen(fd int, header *tar.Header) error {
-	if err := unix.Fchown(fd, header.Uid, header.Gid); err != nil {
-		return fmt.Errorf("fchown: %w", err)
-	}
-	if err := unix.Fchmod(fd, modeOf(header)); err != nil {
-		return fmt.Errorf("fchmod: %w", err)
-	}
-	return setXattrs(header, func(name string, value []byte) error { return unix.Fsetxattr(fd, name, value, 0) })
-}
-
-// describe sets owner, mode, attributes and time of what is neither a file nor a directory.
-func (u *unpacker) describe(dir *os.File, base string, header *tar.Header) error {
-	if err := unix.Fchownat(int(dir.Fd()), base, header.Uid, header.Gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return fmt.Errorf("fchownat: %w", err)
-	}
-	if header.Typeflag != tar.TypeSymlink {
-		if err := unix.Fchmodat(int(dir.Fd()), base, modeOf(header), 0); err != nil {
-			return fmt.Errorf("fchmodat: %w", err)
-		}
-	}
-	// There is no lsetxattr beneath a directory before Linux 6.13. The entry was just made here, and is no directory.
-	full := fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), base)
-	if err := setXattrs(header, func(name string, value []byte) error { return unix.Lsetxattr(full, name, value, 0) }); err != nil {
+// setAttributes sets owner, mode and extended attributes of an open file or directory, in this order: a new owner takes
+// away set-user-ID and file capabilities.
+func setAttributes(file *os.File, header *tar.Header) error {
+	if err := linux.Fchownat(file, "", uint32(header.Uid), uint32(header.Gid)); err != nil {
 		return err
 	}
-	times := timesOf(header)
-	if err := unix.UtimesNanoAt(int(dir.Fd()), base, times[:], unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return fmt.Errorf("utimensat: %w", err)
+	if err := linux.Fchmodat(file, "", modeOf(header)); err != nil {
+		return err
 	}
-	return nil
+	return setXattrs(header, func(name string, value []byte) error { return linux.SetXattr(file, name, value) })
 }
 
-// modeOf is the mode's bits, those for set-user-ID, set-group-ID and sticky included.
+// setAttributesAt sets owner, mode, extended attributes and times of an entry that is neither a file nor a directory. The
+// entry was just made.
+func setAttributesAt(dir *os.File, base string, header *tar.Header) error {
+	if err := linux.Fchownat(dir, base, uint32(header.Uid), uint32(header.Gid)); err != nil {
+		return err
+	}
+	if header.Typeflag != tar.TypeSymlink {
+		if err := linux.Fchmodat(dir, base, modeOf(header)); err != nil {
+			return err
+		}
+	}
+	if err := setXattrs(header, func(name string, value []byte) error { return linux.SetXattrAt(dir, base, name, value) }); err != nil {
+		return err
+	}
+	accessed, modified := timesOf(header)
+	return linux.Utimensat(dir, base, accessed, modified)
+}
+
+// modeOf returns the mode's bits, with set-user-ID, set-group-ID and sticky.
 func modeOf(header *tar.Header) uint32 { return uint32(header.Mode) & 0o7777 }

@@ -5,25 +5,27 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"syscall"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // Whiteouts of an image (OCI image specification, "Representing Changes") and of overlayfs (kernel documentation,
 // "whiteouts and opaque directories").
 const (
-	// WhiteoutPrefix begins the name of an entry that says that the rest of the name is not there.
+	// WhiteoutPrefix begins the name of an entry that hides the rest of the name in lower layers.
 	WhiteoutPrefix = ".wh."
-	// opaqueName says that its directory shows nothing of lower layers. Other names with whiteoutMeta are AUFS's own.
+	// opaqueName hides everything in its directory in lower layers. Other names with whiteoutMeta are AUFS's own.
 	opaqueName   = ".wh..wh..opq"
 	whiteoutMeta = ".wh..wh."
 	// opaqueXattr of "y" is what overlayfs calls an opaque directory.
 	opaqueXattr = "trusted.overlay.opaque"
 )
 
-// whiteout turns an image's whiteout into one of overlayfs: a character device 0/0. It is for lower layers: what this
-// layer itself has of that name stays.
+// whiteout makes a whiteout of overlayfs, a character device 0/0, from one of an image. A whiteout hides entries of lower
+// layers only, never entries of its own layer.
 func (u *unpacker) whiteout(dir *os.File, base string) error {
 	if base == opaqueName {
 		return setOpaque(dir)
@@ -38,16 +40,13 @@ func (u *unpacker) whiteout(dir *os.File, base string) error {
 	if name == "" || name == "." || name == ".." {
 		return fmt.Errorf("%w: a whiteout of %q", errdefs.ErrInvalidArgument, name)
 	}
-	err := unix.Mknodat(int(dir.Fd()), name, unix.S_IFCHR, 0)
-	if !errors.Is(err, unix.EEXIST) {
-		if err != nil {
-			return fmt.Errorf("make a whiteout: mknodat: %w", err)
-		}
-		return nil
+	err := linux.Mknodat(dir, name, syscall.S_IFCHR, 0)
+	if !errors.Is(err, syscall.EEXIST) {
+		return err
 	}
-	// A file of this layer hides what is below as it is. A directory must be told.
+	// A file of this layer hides the entries of lower layers anyway. A directory needs the attribute.
 	made, err := openDir(dir, name)
-	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+	if errors.Is(err, syscall.ENOTDIR) || errors.Is(err, syscall.ELOOP) {
 		return nil
 	}
 	if err != nil {
@@ -57,16 +56,16 @@ func (u *unpacker) whiteout(dir *os.File, base string) error {
 	return setOpaque(made)
 }
 
-// isHidden reports whether a directory shows nothing of lower layers already. A whiteout in it would hide nothing, and
-// overlayfs, which reads such a directory as it is, would list its name.
+// isHidden reports whether a directory, or one above it, is opaque. A whiteout in it would hide nothing, and overlayfs,
+// which reads such a directory as it is, would list its name.
 func (u *unpacker) isHidden(dir *os.File) (bool, error) {
-	root, err := identity(u.root, "")
+	root, err := linux.StatFile(u.root)
 	if err != nil {
 		return false, err
 	}
 	for up := "."; ; up += "/.." {
-		at, err := identity(dir, up)
-		if err != nil || at == root {
+		at, err := linux.Fstatat(dir, up)
+		if err != nil || at.ID() == root.ID() {
 			return false, err
 		}
 		above, err := openDir(dir, up)
@@ -81,36 +80,19 @@ func (u *unpacker) isHidden(dir *os.File) (bool, error) {
 	}
 }
 
-func identity(dir *os.File, path string) (uint64, error) {
-	var stat unix.Stat_t
-	if err := unix.Fstatat(int(dir.Fd()), path, &stat, unix.AT_EMPTY_PATH); err != nil {
-		return 0, fmt.Errorf("fstatat: %w", err)
-	}
-	return stat.Ino, nil
-}
-
 // setOpaque makes a directory hide what lower layers have in it. The handle may be one of O_PATH.
-func setOpaque(dir *os.File) error {
-	if err := unix.Setxattr(fmt.Sprintf("/proc/self/fd/%d", dir.Fd()), opaqueXattr, []byte("y"), 0); err != nil {
-		return fmt.Errorf("set %s: %w", opaqueXattr, err)
-	}
-	return nil
-}
+func setOpaque(dir *os.File) error { return linux.SetXattr(dir, opaqueXattr, []byte("y")) }
 
 // IsOpaque reports whether a directory hides what lower layers have in it. The handle may be one of O_PATH.
 func IsOpaque(dir *os.File) (bool, error) {
-	var value [2]byte
-	n, err := unix.Getxattr(fmt.Sprintf("/proc/self/fd/%d", dir.Fd()), opaqueXattr, value[:])
-	if errors.Is(err, unix.ENODATA) || errors.Is(err, unix.ERANGE) {
+	value, err := linux.GetXattr(dir, opaqueXattr)
+	if errors.Is(err, syscall.ENODATA) {
 		return false, nil
 	}
-	if err != nil {
-		return false, fmt.Errorf("get %s: %w", opaqueXattr, err)
-	}
-	return n == 1 && value[0] == 'y', nil
+	return string(value) == "y", err
 }
 
-// isWhiteout reports whether a device would be a whiteout to overlayfs.
+// isWhiteout reports whether overlayfs would take a device for a whiteout.
 func isWhiteout(typeflag byte, major, minor int64) bool {
-	return typeflag == tar.TypeChar && unix.Mkdev(uint32(major), uint32(minor)) == 0
+	return typeflag == tar.TypeChar && linux.Mkdev(uint32(major), uint32(minor)) == 0
 }
