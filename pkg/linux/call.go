@@ -3,6 +3,7 @@ package linux
 import (
 	"os"
 	"runtime"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -61,6 +62,7 @@ func fdOf(dir *os.File) int {
 	return int(dir.Fd())
 }
 
+// fullPath is what a file beneath dir is called in errors, and what is shown of it.
 func fullPath(dir *os.File, path string) string {
 	switch {
 	case dir == nil:
@@ -68,5 +70,5 @@ func fullPath(dir *os.File, path string) string {
 	case path == "" || path == ".":
 		return dir.Name()
 	}
-	return dir.Name() + "/" + path
+	return strings.TrimRight(dir.Name(), "/") + "/" + strings.TrimLeft(path, "/")
 }
