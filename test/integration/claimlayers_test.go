@@ -91,7 +91,7 @@ func TestClaimNamesItsLayersWrongly(t *testing.T) {
 		"missing directory":  {"missing", fromClaim, codes.NotFound, "missing"},
 		"claim that is gone": {"gone", fromClaim, codes.NotFound, "default/gone"},
 		"no metadata":        {"", fromClaim, codes.FailedPrecondition, "--extra-create-metadata"},
-		"other source":       {"plain", map[string]string{"layersFrom": "pod"}, codes.InvalidArgument, "there is claim"},
+		"other source":       {"plain", map[string]string{"layersFrom": "pod"}, codes.InvalidArgument, "the value is claim"},
 		"both":               {"plain", map[string]string{"layersFrom": "claim", "layers": drivertest.Layers("a")}, codes.InvalidArgument, "write one"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -100,7 +100,7 @@ func TestClaimNamesItsLayersWrongly(t *testing.T) {
 		})
 	}
 	_, err := newPod(t, node, "pod").Publish(timeout(t), inline("layersFrom", "claim"))
-	wantCode(t, err, codes.InvalidArgument, "StorageClasses alone")
+	wantCode(t, err, codes.InvalidArgument, "StorageClasses only")
 	wantNothingLeft(t, node)
 	must(t, node.Stop())
 
