@@ -20,30 +20,34 @@ func (r *Roots) openArchive(ref reference.Reference) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	file, err := openBeneath(at.dir, ref, os.O_RDONLY|linux.O_NONBLOCK|linux.O_NOCTTY, at.resolve)
+	// Somebody may have put a device there, and opening a device has effects. A handle (O_PATH) has none.
+	handle, err := openBeneath(at.dir, ref, linux.O_PATH, at.resolve)
 	if err != nil {
 		return nil, err
 	}
-	if err := r.checkArchive(at.dir, file); err != nil {
-		file.Close()
+	defer handle.Close()
+	if err := r.checkArchive(at.dir, handle); err != nil {
+		return nil, fmt.Errorf("layer %s: %w", ref, err)
+	}
+	file, err := linux.Reopen(handle, os.O_RDONLY)
+	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", ref, err)
 	}
 	return file, nil
 }
 
-// checkArchive returns ErrInvalidArgument if a file that was opened beneath root is neither a file nor a directory, or is in the data
-// root.
-func (r *Roots) checkArchive(root, file *os.File) error {
-	stat, err := linux.StatFile(file)
+// checkArchive returns ErrInvalidArgument if what was opened beneath root is neither a file nor a directory, or is in the data root.
+func (r *Roots) checkArchive(root, handle *os.File) error {
+	stat, err := linux.StatFile(handle)
 	switch {
 	case err != nil:
 		return err
 	case stat.IsDir():
-		return r.protected.check(root, file)
+		return r.protected.check(root, handle)
 	case !stat.IsRegular():
 		return fmt.Errorf("%w: it is neither a file nor a directory", errdefs.ErrInvalidArgument)
 	}
-	path, err := linux.CurrentPath(file)
+	path, err := linux.CurrentPath(handle)
 	if err != nil {
 		return err
 	}
@@ -52,5 +56,9 @@ func (r *Roots) checkArchive(root, file *os.File) error {
 		return fmt.Errorf("%w: open the directory of the archive: %w", errdefs.ErrUnavailable, err)
 	}
 	defer dir.Close()
+	// The path may lead elsewhere since it was read.
+	if entry, err := linux.Fstatat(dir, filepath.Base(path)); err != nil || entry.ID() != stat.ID() {
+		return fmt.Errorf("%w: the archive was moved or replaced while it was opened", errdefs.ErrUnavailable)
+	}
 	return r.protected.check(root, dir)
 }
