@@ -23,8 +23,10 @@ var mayImport = map[string][]string{
 		"pkg/dataroot", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/record", "pkg/reference", "pkg/spec",
 		"pkg/store", "pkg/upper", "pkg/volume/chown",
 	},
-	"pkg/volume/chown":    {},
-	"pkg/layer":           {"pkg/dataroot", "pkg/image", "pkg/kubeapi", "pkg/kubelet", "pkg/overlay", "pkg/reference", "pkg/registry", "pkg/store"},
+	"pkg/volume/chown": {},
+	"pkg/layer": {
+		"pkg/dataroot", "pkg/image", "pkg/kubeapi", "pkg/kubelet", "pkg/overlay", "pkg/reference", "pkg/registry", "pkg/store",
+	},
 	"pkg/store":           {"pkg/dataroot", "pkg/image", "pkg/record", "pkg/reference", "pkg/registry", "pkg/unpack"},
 	"pkg/unpack":          {},
 	"pkg/registry":        {"pkg/image"},

@@ -117,8 +117,10 @@ func addStoreFlags(flags *pflag.FlagSet, opts *options, maxLayerSize *string) {
 		"`directory` with <host>/hosts.toml, containerd's configuration of registries: mirrors, CAs, plain HTTP")
 	flags.StringVar(&opts.registry.CredentialsFile, "registry-config", "",
 		"Docker config.json `file` with registry credentials, for images that a volume's own secret does not cover")
-	flags.StringArrayVar(&config.Prefetch, "prefetch", nil, "`image` (registry/repository:tag) to pull at start and not to collect; repeatable")
-	flags.IntVar(&config.MaxConcurrentLayerPulls, "max-concurrent-layer-pulls", 4, "`number` of layers that are downloaded and unpacked at the same time")
+	flags.StringArrayVar(&config.Prefetch, "prefetch", nil,
+		"`image` (registry/repository:tag) to pull at start and not to collect; repeatable")
+	flags.IntVar(&config.MaxConcurrentLayerPulls, "max-concurrent-layer-pulls", 4,
+		"`number` of layers that are downloaded and unpacked at the same time")
 	flags.DurationVar(&opts.registry.StallTimeout, "pull-stall-timeout", 30*time.Second,
 		"how long a registry may send almost nothing before the request is retried")
 	flags.StringVar(maxLayerSize, "max-layer-size", "1Ti", "maximum `size` of one unpacked layer; 0: unlimited")

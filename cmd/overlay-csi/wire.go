@@ -137,7 +137,8 @@ func newMounter(dataRoot string, features overlay.Features) (*overlay.Mounter, e
 	return overlay.NewMounter(overlay.Config{Dir: dir, Features: features, MountUtils: mount.NewWithoutSystemd(""), Commands: exec.New()})
 }
 
-func newManager(root *volume.DataRoot, mounter *overlay.Mounter, detached *overlay.DetachedRoot, api kubeapi.Reader, layers *store.Store, opts options) (*volume.Manager, error) {
+func newManager(root *volume.DataRoot, mounter *overlay.Mounter, detached *overlay.DetachedRoot, api kubeapi.Reader,
+	layers *store.Store, opts options) (*volume.Manager, error) {
 	protected, err := layer.NewProtectedDir(root.Path())
 	if err != nil {
 		return nil, err

@@ -45,7 +45,7 @@ func (b *bars) update(progress api.Progress) {
 	for _, layer := range progress.Layers {
 		bar := b.byLayer[layer.Digest]
 		if bar == nil {
-			name := layer.Title
+			name := layer.FileName
 			if name == "" {
 				name = short(layer.Digest)
 			}

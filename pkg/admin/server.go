@@ -204,9 +204,10 @@ func Serve(ctx context.Context, path string, handler http.Handler) error {
 	if err := os.Chmod(path, 0o600); err != nil {
 		return fmt.Errorf("--admin-socket: %w", err)
 	}
-	server := &http.Server{Handler: handler, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute, BaseContext: func(net.Listener) context.Context {
+	baseContext := func(net.Listener) context.Context {
 		return klog.NewContext(context.Background(), klog.FromContext(ctx))
-	}}
+	}
+	server := &http.Server{Handler: handler, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute, BaseContext: baseContext}
 	stop := context.AfterFunc(ctx, func() { server.Close() })
 	defer stop()
 	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {

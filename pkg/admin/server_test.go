@@ -38,7 +38,8 @@ type fakeLayers struct {
 }
 
 func (*fakeLayers) Layers() []store.LayerStatus {
-	return []store.LayerStatus{{Layer: store.Layer{Version: 1, DiffID: diffID, Digest: blob, Bytes: 4096, Entries: 2, Created: now}, LastUsed: now}}
+	layer := store.Layer{Version: 1, DiffID: diffID, Digest: blob, Bytes: 4096, Entries: 2, Created: now}
+	return []store.LayerStatus{{Layer: layer, LastUsed: now}}
 }
 
 func (*fakeLayers) Images() []store.Image {
@@ -130,7 +131,8 @@ func serve(t *testing.T, layers *fakeLayers) string {
 func TestJSON(t *testing.T) {
 	layers := &fakeLayers{}
 	client := api.NewClient(serve(t, layers))
-	layer := fmt.Sprintf(`"diffID":%q,"digest":%q,"bytes":4096,"entries":2,"created":"2026-11-25T01:02:03Z","lastUsed":"2026-11-25T01:02:03Z"`, diffID, blob)
+	const times = `"created":"2026-11-25T01:02:03Z","lastUsed":"2026-11-25T01:02:03Z"`
+	layer := fmt.Sprintf(`"diffID":%q,"digest":%q,"bytes":4096,"entries":2,%s`, diffID, blob, times)
 	for name, c := range map[string]struct {
 		get  func(ctx context.Context) (any, error)
 		want string
@@ -141,7 +143,8 @@ func TestJSON(t *testing.T) {
 		},
 		"images": {
 			func(ctx context.Context) (any, error) { return client.Images(ctx) },
-			fmt.Sprintf(`[{"digest":%q,"platform":"linux/amd64","names":["r.example/a:1"],"layers":[{"diffID":%q,"digest":%[1]q,"mediaType":"tar","size":10}],`+
+			fmt.Sprintf(`[{"digest":%q,"platform":"linux/amd64","names":["r.example/a:1"],`+
+				`"layers":[{"diffID":%q,"digest":%[1]q,"mediaType":"tar","size":10}],`+
 				`"pulled":"2026-11-25T01:02:03Z"}]`, blob, diffID),
 		},
 		"gc": {

@@ -11,15 +11,19 @@ import (
 
 func wireLayer(l store.LayerStatus, volumes []string) api.Layer {
 	return api.Layer{
-		DiffID: l.DiffID, Digest: l.Digest, Title: l.FileName, Bytes: l.Bytes, Entries: l.Entries,
+		DiffID: l.DiffID, Digest: l.Digest, FileName: l.FileName, Bytes: l.Bytes, Entries: l.Entries,
 		Created: l.Created, LastUsed: l.LastUsed, Volumes: volumes,
 	}
 }
 
 func wireImage(i store.Image) api.Image {
-	image := api.Image{Digest: i.Digest, Manifest: i.Manifest, Platform: i.Platform, Names: i.Names, Layers: []api.ImageLayer{}, Pulled: i.Pulled}
+	image := api.Image{
+		Digest: i.Digest, Manifest: i.Manifest, Platform: i.Platform, Names: i.Names, Layers: []api.ImageLayer{}, Pulled: i.Pulled,
+	}
 	for _, l := range i.Layers {
-		image.Layers = append(image.Layers, api.ImageLayer{DiffID: l.DiffID, Digest: l.Digest, MediaType: l.MediaType, Size: l.Size, Title: l.FileName})
+		image.Layers = append(image.Layers, api.ImageLayer{
+			DiffID: l.DiffID, Digest: l.Digest, MediaType: l.MediaType, Size: l.Size, FileName: l.FileName,
+		})
 	}
 	return image
 }
@@ -27,7 +31,9 @@ func wireImage(i store.Image) api.Image {
 func wireProgress(p store.Progress) *api.Progress {
 	progress := &api.Progress{Image: p.Image, Layers: []api.LayerProgress{}}
 	for _, l := range p.Layers {
-		progress.Layers = append(progress.Layers, api.LayerProgress{Digest: l.Digest, Title: l.FileName, Size: l.Size, Done: l.Done, Present: l.Present})
+		progress.Layers = append(progress.Layers, api.LayerProgress{
+			Digest: l.Digest, FileName: l.FileName, Size: l.Size, Done: l.Done, Present: l.Present,
+		})
 	}
 	return progress
 }

@@ -11,11 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
+
+	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
 // TestDirectoryTimesBesideRenames: a rename anywhere on the machine keeps the kernel from being sure of a lookup through "..", which
 // is no reason to leave a directory with a wrong time.
 func TestDirectoryTimesBesideRenames(t *testing.T) {
+	needs.Root(t)
 	at := time.Unix(1_600_000_000, 123_456_789)
 	entries := []registrytest.Entry{
 		{Header: tar.Header{Typeflag: tar.TypeDir, Name: "a/", Mode: 0o755, ModTime: at}},

@@ -26,6 +26,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/unpack"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
+	"github.com/overlay-csi/overlay-csi/test/needs"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
 
@@ -355,6 +356,7 @@ func randomLayer(random *rand.Rand, below string) []registrytest.Entry {
 }
 
 func TestRealTreeAsUmoci(t *testing.T) {
+	needs.Root(t)
 	if testing.Short() {
 		t.Skip("a real tree takes seconds")
 	}
@@ -530,6 +532,7 @@ func TestLimits(t *testing.T) {
 // workDir is a directory on a file system that can hold layers.
 func workDir(t *testing.T) string {
 	t.Helper()
+	needs.Root(t)
 	dir, remove, err := drivertest.WorkDir()
 	must(t, err)
 	t.Cleanup(func() { must(t, remove()) })

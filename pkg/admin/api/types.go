@@ -11,9 +11,9 @@ import (
 type Layer struct {
 	// DiffID is the digest of the uncompressed tar.
 	DiffID digest.Digest `json:"diffID"`
-	// Digest and Title are those of the blob that it was unpacked from. Title is set only for a file that is not a tar.
-	Digest digest.Digest `json:"digest,omitempty"`
-	Title  string        `json:"title,omitempty"`
+	// Digest and FileName are those of the blob that it was unpacked from. FileName is set only for a file that is not a tar.
+	Digest   digest.Digest `json:"digest,omitempty"`
+	FileName string        `json:"fileName,omitempty"`
 	// Bytes is about what its files take on the disk.
 	Bytes    int64     `json:"bytes"`
 	Entries  int64     `json:"entries"`
@@ -42,7 +42,7 @@ type ImageLayer struct {
 	Digest    digest.Digest `json:"digest"`
 	MediaType string        `json:"mediaType,omitempty"`
 	Size      int64         `json:"size"`
-	Title     string        `json:"title,omitempty"`
+	FileName  string        `json:"fileName,omitempty"`
 }
 
 // GCResult lists the layers that a garbage collection removed, or would remove.
@@ -59,10 +59,10 @@ type Progress struct {
 
 // LayerProgress is how far a layer is, in bytes of its blob.
 type LayerProgress struct {
-	Digest digest.Digest `json:"digest"`
-	Title  string        `json:"title,omitempty"`
-	Size   int64         `json:"size"`
-	Done   int64         `json:"done"`
+	Digest   digest.Digest `json:"digest"`
+	FileName string        `json:"fileName,omitempty"`
+	Size     int64         `json:"size"`
+	Done     int64         `json:"done"`
 	// Present is set once the layer is in the store. Before that, a layer with Done equal to Size is being unpacked.
 	Present bool `json:"present"`
 }
