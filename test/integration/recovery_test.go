@@ -4,8 +4,8 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
@@ -254,10 +254,11 @@ func TestOnlyOneDriverOnADataRoot(t *testing.T) {
 	second.DataRoot = node.DataRoot
 	done := make(chan error, 1)
 	go func() { done <- second.Start(t.Context()) }()
+	eventually(t, "the second driver waits", func() bool { return strings.Contains(second.Log(), "Waiting for another process to end") })
 	select {
 	case err := <-done:
 		t.Fatalf("the second driver did not wait: %v", err)
-	case <-time.After(500 * time.Millisecond):
+	default:
 	}
 	must(t, node.Kill())
 	if err := <-done; err != nil {
