@@ -377,17 +377,28 @@ func TestPullOutlivesItsRequest(t *testing.T) {
 	r := n.startRegistry(registrytest.Options{})
 	l := layer(t, incompressible(1<<20))
 	pinned := push(t, r, "a:1", image(t, l))
-	release := make(chan struct{})
+	release, begun := make(chan struct{}), make(chan struct{})
 	var downloads atomic.Int64
 	r.SetFault(func(_ http.ResponseWriter, request *http.Request) bool {
 		if registrytest.IsBlob(request, mustHex(t, l)) {
-			downloads.Add(1)
+			if downloads.Add(1) == 1 {
+				close(begun)
+			}
 			<-release
 		}
 		return false
 	})
-	for range 3 {
+	for try := range 3 {
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		if try == 0 {
+			// This one gives up when the layer is on its way, however long that takes.
+			cancel()
+			ctx, cancel = context.WithCancel(t.Context())
+			go func() {
+				<-begun
+				cancel()
+			}()
+		}
 		_, err := n.pullWith(ctx, pinned)
 		wantError(t, err, "still being pulled", "0 of 1 layers")
 		if !errdefs.IsUnavailable(err) {

@@ -1,11 +1,14 @@
 package store_test
 
 import (
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -158,29 +161,27 @@ func TestCollectsWhileLayersAreUsed(t *testing.T) {
 	for i := range 6 {
 		pinned = append(pinned, push(t, r, fmt.Sprint("i", i, ":1"), image(t, layer(t, registrytest.File("f", "content")), layer(t, registrytest.File("own", fmt.Sprint(i))))))
 	}
-	stop := make(chan struct{})
-	collector := make(chan int)
-	go func() {
-		collected := 0
-		for {
-			select {
-			case <-stop:
-				collector <- collected
-				return
-			default:
-			}
+	// So often, however fast the disk is.
+	const enough = 100
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	var uses, collected atomic.Int64
+	unfinished := func() bool {
+		return (uses.Load() < enough || collected.Load() < enough) && ctx.Err() == nil && !t.Failed()
+	}
+	var workers sync.WaitGroup
+	workers.Go(func() {
+		for unfinished() {
 			result, err := n.GC(t.Context(), store.GCRequest{All: true})
 			if err != nil {
 				t.Error(err)
 			}
-			collected += len(result.Layers)
+			collected.Add(int64(len(result.Layers)))
 		}
-	}()
-	users := make(chan int)
+	})
 	for range 4 {
-		go func() {
-			uses := 0
-			for begin := time.Now(); time.Since(begin) < 3*time.Second; {
+		workers.Go(func() {
+			for unfinished() {
 				use, err := n.pull(pinned[rand.IntN(len(pinned))], "", registry.Credentials{})
 				if err != nil {
 					if !strings.Contains(err.Error(), "was removed again") {
@@ -188,23 +189,17 @@ func TestCollectsWhileLayersAreUsed(t *testing.T) {
 					}
 					continue
 				}
-				uses++
+				uses.Add(1)
 				if content, err := os.ReadFile(filepath.Join(use.Dirs[1].Name(), "f")); string(content) != "content" {
 					t.Errorf("a layer that is held lost its file: %v", err)
 				}
 				use.Release()
 			}
-			users <- uses
-		}()
+		})
 	}
-	uses := 0
-	for range 4 {
-		uses += <-users
-	}
-	close(stop)
-	collected := <-collector
-	if uses < 20 || collected < 20 {
-		t.Errorf("only %d uses and %d layers collected", uses, collected)
+	workers.Wait()
+	if ctx.Err() != nil {
+		t.Errorf("only %d uses and %d layers collected in 5 minutes", uses.Load(), collected.Load())
 	}
 }
 
