@@ -10,9 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/overlay-csi/overlay-csi/test/registrytest"
-
 	"github.com/overlay-csi/overlay-csi/test/needs"
+	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
 
 // TestDirectoryTimesBesideRenames: a rename anywhere on the machine keeps the kernel from being sure of a lookup through "..", which

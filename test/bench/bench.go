@@ -53,7 +53,13 @@ func newBench(node *drivertest.Node, opts options) (*bench, error) {
 }
 
 func (b *bench) run(ctx context.Context) error {
-	fmt.Printf("%d rounds, three dir:// layers, upper: pod; %s, %d CPUs, Linux %s\n\n", b.opts.rounds, runtime.Version(), runtime.NumCPU(), release())
+	fmt.Printf(
+		"%d rounds, three dir:// layers, upper: pod; %s, %d CPUs, Linux %s\n\n",
+		b.opts.rounds,
+		runtime.Version(),
+		runtime.NumCPU(),
+		release(),
+	)
 	if b.opts.throughput {
 		return b.throughput(ctx)
 	}
@@ -90,8 +96,15 @@ func (b *bench) run(ctx context.Context) error {
 	again.print(10)
 	fewPublish := slices.Concat(few.driver.publish, again.driver.publish)
 	fewUnpublish := slices.Concat(few.driver.unpublish, again.driver.unpublish)
-	fmt.Printf("\nWith %d views beside it, p50 of a publish is %.2f times, of an unpublish %.2f times that with 10.\n", b.opts.views,
-		durations.Ratio(durations.Quantile(many.driver.publish, 50), durations.Quantile(fewPublish, 50)), durations.Ratio(durations.Quantile(many.driver.unpublish, 50), durations.Quantile(fewUnpublish, 50)))
+	fmt.Printf(
+		"\nWith %d views beside it, p50 of a publish is %.2f times, of an unpublish %.2f times that with 10.\n",
+		b.opts.views,
+		durations.Ratio(
+			durations.Quantile(many.driver.publish, 50),
+			durations.Quantile(fewPublish, 50),
+		),
+		durations.Ratio(durations.Quantile(many.driver.unpublish, 50), durations.Quantile(fewUnpublish, 50)),
+	)
 	fmt.Printf("Resident memory of the driver with %d views: %.1f MiB.\n", b.opts.views, float64(resident)/(1<<20))
 	return b.throughput(ctx)
 }
@@ -184,7 +197,14 @@ func (b *bench) throughput(ctx context.Context) error {
 	}
 	slices.Sort(raw)
 	slices.Sort(driver)
-	fmt.Printf("\n%d callers at once, publish and unpublish, median of %d turns: raw %.0f/s, driver %.0f/s, ratio %.2f.\n", b.opts.parallel, turns, raw[turns/2], driver[turns/2], driver[turns/2]/raw[turns/2])
+	fmt.Printf(
+		"\n%d callers at once, publish and unpublish, median of %d turns: raw %.0f/s, driver %.0f/s, ratio %.2f.\n",
+		b.opts.parallel,
+		turns,
+		raw[turns/2],
+		driver[turns/2],
+		driver[turns/2]/raw[turns/2],
+	)
 	return nil
 }
 
@@ -279,7 +299,8 @@ func (b *bench) publish(ctx context.Context, v view) error {
 }
 
 func (b *bench) unpublish(ctx context.Context, v view) error {
-	_, err := b.node.NodeService().NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: v.req.VolumeId, TargetPath: v.req.TargetPath})
+	_, err := b.node.NodeService().
+		NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: v.req.VolumeId, TargetPath: v.req.TargetPath})
 	return err
 }
 

@@ -37,8 +37,12 @@ func (s *story) layers(context.Context) error {
 		files map[string]string
 	}{
 		{&s.tuning, "tuning", map[string]string{"config.yaml": "learning_rate: 0.001   # from tuning\n"}},
-		{&s.datasets, "datasets", map[string]string{"config.yaml": "learning_rate: 0.01    # from datasets\n", "data/train.csv": "1,2,3\n", "data/old.csv": "0,0,0\n"}},
-		{&s.base, "base", map[string]string{"config.yaml": "learning_rate: 0.1     # from base\n", "bin/train": "#!/bin/sh\n", "README": "the base layer\n"}},
+		{&s.datasets, "datasets", map[string]string{
+			"config.yaml": "learning_rate: 0.01    # from datasets\n", "data/train.csv": "1,2,3\n", "data/old.csv": "0,0,0\n",
+		}},
+		{&s.base, "base", map[string]string{
+			"config.yaml": "learning_rate: 0.1     # from base\n", "bin/train": "#!/bin/sh\n", "README": "the base layer\n",
+		}},
 	} {
 		if *layer.path, err = s.node.Layer(layer.name, layer.files); err != nil {
 			return err
@@ -110,7 +114,12 @@ func (s *story) whiteout(context.Context) error {
 		return err
 	}
 	return errors.Join(
-		check(stat.Mode&unix.S_IFMT == unix.S_IFCHR && stat.Rdev == 0, "the upper has mode %o, device %d instead of a whiteout", stat.Mode, stat.Rdev),
+		check(
+			stat.Mode&unix.S_IFMT == unix.S_IFCHR && stat.Rdev == 0,
+			"the upper has mode %o, device %d instead of a whiteout",
+			stat.Mode,
+			stat.Rdev,
+		),
 		absent(filepath.Join(s.target, "data/old.csv")),
 		content(filepath.Join(s.datasets, "data/old.csv"), "0,0,0\n"),
 	)
@@ -148,7 +157,12 @@ func (s *story) claim(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	claim := drivertest.Volume{Name: "pvc-demo", ID: created.GetVolume().GetVolumeId(), Claim: true, Attributes: created.GetVolume().GetVolumeContext()}
+	claim := drivertest.Volume{
+		Name:       "pvc-demo",
+		ID:         created.GetVolume().GetVolumeId(),
+		Claim:      true,
+		Attributes: created.GetVolume().GetVolumeContext(),
+	}
 	for _, turn := range []struct{ pod, writes, finds string }{
 		{pod: "database-0", writes: "INSERT 1\n"},
 		{pod: "database-1", writes: "INSERT 2\n", finds: "INSERT 1\n"},

@@ -102,7 +102,10 @@ func (n *namespace) volumeOf(claim string) *corev1.PersistentVolume {
 
 func (n *namespace) deleteClaim(name string) {
 	n.t.Helper()
-	must(n.t, cluster.Delete(context.Background(), &corev1.PersistentVolumeClaim{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: n.name}}))
+	must(
+		n.t,
+		cluster.Delete(context.Background(), &corev1.PersistentVolumeClaim{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: n.name}}),
+	)
 }
 
 func waitVolumeGone(t *testing.T, name string) {
@@ -201,7 +204,10 @@ func TestRetainedVolume(t *testing.T) {
 		t.Errorf("reclaim policy Retain leaves no upper")
 	}
 
-	static := &corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: n.name + "-static", Annotations: map[string]string{"pv.kubernetes.io/provisioned-by": driverName}}, Spec: *old.Spec.DeepCopy()}
+	static := &corev1.PersistentVolume{
+		ObjectMeta: metav1.ObjectMeta{Name: n.name + "-static", Annotations: map[string]string{"pv.kubernetes.io/provisioned-by": driverName}},
+		Spec:       *old.Spec.DeepCopy(),
+	}
 	static.Spec.ClaimRef = &corev1.ObjectReference{Namespace: n.name, Name: "again"}
 	static.Spec.PersistentVolumeReclaimPolicy = corev1.PersistentVolumeReclaimDelete
 	must(t, cluster.Create(context.Background(), static))
@@ -316,8 +322,16 @@ func TestReadWriteManyClaimWithAnUpperForEachPod(t *testing.T) {
 func TestGenericEphemeralVolume(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t, "baseline")
-	template := &corev1.PersistentVolumeClaimTemplate{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{layersKey: threeLayers}}, Spec: claimSpec()}
-	p := n.run("pod", withVolume(corev1.Volume{Name: "work", VolumeSource: corev1.VolumeSource{Ephemeral: &corev1.EphemeralVolumeSource{VolumeClaimTemplate: template}}}))
+	template := &corev1.PersistentVolumeClaimTemplate{
+		ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{layersKey: threeLayers}},
+		Spec:       claimSpec(),
+	}
+	p := n.run(
+		"pod",
+		withVolume(
+			corev1.Volume{Name: "work", VolumeSource: corev1.VolumeSource{Ephemeral: &corev1.EphemeralVolumeSource{VolumeClaimTemplate: template}}},
+		),
+	)
 	p.want("cat /work/f && echo more >> /work/f && cat /work/f", "top\ntop\nmore")
 	volume := n.volumeOf("pod-work")
 	p.delete()
@@ -381,7 +395,8 @@ func promisedTo(t *testing.T, node string) (bytes float64) {
 	var volumes corev1.PersistentVolumeList
 	must(t, cluster.List(context.Background(), &volumes))
 	for _, v := range volumes.Items {
-		if v.Spec.CSI == nil || v.Spec.CSI.Driver != driverName || v.Spec.NodeAffinity == nil || !strings.Contains(fmt.Sprint(v.Spec.NodeAffinity.Required), node) {
+		if v.Spec.CSI == nil || v.Spec.CSI.Driver != driverName || v.Spec.NodeAffinity == nil ||
+			!strings.Contains(fmt.Sprint(v.Spec.NodeAffinity.Required), node) {
 			continue
 		}
 		size := v.Spec.Capacity[corev1.ResourceStorage]

@@ -120,7 +120,8 @@ func (c *kindCluster) waitDriver() error {
 		return d.Status.ObservedGeneration == d.Generation && int(d.Status.UpdatedNumberScheduled) == len(c.nodes) &&
 			int(d.Status.NumberReady) == len(c.nodes) && int(d.Status.NumberAvailable) == len(c.nodes)
 	}
-	if err := wait.For(conditions.New(c.Resources).ResourceMatch(daemonSet, ready), wait.WithTimeout(timeout), wait.WithInterval(500*time.Millisecond)); err != nil {
+	condition := conditions.New(c.Resources).ResourceMatch(daemonSet, ready)
+	if err := wait.For(condition, wait.WithTimeout(timeout), wait.WithInterval(500*time.Millisecond)); err != nil {
 		return fmt.Errorf("wait for the driver on %d nodes: %w (status %+v)", len(c.nodes), err, daemonSet.Status)
 	}
 	return nil
@@ -130,8 +131,11 @@ func (c *kindCluster) waitDriver() error {
 func (c *kindCluster) driverPod(t *testing.T, node string) *corev1.Pod {
 	t.Helper()
 	var pods corev1.PodList
-	must(t, c.WithNamespace(driverNamespace).List(context.Background(), &pods, resources.WithLabelSelector("app.kubernetes.io/name=overlay-csi"),
-		resources.WithFieldSelector("spec.nodeName="+node)))
+	must(
+		t,
+		c.WithNamespace(driverNamespace).List(context.Background(), &pods, resources.WithLabelSelector("app.kubernetes.io/name=overlay-csi"),
+			resources.WithFieldSelector("spec.nodeName="+node)),
+	)
 	for i := range pods.Items {
 		if pods.Items[i].DeletionTimestamp == nil {
 			return &pods.Items[i]
@@ -193,7 +197,16 @@ func (c *kindCluster) leftovers() ([]string, error) {
 // nothingWasForbidden looks for rights that the driver and its sidecars lack: the API server's answers are in their logs.
 func (c *kindCluster) nothingWasForbidden() error {
 	for _, container := range []string{"driver", "provisioner", "resizer"} {
-		log, err := command("kubectl", "--namespace", driverNamespace, "logs", "--selector=app.kubernetes.io/name=overlay-csi", "--container", container, "--tail=-1")
+		log, err := command(
+			"kubectl",
+			"--namespace",
+			driverNamespace,
+			"logs",
+			"--selector=app.kubernetes.io/name=overlay-csi",
+			"--container",
+			container,
+			"--tail=-1",
+		)
 		if err != nil {
 			return err
 		}

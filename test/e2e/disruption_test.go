@@ -25,7 +25,8 @@ i=0
 echo 0 > /tmp/errors
 while :; do
   i=$((i+1))
-  { echo $i > /work/count.new && mv /work/count.new /work/count && cat /work/count /work/bottom > /dev/null && echo $i >> /work/f && mkdir -p /work/d && mv /work/d /work/e && rmdir /work/e; } 2>> /tmp/log || echo $i >> /tmp/errors
+  { echo $i > /work/count.new && mv /work/count.new /work/count && cat /work/count /work/bottom > /dev/null &&
+    echo $i >> /work/f && mkdir -p /work/d && mv /work/d /work/e && rmdir /work/e; } 2>> /tmp/log || echo $i >> /tmp/errors
   sleep 0.1 & wait
 done`
 
@@ -359,11 +360,13 @@ func nodeIsReady(object k8s.Object) bool {
 // preferNode has the scheduler choose the node where it can.
 func preferNode(name string) podOption {
 	return func(p *corev1.Pod) {
-		p.Spec.Affinity = &corev1.Affinity{NodeAffinity: &corev1.NodeAffinity{PreferredDuringSchedulingIgnoredDuringExecution: []corev1.PreferredSchedulingTerm{{
-			Weight: 100,
-			Preference: corev1.NodeSelectorTerm{MatchExpressions: []corev1.NodeSelectorRequirement{
-				{Key: "kubernetes.io/hostname", Operator: corev1.NodeSelectorOpIn, Values: []string{name}},
-			}},
-		}}}}
+		p.Spec.Affinity = &corev1.Affinity{
+			NodeAffinity: &corev1.NodeAffinity{PreferredDuringSchedulingIgnoredDuringExecution: []corev1.PreferredSchedulingTerm{{
+				Weight: 100,
+				Preference: corev1.NodeSelectorTerm{MatchExpressions: []corev1.NodeSelectorRequirement{
+					{Key: "kubernetes.io/hostname", Operator: corev1.NodeSelectorOpIn, Values: []string{name}},
+				}},
+			}}},
+		}
 	}
 }

@@ -47,7 +47,9 @@ func startRegistry() (stop func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	cluster.registry, err = registrytest.Start(registrytest.Options{Address: address + ":0", TLS: true, User: registryUser, Password: registryPassword, Private: "private/"})
+	cluster.registry, err = registrytest.Start(
+		registrytest.Options{Address: address + ":0", TLS: true, User: registryUser, Password: registryPassword, Private: "private/"},
+	)
 	if err != nil {
 		return nil, err
 	}
@@ -56,7 +58,10 @@ func startRegistry() (stop func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	hosts := map[string]any{"hosts": fmt.Sprintf("server = \"https://%s\"\nca = \"ca.crt\"\n", host), "files": map[string]string{"ca.crt": string(cluster.registry.CA())}}
+	hosts := map[string]any{
+		"hosts": fmt.Sprintf("server = \"https://%s\"\nca = \"ca.crt\"\n", host),
+		"files": map[string]string{"ca.crt": string(cluster.registry.CA())},
+	}
 	values, err := yaml.Marshal(map[string]any{
 		"registries":    map[string]any{host: hosts, "registry.example.com": hosts},
 		"networkPolicy": map[string]any{"registryPorts": []string{port}},
@@ -145,12 +150,35 @@ func TestClaimStaysOnItsDigest(t *testing.T) {
 
 	// What an operator sees of it on the node.
 	node := second.Spec.NodeName
-	output, err := command("kubectl", "--namespace", driverNamespace, "exec", cluster.driverPod(t, node).Name, "--container", "driver", "--", "overlayctl", "inspect", n.volumeOf("kept").Spec.CSI.VolumeHandle)
+	output, err := command(
+		"kubectl",
+		"--namespace",
+		driverNamespace,
+		"exec",
+		cluster.driverPod(t, node).Name,
+		"--container",
+		"driver",
+		"--",
+		"overlayctl",
+		"inspect",
+		n.volumeOf("kept").Spec.CSI.VolumeHandle,
+	)
 	must(t, err)
 	if !strings.Contains(output, old) || !strings.Contains(output, `"UpperDir"`) {
 		t.Errorf("overlayctl inspect says %s", output)
 	}
-	output, err = command("kubectl", "--namespace", driverNamespace, "exec", cluster.driverPod(t, node).Name, "--container", "driver", "--", "overlayctl", "layers")
+	output, err = command(
+		"kubectl",
+		"--namespace",
+		driverNamespace,
+		"exec",
+		cluster.driverPod(t, node).Name,
+		"--container",
+		"driver",
+		"--",
+		"overlayctl",
+		"layers",
+	)
 	must(t, err)
 	if !strings.Contains(output, n.volumeOf("kept").Spec.CSI.VolumeHandle) {
 		t.Errorf("overlayctl layers says %s", output)

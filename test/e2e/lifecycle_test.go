@@ -114,7 +114,14 @@ func startMany(t *testing.T, pods int, times map[string][]float64) {
 			}
 		}
 		slices.Sort(taken)
-		t.Logf("%d pods with %s: ready after %.1f s on average, half of them after %.0f s, the last after %.0f s", len(taken), kind, mean(taken), taken[len(taken)/2], taken[len(taken)-1])
+		t.Logf(
+			"%d pods with %s: ready after %.1f s on average, half of them after %.0f s, the last after %.0f s",
+			len(taken),
+			kind,
+			mean(taken),
+			taken[len(taken)/2],
+			taken[len(taken)-1],
+		)
 		times[kind] = append(times[kind], taken...)
 	}
 

@@ -106,7 +106,8 @@ func restricted(user int64) podOption {
 	yes, no := true, false
 	return func(p *corev1.Pod) {
 		p.Spec.SecurityContext = &corev1.PodSecurityContext{
-			RunAsNonRoot: &yes, RunAsUser: &user, RunAsGroup: &user, SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+			RunAsNonRoot: &yes, RunAsUser: &user, RunAsGroup: &user,
+			SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
 		}
 		p.Spec.Containers[0].SecurityContext = &corev1.SecurityContext{
 			AllowPrivilegeEscalation: &no, ReadOnlyRootFilesystem: &yes, Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
@@ -153,7 +154,12 @@ func (n *namespace) run(name string, options ...podOption) *pod {
 
 func (p *pod) waitReady() {
 	p.t.Helper()
-	err := wait.For(conditions.New(cluster.Resources).PodReady(p.Pod), wait.WithTimeout(timeout), wait.WithInterval(200*time.Millisecond), wait.WithImmediate())
+	err := wait.For(
+		conditions.New(cluster.Resources).PodReady(p.Pod),
+		wait.WithTimeout(timeout),
+		wait.WithInterval(200*time.Millisecond),
+		wait.WithImmediate(),
+	)
 	if err != nil {
 		p.t.Fatalf("pod %s is not ready: %v\nevents: %s", p.Name, err, strings.Join(p.events(), "\n"))
 	}
@@ -168,7 +174,15 @@ func (p *pod) refresh() {
 // exec runs a shell script in the pod and returns what it prints.
 func (p *pod) exec(script string) (string, error) {
 	var stdout, stderr bytes.Buffer
-	err := cluster.ExecInPod(context.Background(), p.Namespace, p.Name, p.Spec.Containers[0].Name, []string{"sh", "-c", script}, &stdout, &stderr)
+	err := cluster.ExecInPod(
+		context.Background(),
+		p.Namespace,
+		p.Name,
+		p.Spec.Containers[0].Name,
+		[]string{"sh", "-c", script},
+		&stdout,
+		&stderr,
+	)
 	if err != nil {
 		return "", fmt.Errorf("in pod %s: %s: %w: %s%s", p.Name, script, err, stdout.String(), stderr.String())
 	}
@@ -240,7 +254,10 @@ func (p *pod) waitEvent(word string) {
 func eventsOf(t *testing.T, namespace string, uid types.UID) []string {
 	t.Helper()
 	var events corev1.EventList
-	must(t, cluster.WithNamespace(namespace).List(context.Background(), &events, resources.WithFieldSelector("involvedObject.uid="+string(uid))))
+	must(
+		t,
+		cluster.WithNamespace(namespace).List(context.Background(), &events, resources.WithFieldSelector("involvedObject.uid="+string(uid))),
+	)
 	var messages []string
 	for _, event := range events.Items {
 		messages = append(messages, event.Reason+": "+event.Message)
@@ -252,7 +269,15 @@ func eventsOf(t *testing.T, namespace string, uid types.UID) []string {
 func wantNothingOf(t *testing.T, node string, uid types.UID) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("nothing of pod %s on %s", uid, node), func() error {
-		left, err := cluster.onNode(node, fmt.Sprintf(`ls -d /var/lib/kubelet/pods/%[1]s 2>/dev/null; grep %[1]s /proc/self/mountinfo; grep -l %[1]s %[2]s/volumes/*/volume.json 2>/dev/null; true`, uid, dataRoot))
+		left, err := cluster.onNode(
+			node,
+			fmt.Sprintf(
+				`ls -d /var/lib/kubelet/pods/%[1]s 2>/dev/null; grep %[1]s /proc/self/mountinfo; `+
+					`grep -l %[1]s %[2]s/volumes/*/volume.json 2>/dev/null; true`,
+				uid,
+				dataRoot,
+			),
+		)
 		if err == nil && left != "" {
 			err = fmt.Errorf("%w: %s", errNot, left)
 		}
@@ -262,11 +287,17 @@ func wantNothingOf(t *testing.T, node string, uid types.UID) {
 
 // inlineVolume is a volume of the driver in the pod itself, with these keys.
 func inlineVolume(name string, keys ...string) corev1.Volume {
-	return corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: driverName, VolumeAttributes: pairs(keys)}}}
+	return corev1.Volume{
+		Name:         name,
+		VolumeSource: corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: driverName, VolumeAttributes: pairs(keys)}},
+	}
 }
 
 func claimVolume(name, claim string) corev1.Volume {
-	return corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: claim}}}
+	return corev1.Volume{
+		Name:         name,
+		VolumeSource: corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: claim}},
+	}
 }
 
 func configMapVolume(name, configMap string) corev1.Volume {

@@ -26,7 +26,11 @@ func otherDriver(t *testing.T, mode corev1.PersistentVolumeAccessMode, nodes ...
 		must(t, err)
 	}
 	late := storagev1.VolumeBindingWaitForFirstConsumer
-	sc := &storagev1.StorageClass{ObjectMeta: metav1.ObjectMeta{Name: name}, Provisioner: "kubernetes.io/no-provisioner", VolumeBindingMode: &late}
+	sc := &storagev1.StorageClass{
+		ObjectMeta:        metav1.ObjectMeta{Name: name},
+		Provisioner:       "kubernetes.io/no-provisioner",
+		VolumeBindingMode: &late,
+	}
 	must(t, cluster.Create(context.Background(), sc))
 	volume := &corev1.PersistentVolume{
 		ObjectMeta: metav1.ObjectMeta{Name: name},
@@ -75,12 +79,17 @@ func TestLayersInOtherVolumesOfThePod(t *testing.T) {
 
 	// Layers of every kind in one view: a ConfigMap, an emptyDir that another container of the pod has filled, a claim of
 	// another driver, and a read-only view of this driver's own.
-	p := n.run("pod", onNode(node),
-		withVolume(inlineVolume("work", "layers", "volume://settings\nvolume://scratch\nvolume://readonly/a\nvolume://readonly/b\nvolume://view")),
+	p := n.run(
+		"pod",
+		onNode(node),
+		withVolume(
+			inlineVolume("work", "layers", "volume://settings\nvolume://scratch\nvolume://readonly/a\nvolume://readonly/b\nvolume://view"),
+		),
 		withVolume(configMapVolume("settings", "settings")),
 		withVolume(emptyDirVolume("scratch", "")),
 		withVolume(claimVolume("readonly", "readonly"), readOnlyMount),
-		withVolume(claimVolume("view", "view"), readOnlyMount))
+		withVolume(claimVolume("view", "view"), readOnlyMount),
+	)
 	p.want("cat /work/settings.yaml /work/f /work/b /work/bottom", "a: 1a\nb\nbottom")
 	p.want("echo changed > /work/f && echo changed > /work/bottom && cat /work/f /readonly/a/f /view/bottom", "changed\na\nbottom")
 	p.delete()
@@ -176,7 +185,10 @@ func TestVolumeIsNotUnmountedUnderAView(t *testing.T) {
 	p.deleteInBackground()
 	mounted := fmt.Sprintf("grep -c 'pods/%s/volumes/kubernetes.io~local-volume' /proc/self/mountinfo || true", p.UID)
 	eventually(t, "kubelet tries to unmount the claim", func() error {
-		log, err := cluster.onNode(node, "journalctl -u kubelet --since -3min --no-pager | grep 'local-volume' | grep -i 'busy' | grep -c "+string(p.UID)+" || true")
+		log, err := cluster.onNode(
+			node,
+			"journalctl -u kubelet --since -3min --no-pager | grep 'local-volume' | grep -i 'busy' | grep -c "+string(p.UID)+" || true",
+		)
 		must(t, err)
 		if log == "0" {
 			return fmt.Errorf("%w: nothing in kubelet's log", errNot)

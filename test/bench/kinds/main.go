@@ -176,7 +176,13 @@ func claim(ctx context.Context, node *drivertest.Node, name string, keys ...stri
 	if err != nil {
 		return drivertest.Volume{}, err
 	}
-	return drivertest.Volume{Name: "v", ID: response.GetVolume().GetVolumeId(), Claim: true, Mode: mode, Attributes: response.GetVolume().GetVolumeContext()}, nil
+	return drivertest.Volume{
+		Name:       "v",
+		ID:         response.GetVolume().GetVolumeId(),
+		Claim:      true,
+		Mode:       mode,
+		Attributes: response.GetVolume().GetVolumeContext(),
+	}, nil
 }
 
 // owners compares the ways to give the files of a large layer an owner.
@@ -224,8 +230,17 @@ func (b *bench) compare(ctx context.Context, rounds int, kinds []*kind) error {
 	fmt.Println("| --- | ---: | ---: | ---: | ---: | ---: |")
 	for _, k := range kinds {
 		publish, unpublish := durations.Quantile(k.publish, 50), durations.Quantile(k.unpublish, 50)
-		fmt.Printf("| %s | %s | %.2f | %s | %s | %.2f |\n", k.name, durations.Milliseconds(publish), durations.Ratio(publish, durations.Quantile(kinds[0].publish, 50)),
-			durations.Milliseconds(durations.Quantile(k.publish, 99)), durations.Milliseconds(unpublish), durations.Ratio(unpublish, durations.Quantile(kinds[0].unpublish, 50)))
+		fmt.Printf(
+			"| %s | %s | %.2f | %s | %s | %.2f |\n",
+			k.name,
+			durations.Milliseconds(publish),
+			durations.Ratio(publish, durations.Quantile(kinds[0].publish, 50)),
+			durations.Milliseconds(
+				durations.Quantile(k.publish, 99),
+			),
+			durations.Milliseconds(unpublish),
+			durations.Ratio(unpublish, durations.Quantile(kinds[0].unpublish, 50)),
+		)
 	}
 	return nil
 }

@@ -83,7 +83,8 @@ func (b *bench) writeLayer(path string, number int) error {
 	for i := range files {
 		dir := fmt.Sprintf("usr/lib/layer-%d/dir-%d", number, i/50)
 		if i%50 == 0 {
-			if err := writer.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: dir + "/", Mode: 0o755, ModTime: time.Unix(1_700_000_000, 0)}); err != nil {
+			header := &tar.Header{Typeflag: tar.TypeDir, Name: dir + "/", Mode: 0o755, ModTime: time.Unix(1_700_000_000, 0)}
+			if err := writer.WriteHeader(header); err != nil {
 				return err
 			}
 		}
@@ -95,7 +96,13 @@ func (b *bench) writeLayer(path string, number int) error {
 		if files == 1 {
 			length = size
 		}
-		header := &tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprintf("%s/file-%d", dir, i), Mode: 0o644, Size: length, ModTime: time.Unix(1_700_000_000, 0)}
+		header := &tar.Header{
+			Typeflag: tar.TypeReg,
+			Name:     fmt.Sprintf("%s/file-%d", dir, i),
+			Mode:     0o644,
+			Size:     length,
+			ModTime:  time.Unix(1_700_000_000, 0),
+		}
 		if err := writer.WriteHeader(header); err != nil {
 			return err
 		}

@@ -106,7 +106,13 @@ func (b *bench) run() error {
 			notes[way.name] = note
 		}
 	}
-	fmt.Printf("| %d layers, %d MB, %d files, %s | median | to overlay-csi |\n| --- | --- | --- |\n", b.layers, b.megabytes, b.files, b.compression)
+	fmt.Printf(
+		"| %d layers, %d MB, %d files, %s | median | to overlay-csi |\n| --- | --- | --- |\n",
+		b.layers,
+		b.megabytes,
+		b.files,
+		b.compression,
+	)
 	ours := median(times["overlay-csi"])
 	for _, way := range ways {
 		m := median(times[way.name])
@@ -164,7 +170,8 @@ func pullWithStore(dir, image string) error {
 	host, _, _ := strings.Cut(image, "/")
 	name := strings.Replace(host, ":", "_", 1) + "_"
 	toml := fmt.Sprintf("server = \"http://%s\"\n", host)
-	if err := errors.Join(os.MkdirAll(filepath.Join(certs, name), 0o755), os.WriteFile(filepath.Join(certs, name, "hosts.toml"), []byte(toml), 0o644)); err != nil {
+	dir := filepath.Join(certs, name)
+	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(toml), 0o644)); err != nil {
 		return err
 	}
 	registries := registry.NewClient(registry.Config{CertsDir: certs, StallTimeout: time.Minute, Backoff: time.Second})
@@ -248,7 +255,19 @@ func (b *bench) runContainerd(dir string) (time.Duration, string, error) {
 	if err := os.WriteFile(config, []byte("version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n"), 0o644); err != nil {
 		return 0, "", err
 	}
-	daemon := exec.Command(b.program("containerd"), "--config", config, "--address", socket, "--root", filepath.Join(dir, "root"), "--state", filepath.Join(dir, "state"), "--log-level", "error")
+	daemon := exec.Command(
+		b.program("containerd"),
+		"--config",
+		config,
+		"--address",
+		socket,
+		"--root",
+		filepath.Join(dir, "root"),
+		"--state",
+		filepath.Join(dir, "state"),
+		"--log-level",
+		"error",
+	)
 	daemon.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := daemon.Start(); err != nil {
 		return 0, "", err
