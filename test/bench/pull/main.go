@@ -170,8 +170,8 @@ func pullWithStore(dir, image string) error {
 	host, _, _ := strings.Cut(image, "/")
 	name := strings.Replace(host, ":", "_", 1) + "_"
 	toml := fmt.Sprintf("server = \"http://%s\"\n", host)
-	dir := filepath.Join(certs, name)
-	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(toml), 0o644)); err != nil {
+	hostDir := filepath.Join(certs, name)
+	if err := errors.Join(os.MkdirAll(hostDir, 0o755), os.WriteFile(filepath.Join(hostDir, "hosts.toml"), []byte(toml), 0o644)); err != nil {
 		return err
 	}
 	registries := registry.NewClient(registry.Config{CertsDir: certs, StallTimeout: time.Minute, Backoff: time.Second})
