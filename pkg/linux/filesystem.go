@@ -62,7 +62,6 @@ func statfsPath(path string) (unix.Statfs_t, error) {
 const (
 	OverlayMagic = unix.OVERLAYFS_SUPER_MAGIC
 	BtrfsMagic   = unix.BTRFS_SUPER_MAGIC
-	TmpfsMagic   = unix.TMPFS_MAGIC
 )
 
 // FileSystemMagic returns the number of the type of an open file's file system (fstatfs(2)).

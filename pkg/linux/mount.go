@@ -26,11 +26,3 @@ func unmount(path string, flags int) error {
 func DetachFile(root *os.File) error {
 	return call("umount", root, func(int) error { return unix.Unmount(ProcPath(root), unix.MNT_DETACH) })
 }
-
-// BindFile mounts the open directory source at the open directory target as well (mount(2), MS_BIND), without what is mounted
-// beneath it. Neither is looked up by a path.
-func BindFile(source, target *os.File) error {
-	return callLink("mount (bind)", source, "", target, "", func(int, int) error {
-		return unix.Mount(ProcPath(source), ProcPath(target), "", unix.MS_BIND, "")
-	})
-}

@@ -14,7 +14,6 @@ const (
 	O_DIRECTORY = unix.O_DIRECTORY
 	O_NOFOLLOW  = unix.O_NOFOLLOW
 	O_NONBLOCK  = unix.O_NONBLOCK
-	O_NOCTTY    = unix.O_NOCTTY
 )
 
 // How openat2(2) resolves a path (RESOLVE_*).
