@@ -143,13 +143,15 @@ func (m *Manager) openUpper(r *record, p *publication) upper.Upper {
 	if p == nil {
 		p = &publication{}
 	}
-	at := upper.Location{Backend: r.Kept, Base: m.baseDir(r, p.Target), Limit: r.limit(), Ephemeral: r.Spec.Ephemeral()}
-	if p.PodVolume != nil {
-		at.PodVolume = *p.PodVolume
-		at.Holder = upper.LockHolder{Node: m.config.Node, BootID: p.BootID, VolumeID: r.ID, Target: p.Target}
-		at.Layers = r.Spec.LayerNames()
-	}
-	return m.uppers.Open(at)
+	return m.uppers.Open(upper.Location{
+		Backend:   r.Kept,
+		Base:      m.baseDir(r, p.Target),
+		Limit:     r.limit(),
+		Ephemeral: r.Spec.Ephemeral(),
+		PodVolume: p.PodVolume,
+		Holder:    upper.LockHolder{Node: m.config.Node, BootID: p.BootID, VolumeID: r.ID, Target: p.Target},
+		Layers:    r.Spec.LayerNames(),
+	})
 }
 
 // UpperInUse returns a function that reports whether the holder of an upper in another volume still has its publication in

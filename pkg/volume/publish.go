@@ -204,7 +204,7 @@ func (m *Manager) plan(ctx context.Context, before *record, req PublishRequest, 
 			return nil, nil, err
 		}
 		root.Close()
-		p.PodVolume = &upper.PodVolumePath{Volume: root.Name(), Path: podVolumePath(*req.Spec.UpperRef)}
+		p.PodVolume = upper.PodVolumePath{Volume: root.Name(), Path: podVolumePath(*req.Spec.UpperRef)}
 	}
 	if len(stack.Digests) > 0 {
 		klog.FromContext(ctx).Info("Layers resolved", "digests", stack.Digests)

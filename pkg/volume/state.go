@@ -86,8 +86,8 @@ type publication struct {
 	// like.
 	LowerDirs  []string            `json:"lowerDirs,omitempty"`
 	LowerMarks []linux.Fingerprint `json:"lowerMarks,omitempty"`
-	// PodVolume is the directory of the upper if that lies in another volume of the pod, else nil.
-	PodVolume *upper.PodVolumePath `json:"podVolume,omitempty"`
+	// PodVolume is the directory of the upper if that lies in another volume of the pod.
+	PodVolume upper.PodVolumePath `json:"podVolume,omitzero"`
 }
 
 // keepsUpper reports whether the volume has an upper that outlives its pods. Its state does too, and must be found whole
