@@ -8,7 +8,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -199,7 +198,10 @@ func TestChartIsUninstalledAndInstalledAgain(t *testing.T) {
 	_, err := command("helm", "uninstall", release, "--namespace", driverNamespace, "--wait")
 	must(t, err)
 	gone.deleteInBackground()
-	time.Sleep(5 * time.Second)
+	eventually(t, "kubelet tries to unmount the volume, and finds no driver", func() error {
+		_, err := cluster.onNode(cluster.workers[0], fmt.Sprintf("journalctl -u kubelet --no-pager | grep -F 'UnmountVolume.TearDown failed' | grep -qF %s", gone.UID))
+		return err
+	})
 	l.wentOn()
 	must(t, helmInstall())
 	gone.waitGone()
