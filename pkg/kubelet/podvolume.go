@@ -81,8 +81,8 @@ func (v *PodVolumes) Open(ctx context.Context, pod Pod, name string) (*os.File, 
 			return root, err
 		}
 		if time.Now().After(deadline) {
-			return nil, fmt.Errorf("%w: volume %q of pod %s: %w after %s; kubelet mounts only volumes in the volumeMounts of a container, and will retry",
-				errdefs.ErrUnavailable, name, pod, err, v.wait)
+			return nil, fmt.Errorf("%w: volume %q of pod %s: %w after %s; kubelet mounts only volumes in the volumeMounts of a container, "+
+				"and will retry", errdefs.ErrUnavailable, name, pod, err, v.wait)
 		}
 		select {
 		case <-ctx.Done():

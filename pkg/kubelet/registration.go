@@ -39,7 +39,9 @@ func (r *Registration) GetInfo(ctx context.Context, _ *registerapi.InfoRequest) 
 }
 
 // NotifyRegistrationStatus logs whether kubelet accepted the driver.
-func (r *Registration) NotifyRegistrationStatus(ctx context.Context, status *registerapi.RegistrationStatus) (*registerapi.RegistrationStatusResponse, error) {
+func (r *Registration) NotifyRegistrationStatus(
+	ctx context.Context, status *registerapi.RegistrationStatus,
+) (*registerapi.RegistrationStatusResponse, error) {
 	if !status.PluginRegistered {
 		klog.FromContext(ctx).Error(errors.New(status.Error), "Kubelet refused the driver", logDriver, r.driverName)
 	} else {

@@ -26,9 +26,10 @@ func TestParseMountOptions(t *testing.T) {
 		want             Attributes
 		word             string
 	}{
-		"none":             {want: safe},
-		"read-only":        {options: []string{"ro"}, want: Attributes{NoSUID: true, NoDev: true, ReadOnly: true}},
-		"several":          {options: []string{"noexec", "noatime", "nosymfollow"}, want: Attributes{NoSUID: true, NoDev: true, NoExec: true, ATime: "noatime", NoSymFollow: true}},
+		"none":      {want: safe},
+		"read-only": {options: []string{"ro"}, want: Attributes{NoSUID: true, NoDev: true, ReadOnly: true}},
+		"several": {options: []string{"noexec", "noatime", "nosymfollow"},
+			want: Attributes{NoSUID: true, NoDev: true, NoExec: true, ATime: "noatime", NoSymFollow: true}},
 		"the last counts":  {options: []string{"noatime", "relatime"}, want: safe},
 		"permitted":        {options: []string{"suid"}, allowed: []string{"suid"}, want: Attributes{NoDev: true}},
 		"not permitted":    {options: []string{"suid"}, allowed: []string{"dev"}, word: "only the operator"},
@@ -209,5 +210,34 @@ func TestKernelMessages(t *testing.T) {
 	}
 	if text := fmt.Sprint(err); !strings.Contains(text, "fsconfig create overlay: ") {
 		t.Errorf("%s", text)
+	}
+}
+
+// TestMostLowers: as many lowers as overlayfs takes can be mounted, and all of them show.
+func TestMostLowers(t *testing.T) {
+	for name, m := range mounters(t) {
+		t.Run(name, func(t *testing.T) {
+			dir := tmpfs(t)
+			spec := Spec{Upper: open(t, dir+"/upper"), Work: open(t, dir+"/work")}
+			for i := range MaxLowers {
+				lower := open(t, fmt.Sprintf("%s/lower-%d", dir, i))
+				spec.Lowers = append(spec.Lowers, lower)
+				if err := os.WriteFile(fmt.Sprintf("%s/%d", lower.Name(), i), nil, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			target := dir + "/target"
+			if err := m.Overlay(spec, open(t, target)); err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				if err := m.Unmount(target); err != nil {
+					t.Error(err)
+				}
+			}()
+			if entries, err := os.ReadDir(target); err != nil || len(entries) != MaxLowers {
+				t.Errorf("%d of %d lowers show: %v", len(entries), MaxLowers, err)
+			}
+		})
 	}
 }
