@@ -18,11 +18,14 @@ import (
 	"k8s.io/utils/exec"
 
 	"github.com/overlay-csi/overlay-csi/pkg/admin"
+	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
 	"github.com/overlay-csi/overlay-csi/pkg/driver"
 	"github.com/overlay-csi/overlay-csi/pkg/kubeapi"
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
@@ -32,39 +35,45 @@ import (
 // run makes the driver's objects, one on top of the other, and serves until ctx is done.
 func run(ctx context.Context, opts options) error {
 	logger := klog.FromContext(ctx)
-	root, err := takeDataRoot(ctx, opts.dataRoot)
+	lock, err := lockDataRoot(ctx, opts.dataRoot)
 	if err != nil {
 		return err
 	}
-	defer root.Close()
-	features, err := probeKernel(root.Path(), opts)
+	defer lock.Close()
+	if err := upper.Probe(lock.Dir()); err != nil {
+		return fmt.Errorf("data root: %w", err)
+	}
+	features, err := probeKernel(lock.Path(), opts)
 	if err != nil {
 		return err
 	}
-	mounter, err := newMounter(root.Path(), features)
+	mounter, err := newMounter(lock.Path(), features)
 	if err != nil {
 		return err
 	}
 	defer mounter.Close()
 	detached, err := overlay.NewDetachedRoot(features)
 	if err != nil {
-		logger.Info("Layers are used on the mounts that they are on", "reason", err.Error())
+		logger.Info("Detached root mount unavailable; publish latency will grow with the number of mounts", "reason", err.Error())
 		detached = &overlay.DetachedRoot{}
 	}
 	defer detached.Close()
-	if quiet := detached.Reopen(root.Dir()); quiet != nil {
-		root.UseMount(quiet)
+	root, err := lock.Open(detached.Reopen)
+	if err != nil {
+		return err
 	}
+	defer root.Close()
+	records := record.NewStore(root.VolumesDir())
 	api, err := newAPI(opts)
 	if err != nil {
 		return err
 	}
-	layers, err := newStore(ctx, root, opts)
+	layers, err := newStore(ctx, root, records, opts)
 	if err != nil {
 		return err
 	}
 	defer layers.Close()
-	manager, err := newManager(root, mounter, detached, api, layers, opts)
+	manager, err := newManager(root, records, mounter, detached, api, layers, opts)
 	if err != nil {
 		return err
 	}
@@ -79,8 +88,9 @@ func run(ctx context.Context, opts options) error {
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { manager.Run(ctx); return nil })
+	group.Go(func() error { root.RunDeleter(ctx); return nil })
 	group.Go(func() error { layers.Run(ctx); return nil })
-	group.Go(func() error { return admin.Serve(ctx, opts.adminSocket, admin.NewHandler(layers, manager)) })
+	group.Go(func() error { return admin.Serve(ctx, opts.adminSocket, admin.NewHandler(layers, manager, records)) })
 	group.Go(func() error { return server.Serve(ctx) })
 	if opts.httpEndpoint != "" {
 		group.Go(func() error { return serveHealth(ctx, opts.httpEndpoint, manager.Ready) })
@@ -96,12 +106,12 @@ func run(ctx context.Context, opts options) error {
 	return group.Wait()
 }
 
-// takeDataRoot waits for a predecessor that is still stopping: only one process works on a data root.
-func takeDataRoot(ctx context.Context, path string) (*volume.DataRoot, error) {
+// lockDataRoot locks the data root. It waits for an earlier process that is still stopping.
+func lockDataRoot(ctx context.Context, path string) (*dataroot.Lock, error) {
 	for {
-		root, err := volume.OpenDataRoot(path)
-		if !errors.Is(err, volume.ErrInUse) {
-			return root, err
+		lock, err := dataroot.Acquire(path)
+		if !errors.Is(err, dataroot.ErrInUse) {
+			return lock, err
 		}
 		klog.FromContext(ctx).Info("Waiting for another process to end", "reason", err.Error())
 		select {
@@ -112,12 +122,9 @@ func takeDataRoot(ctx context.Context, path string) (*volume.DataRoot, error) {
 	}
 }
 
-// mounterName is the directory of the data root that the mounter works in.
-const mounterName = "mounter"
-
 // probeKernel finds out what the kernel can do, once.
 func probeKernel(dataRoot string, opts options) (overlay.Features, error) {
-	dir := filepath.Join(dataRoot, mounterName)
+	dir := filepath.Join(dataRoot, dataroot.Mounter)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return overlay.Features{}, fmt.Errorf("make the mounter's directory: %w", err)
 	}
@@ -133,12 +140,14 @@ func probeKernel(dataRoot string, opts options) (overlay.Features, error) {
 }
 
 func newMounter(dataRoot string, features overlay.Features) (*overlay.Mounter, error) {
-	dir := filepath.Join(dataRoot, mounterName)
+	dir := filepath.Join(dataRoot, dataroot.Mounter)
 	return overlay.NewMounter(overlay.Config{Dir: dir, Features: features, MountUtils: mount.NewWithoutSystemd(""), Commands: exec.New()})
 }
 
-func newManager(root *volume.DataRoot, mounter *overlay.Mounter, detached *overlay.DetachedRoot, api kubeapi.Reader,
-	layers *store.Store, opts options) (*volume.Manager, error) {
+func newManager(
+	root *dataroot.Root, records *record.Store, mounter *overlay.Mounter, detached *overlay.DetachedRoot, api kubeapi.Reader, layers *store.Store,
+	opts options,
+) (*volume.Manager, error) {
 	protected, err := layer.NewProtectedDir(root.Path())
 	if err != nil {
 		return nil, err
@@ -149,7 +158,7 @@ func newManager(root *volume.DataRoot, mounter *overlay.Mounter, detached *overl
 	}
 	kubeletDir := kubelet.Dir(opts.kubeletDir)
 	podVolumes := layer.NewPodVolumes(kubelet.NewPodVolumes(kubeletDir, api, opts.podVolumeWait), protected)
-	bootID, err := volume.BootID()
+	bootID, err := linux.BootID()
 	if err != nil {
 		return nil, err
 	}
@@ -159,21 +168,32 @@ func newManager(root *volume.DataRoot, mounter *overlay.Mounter, detached *overl
 		Discard:  root.Discard,
 		Commands: exec.New(),
 		Mounter:  mounter,
-		InUse:    volume.UpperInUse(root),
+		InUse:    volume.UpperInUse(records),
 	})
 	klog.Background().Info("Volume size enforcement", "backends", backends.Enforcing())
-	config := volume.Config{Node: opts.nodeID, BootID: bootID, ReconcileInterval: opts.reconcile, Overcommit: opts.overcommit}
-	return volume.NewManager(config, root, mounter, layer.NewResolver(roots, podVolumes, layers), podVolumes, kubeletDir, backends), nil
+	return volume.NewManager(volume.Config{
+		Node:              opts.nodeID,
+		BootID:            bootID,
+		ReconcileInterval: opts.reconcile,
+		Overcommit:        opts.overcommit,
+		Root:              root,
+		Records:           records,
+		Mounter:           mounter,
+		Layers:            layer.NewResolver(roots, podVolumes, layers),
+		PodVolumes:        podVolumes,
+		Pods:              kubeletDir,
+		Backends:          backends,
+	}), nil
 }
 
 // newStore opens the layer store.
-func newStore(ctx context.Context, root *volume.DataRoot, opts options) (*store.Store, error) {
+func newStore(ctx context.Context, root *dataroot.Root, records *record.Store, opts options) (*store.Store, error) {
 	if opts.registry.CredentialsFile != "" {
 		if _, err := registry.ReadCredentials(opts.registry.CredentialsFile); err != nil {
 			return nil, fmt.Errorf("--registry-config: %w", err)
 		}
 	}
-	return store.New(ctx, root, volume.NewRecords(root), registry.NewClient(opts.registry), opts.store)
+	return store.New(ctx, root, records, registry.NewClient(opts.registry), opts.store)
 }
 
 // newAPI returns a reader of the API server. There may be none to read.

@@ -37,7 +37,11 @@ type layers interface {
 type volumes interface {
 	Describe(ctx context.Context, id string) (volume.Description, error)
 	IDs() ([]string, error)
-	LayerUsers() (map[digest.Digest][]string, error)
+}
+
+// records are the methods of the record store that the handler calls.
+type records interface {
+	LayersInUse() (map[digest.Digest][]string, error)
 }
 
 // layerStore are the layers, and a pull that returns a hold on them.
@@ -49,13 +53,14 @@ type layerStore interface {
 type handler struct {
 	layers  layers
 	volumes volumes
+	records records
 	// fetch pulls an image with the node's credentials.
 	fetch func(ctx context.Context, named reference.Canonical) (store.Image, error)
 }
 
 // NewHandler returns the handler of the admin socket.
-func NewHandler(layers layerStore, volumes volumes) http.Handler {
-	return newMux(&handler{layers, volumes, func(ctx context.Context, named reference.Canonical) (store.Image, error) {
+func NewHandler(layers layerStore, volumes volumes, records records) http.Handler {
+	return newMux(&handler{layers, volumes, records, func(ctx context.Context, named reference.Canonical) (store.Image, error) {
 		lease, err := layers.Pull(ctx, named, registry.Credentials{}, "")
 		if err != nil {
 			return store.Image{}, err
@@ -91,13 +96,13 @@ func answer[T any](do func(r *http.Request) (T, error)) http.HandlerFunc {
 }
 
 func (h *handler) listLayers(*http.Request) ([]api.Layer, error) {
-	users, err := h.volumes.LayerUsers()
+	volumes, err := h.records.LayersInUse()
 	if err != nil {
 		return nil, err
 	}
 	list := []api.Layer{}
 	for _, layer := range h.layers.Layers() {
-		list = append(list, wireLayer(layer, users[layer.DiffID]))
+		list = append(list, wireLayer(layer, volumes[layer.DiffID]))
 	}
 	return list, nil
 }

@@ -81,7 +81,7 @@ func (fakeVolumes) Describe(_ context.Context, id string) (volume.Description, e
 		return volume.Description{}, fmt.Errorf("%w: volume %s", errdefs.ErrNotFound, id)
 	}
 	return volume.Description{
-		ID: id, SizeBytes: 1 << 20, Kept: "image", Pins: map[string]digest.Digest{"oci://r.example/a:1": blob}, Layers: []digest.Digest{diffID},
+		ID: id, SizeBytes: 1 << 20, Backend: "image", Resolved: map[string]digest.Digest{"oci://r.example/a:1": blob}, Layers: []digest.Digest{diffID},
 		Publications: []volume.Publication{{
 			Target: "/target", Mounted: true, Options: "nodev",
 			Data: map[string]string{"LowerDir": "/l1:/l2", "UpperDir": "/u", "WorkDir": "/w", "MergedDir": "/target"},
@@ -92,7 +92,7 @@ func (fakeVolumes) Describe(_ context.Context, id string) (volume.Description, e
 
 func (fakeVolumes) IDs() ([]string, error) { return []string{"csi-1"}, nil }
 
-func (fakeVolumes) LayerUsers() (map[digest.Digest][]string, error) {
+func (fakeVolumes) LayersInUse() (map[digest.Digest][]string, error) {
 	return map[digest.Digest][]string{diffID: {"csi-1"}}, nil
 }
 
@@ -106,7 +106,9 @@ func serve(t *testing.T, layers *fakeLayers) string {
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- Serve(ctx, socket, newMux(&handler{layers, fakeVolumes{}, layers.fetch})) }()
+	go func() {
+		done <- Serve(ctx, socket, newMux(&handler{layers, fakeVolumes{}, fakeVolumes{}, layers.fetch}))
+	}()
 	t.Cleanup(func() {
 		stop()
 		if err := <-done; err != nil {
@@ -255,7 +257,7 @@ func TestErrors(t *testing.T) {
 		t.Errorf("got the error %v without a driver", err)
 	}
 	recorder := httptest.NewRecorder()
-	newMux(&handler{&fakeLayers{}, fakeVolumes{}, nil}).ServeHTTP(recorder, httptest.NewRequest(http.MethodGet, "/v1/volumes/none", nil))
+	newMux(&handler{&fakeLayers{}, fakeVolumes{}, fakeVolumes{}, nil}).ServeHTTP(recorder, httptest.NewRequest(http.MethodGet, "/v1/volumes/none", nil))
 	if recorder.Code != http.StatusNotFound {
 		t.Errorf("got the status %d of a volume that does not exist, want 404", recorder.Code)
 	}

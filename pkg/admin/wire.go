@@ -44,7 +44,7 @@ func wireVolume(d volume.Description) (api.Volume, error) {
 		return api.Volume{}, fmt.Errorf("encode the specification of volume %s: %w", d.ID, err)
 	}
 	v := api.Volume{
-		ID: d.ID, Spec: spec, Inline: d.Inline, SizeBytes: d.SizeBytes, Backend: string(d.Kept), Resolved: d.Pins, Layers: d.Layers,
+		ID: d.ID, Spec: spec, Inline: d.Inline, SizeBytes: d.SizeBytes, Backend: string(d.Backend), Resolved: d.Resolved, Layers: d.Layers,
 		Publications: []api.Publication{},
 	}
 	for _, p := range d.Publications {

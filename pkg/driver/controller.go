@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
@@ -115,7 +116,7 @@ func (c *Controller) describe(v volume.Volume) *csi.Volume {
 
 // DeleteVolume removes a volume and what was written to it.
 func (c *Controller) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequest) (*csi.DeleteVolumeResponse, error) {
-	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+	if err := record.CheckID(req.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	if err := c.volumes.Delete(ctx, req.GetVolumeId()); err != nil {
@@ -126,7 +127,7 @@ func (c *Controller) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequ
 
 // ValidateVolumeCapabilities tells whether a volume could be used so.
 func (c *Controller) ValidateVolumeCapabilities(ctx context.Context, req *csi.ValidateVolumeCapabilitiesRequest) (*csi.ValidateVolumeCapabilitiesResponse, error) {
-	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+	if err := record.CheckID(req.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	if len(req.GetVolumeCapabilities()) == 0 {

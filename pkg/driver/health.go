@@ -7,6 +7,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/containerd/errdefs"
 
+	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
@@ -31,7 +32,7 @@ func (n *Node) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVolumeHe
 	if !n.health {
 		return n.UnimplementedNodeServer.NodeGetVolumeHealth(ctx, req)
 	}
-	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+	if err := record.CheckID(req.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	if path := req.GetVolumePublishPath(); path != "" {
@@ -68,7 +69,7 @@ func (c *Controller) ControllerGetVolumeHealth(ctx context.Context, req *csi.Con
 	if !c.health {
 		return c.UnimplementedControllerServer.ControllerGetVolumeHealth(ctx, req)
 	}
-	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+	if err := record.CheckID(req.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	conditions, err := c.volumes.Health(ctx, req.GetVolumeId(), "")

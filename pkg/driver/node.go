@@ -10,6 +10,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/containerd/errdefs"
 
+	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
@@ -53,7 +54,7 @@ func (n *Node) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolume
 
 // NodeUnpublishVolume unmounts the view at the target path and removes the path.
 func (n *Node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVolumeRequest) (*csi.NodeUnpublishVolumeResponse, error) {
-	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+	if err := record.CheckID(req.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	if err := volume.CheckTarget(req.GetTargetPath()); err != nil {
@@ -67,7 +68,7 @@ func (n *Node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVo
 
 // NodeGetVolumeStats measures the volume's upper, in bytes and inodes.
 func (n *Node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
-	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+	if err := record.CheckID(req.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	if req.GetVolumePath() == "" {
@@ -85,7 +86,7 @@ func (n *Node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeSta
 
 // NodeExpandVolume makes the limit of a volume larger, while pods write to it.
 func (n *Node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRequest) (*csi.NodeExpandVolumeResponse, error) {
-	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+	if err := record.CheckID(req.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	if req.GetVolumePath() == "" {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
@@ -44,7 +45,7 @@ var accessModes = map[csi.VolumeCapability_AccessMode_Mode]spec.AccessMode{
 
 // publishRequest turns kubelet's request into the driver's own. It looks at nothing but the request.
 func publishRequest(req *csi.NodePublishVolumeRequest, allowedMountOptions []string) (volume.PublishRequest, error) {
-	if err := volume.CheckID(req.GetVolumeId()); err != nil {
+	if err := record.CheckID(req.GetVolumeId()); err != nil {
 		return volume.PublishRequest{}, err
 	}
 	if err := volume.CheckTarget(req.GetTargetPath()); err != nil {

@@ -63,8 +63,8 @@ type Publication struct {
 	// directory that may change.
 	LowerDirs    []string            `json:"lowerDirs,omitempty"`
 	Fingerprints []linux.Fingerprint `json:"fingerprints,omitempty"`
-	// PodVolume is the directory of the upper if that is in another volume of the pod, else nil.
-	PodVolume *upper.PodVolumePath `json:"podVolume,omitempty"`
+	// PodVolume is the directory of the upper if that is in another volume of the pod.
+	PodVolume upper.PodVolumePath `json:"podVolume,omitzero"`
 }
 
 // Limit returns the limit of each of the volume's uppers.

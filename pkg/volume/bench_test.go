@@ -15,10 +15,12 @@ import (
 	mount "k8s.io/mount-utils"
 	"k8s.io/utils/exec"
 
+	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
 	"github.com/overlay-csi/overlay-csi/pkg/kubeapi"
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
@@ -82,24 +84,26 @@ func newBenchNode(b *testing.B) *benchNode {
 			b.Fatal(err)
 		}
 	}
-	root, err := volume.OpenDataRoot(filepath.Join(dir, "data"))
-	if err != nil {
+	lock, err := dataroot.Acquire(filepath.Join(dir, "data"))
+	check(err)
+	b.Cleanup(func() { lock.Close() })
+	if err := upper.Probe(lock.Dir()); err != nil {
 		b.Skip(err)
 	}
-	b.Cleanup(func() { root.Close() })
 	features, err := overlay.Probe(dir)
 	check(err)
 	mounter, err := overlay.NewMounter(overlay.Config{
-		Dir: filepath.Join(root.Path(), "mounter"), Features: features, MountUtils: mount.NewWithoutSystemd(""), Commands: exec.New(),
+		Dir: filepath.Join(lock.Path(), dataroot.Mounter), Features: features, MountUtils: mount.NewWithoutSystemd(""), Commands: exec.New(),
 	})
 	check(err)
 	b.Cleanup(func() { mounter.Close() })
 	detached, err := overlay.NewDetachedRoot(features)
 	check(err)
 	b.Cleanup(func() { detached.Close() })
-	if quiet := detached.Reopen(root.Dir()); quiet != nil {
-		root.UseMount(quiet)
-	}
+	root, err := lock.Open(detached.Reopen)
+	check(err)
+	b.Cleanup(func() { root.Close() })
+	records := record.NewStore(root.VolumesDir())
 	protected, err := layer.NewProtectedDir(root.Path())
 	check(err)
 	check(os.MkdirAll(filepath.Join(dir, "layers"), 0o755))
@@ -107,17 +111,19 @@ func newBenchNode(b *testing.B) *benchNode {
 	check(err)
 	certs := filepath.Join(dir, "certs.d")
 	registries := registry.NewClient(registry.Config{CertsDir: certs, StallTimeout: time.Minute, Backoff: time.Second})
-	images, err := store.New(b.Context(), root, volume.NewRecords(root), registries, store.Config{MaxConcurrentLayerPulls: 4})
+	images, err := store.New(b.Context(), root, records, registries, store.Config{MaxConcurrentLayerPulls: 4})
 	check(err)
 	b.Cleanup(images.Close)
 	kubeletDir := kubelet.Dir(filepath.Join(dir, "kubelet"))
 	podVolumes := layer.NewPodVolumes(kubelet.NewPodVolumes(kubeletDir, kubeapi.None{}, 0), protected)
 	backends := upper.NewBackends(upper.Config{
-		Root: root.Dir(), MountDir: filepath.Join(dir, "mounts"), Discard: root.Discard, Commands: exec.New(), Mounter: mounter, InUse: volume.UpperInUse(root),
+		Root: root.Dir(), MountDir: filepath.Join(dir, "mounts"), Discard: root.Discard, Commands: exec.New(), Mounter: mounter, InUse: volume.UpperInUse(records),
 	})
-	config := volume.Config{Node: "n", BootID: "b", ReconcileInterval: time.Hour, Overcommit: 1}
 	klog.SetLogger(logr.Discard())
-	return &benchNode{b: b, dir: dir, certs: certs, manager: volume.NewManager(config, root, mounter, layer.NewResolver(roots, podVolumes, images), podVolumes, kubeletDir, backends)}
+	return &benchNode{b: b, dir: dir, certs: certs, manager: volume.NewManager(volume.Config{
+		Node: "n", BootID: "b", ReconcileInterval: time.Hour, Overcommit: 1, Root: root, Records: records, Mounter: mounter,
+		Layers: layer.NewResolver(roots, podVolumes, images), PodVolumes: podVolumes, Pods: kubeletDir, Backends: backends,
+	})}
 }
 
 // dirs is a volume of so many directories.

@@ -3,197 +3,150 @@ package volume
 import (
 	"context"
 	"fmt"
-	"maps"
-	"path/filepath"
-	"slices"
+	"sync"
 
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
-// chooseKind chooses how a volume's uppers are kept on this node. Where its size cannot be kept to, the error says why;
-// where it is more than the node may ever promise, it is of the kind ResourceExhausted.
-func (m *Manager) chooseKind(r *record) (upper.Backend, error) {
-	if r.Spec.Upper == spec.UpperPodVolume {
-		return upper.PodVolume, nil
-	}
-	if exists(filepath.Join(m.states.volumeDir(r.ID), "upper")) {
-		// Of a driver that knew no other kind.
-		return upper.Directory, nil
-	}
-	want := upper.Requirements{Bytes: r.Size, Unenforced: r.Spec.SizeEnforcement == spec.EnforceNone}
-	switch {
-	case r.Spec.Medium == spec.MediumMemory:
-		want.Backend = upper.Tmpfs
-	case r.Spec.SizeEnforcement == spec.EnforceImage:
-		want.Backend = upper.DiskImage
-	case r.Spec.SizeEnforcement == spec.EnforceQuota:
-		want.Backend = upper.ProjectQuota
-	}
-	disk, err := linux.FileSystemUsageAt(m.root.Path())
-	if err != nil {
-		return "", err
-	}
-	if most := m.promisable(disk.Bytes.Total); want.Backend != upper.Tmpfs && !want.Unenforced && r.Size > most {
-		return "", fmt.Errorf("%w: a size of %d bytes is asked for, and node %s has a disk of %d for volumes", errdefs.ErrResourceExhausted, r.Size, m.config.Node, most)
-	}
-	return m.uppers.Choose(want)
+// ledger reserves the disk of the data root for volumes. What is reserved stands in the records: the ledger stores nothing.
+type ledger struct {
+	node       string
+	overcommit float64
+	root       string
+	records    *record.Store
+	uppers     uppers
+	// mu lets one volume at a time compare what is left with what it needs, and record that it has it.
+	mu sync.Mutex
 }
 
-// promisable is what may be promised of that many bytes.
-func (m *Manager) promisable(bytes int64) int64 { return int64(float64(bytes) * m.config.Overcommit) }
+// Capacity returns how many bytes can be reserved for new volumes of this node: what is free and what limited volumes already
+// take, times the overcommit, less what is reserved.
+func (m *Manager) Capacity(ctx context.Context) (int64, error) { return m.ledger.available(ctx) }
 
-// Capacity is how many bytes can still be promised to new volumes of this node: what is free and what limited volumes
-// take already, as many times as the operator lets it be promised, less what is promised.
-func (m *Manager) Capacity(ctx context.Context) (int64, error) {
-	disk, err := linux.FileSystemUsageAt(m.root.Path())
+func (l *ledger) available(ctx context.Context) (int64, error) {
+	disk, err := linux.FileSystemUsageAt(l.root)
 	if err != nil {
 		return 0, err
 	}
-	ids, err := m.states.ids()
+	ids, err := l.records.List()
 	if err != nil {
 		return 0, err
 	}
-	var promised, taken int64
+	var reserved, allocated int64
 	for _, id := range ids {
-		r, err := m.states.load(id)
-		if err != nil || r == nil {
-			// Reconcile reports it. What it takes is not free.
+		r, err := l.records.Load(id)
+		if err != nil {
+			// Reconcile reports it. What the volume takes is not free.
 			continue
 		}
-		promisedHere, takenHere := m.promisedTo(ctx, r)
-		promised += promisedHere
-		taken += takenHere
+		reservedHere, allocatedHere := l.reservedFor(ctx, r)
+		reserved += reservedHere
+		allocated += allocatedHere
 	}
-	return max(m.promisable(disk.Bytes.Available+taken)-promised, 0), nil
+	return max(l.allocatable(disk.Bytes.Available+allocated)-reserved, 0), nil
 }
 
-// promisedTo is what a volume was promised of the disk, and what it has taken of that.
-func (m *Manager) promisedTo(ctx context.Context, r *record) (promised, taken int64) {
-	if r.Size == 0 || r.Spec.SizeEnforcement == spec.EnforceNone || r.Kept == upper.Tmpfs || !r.Spec.ManagesUpper() {
+// allocatable returns how much of a number of bytes may be reserved.
+func (l *ledger) allocatable(bytes int64) int64 { return int64(float64(bytes) * l.overcommit) }
+
+// reserves reports whether the size of a volume counts against the disk.
+func reserves(r *record.Record) bool {
+	return r.Spec.SizeEnforcement != spec.EnforceNone && r.Backend != upper.Tmpfs
+}
+
+// reservedFor returns what is reserved for a volume, and how much of that its uppers take.
+func (l *ledger) reservedFor(ctx context.Context, r *record.Record) (reserved, allocated int64) {
+	if r.Size == 0 || !reserves(r) || !r.Spec.ManagesUpper() {
 		return 0, 0
 	}
 	targets := []string{""}
-	if r.Spec.Upper == spec.UpperPod {
+	if r.Spec.Ephemeral() {
 		targets = nil
 		for _, p := range r.Publications {
 			targets = append(targets, p.Target)
 		}
 	}
 	for _, target := range targets {
-		promised += r.Size
-		if !upper.ContainsUpper(filepath.Join(m.root.Path(), m.baseDir(r, target))) {
+		reserved += r.Size
+		if !upper.ContainsUpper(l.uppers.path(r, target)) {
 			continue
 		}
-		bytes, err := m.openUpper(r, r.publication(target)).DiskUsage(ctx)
+		bytes, err := l.uppers.open(r, r.Publication(target)).DiskUsage(ctx)
 		if err != nil {
-			klog.FromContext(ctx).V(4).Info("What a volume takes is not known", "volume", r.ID, "reason", err.Error())
+			klog.FromContext(ctx).V(4).Info("Could not measure volume usage", keyVolume, r.ID, keyReason, err.Error())
 			continue
 		}
-		taken += min(bytes, r.Size)
+		allocated += min(bytes, r.Size)
 	}
-	return promised, taken
+	return reserved, allocated
 }
 
-// promise writes the state of a volume down that wants so many bytes more than it was promised before, where the node has
-// them.
-func (m *Manager) promise(ctx context.Context, r *record, more int64) error {
-	m.promises.Lock()
-	defer m.promises.Unlock()
-	if r.Spec.SizeEnforcement != spec.EnforceNone && r.Kept != upper.Tmpfs {
-		left, err := m.Capacity(ctx)
-		if err != nil {
-			return err
-		}
-		if more > left {
-			return fmt.Errorf("%w: %d bytes are asked for, and node %s can promise %d more", errdefs.ErrResourceExhausted, more, m.config.Node, left)
-		}
-	}
-	return m.states.save(r)
-}
-
-// Expand makes the limit of the volume that is published at path larger, while pods write to it, and returns what it is
-// then. Asked again it does what is missing. It is of the kind OutOfRange where the volume is larger than limit already, and
-// InvalidArgument where the size is not the driver's to change.
-func (m *Manager) Expand(ctx context.Context, id, path string, required, limit int64) (int64, error) {
-	unlock, err := m.locks.acquire(ctx, id)
-	if err != nil {
-		return 0, err
-	}
-	defer unlock()
-	r, p, err := m.published(id, path)
-	if err != nil {
-		return 0, err
-	}
-	if live, err := m.isLive(p); err != nil {
-		return 0, err
-	} else if !live {
-		return 0, fmt.Errorf("%w: volume %s is not mounted at %s: it is expanded when it is", errdefs.ErrFailedPrecondition, id, path)
-	}
-	size := max(required, r.Size)
+// choose chooses the backend for a volume's uppers. It returns ErrFailedPrecondition if the node cannot enforce the size, and
+// ErrResourceExhausted if the size is larger than the node can ever reserve.
+func (l *ledger) choose(r *record.Record) (upper.Backend, error) {
+	need := upper.Requirements{Bytes: r.Size, Unenforced: r.Spec.SizeEnforcement == spec.EnforceNone}
 	switch {
 	case r.Spec.Upper == spec.UpperPodVolume:
-		return 0, fmt.Errorf("%w: volume %s has its upper in another volume: make that one larger", errdefs.ErrInvalidArgument, id)
-	case limit > 0 && size > limit:
-		return 0, fmt.Errorf("%w: volume %s has %d bytes, and is to have at most %d: a volume does not become smaller", errdefs.ErrOutOfRange, id, size, limit)
-	case !r.Spec.ManagesUpper() || r.Size == 0:
-		return size, nil
+		return upper.PodVolume, nil
+	case r.Spec.Medium == spec.MediumMemory:
+		need.Backend = upper.Tmpfs
+	case r.Spec.SizeEnforcement == spec.EnforceImage:
+		need.Backend = upper.DiskImage
+	case r.Spec.SizeEnforcement == spec.EnforceQuota:
+		need.Backend = upper.ProjectQuota
 	}
-	grown := *r
-	grown.Size = size
-	if r.Spec.SizeEnforcement != spec.EnforceNone {
-		if err := m.grow(ctx, &grown, size-r.Size); err != nil {
-			return 0, fmt.Errorf("expand volume %s: %w", id, err)
-		}
+	disk, err := linux.FileSystemUsageAt(l.root)
+	if err != nil {
+		return "", err
 	}
-	// After the limit: where a crash comes between, kubelet asks again.
-	if err := m.states.save(&grown); err != nil {
-		return 0, err
+	if most := l.allocatable(disk.Bytes.Total); need.Backend != upper.Tmpfs && !need.Unenforced && r.Size > most {
+		return "", fmt.Errorf("%w: the size is %d bytes, and the disk of node %s has %d for volumes", errdefs.ErrResourceExhausted, r.Size, l.node, most)
 	}
-	klog.FromContext(ctx).Info("Expanded a volume", "volume", id, "bytes", size)
-	return size, nil
+	return l.uppers.backends.Choose(need)
 }
 
-// grow sets the limits of the volume's uppers on this node, if the node can promise so much more to each.
-func (m *Manager) grow(ctx context.Context, r *record, more int64) error {
-	m.promises.Lock()
-	defer m.promises.Unlock()
-	targets, err := m.targetsInUse(r)
-	if err != nil {
-		return err
-	}
-	if wanted := more * int64(len(targets)); wanted > 0 && r.Kept != upper.Tmpfs {
-		left, err := m.Capacity(ctx)
-		if err != nil {
+// reserve saves the record of a new volume, if the node has room for it.
+func (l *ledger) reserve(ctx context.Context, r *record.Record) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if reserves(r) {
+		if err := l.check(ctx, r.Size); err != nil {
 			return err
 		}
-		if wanted > left {
-			return fmt.Errorf("%w: %d bytes more are asked for, and node %s can promise %d", errdefs.ErrResourceExhausted, wanted, m.config.Node, left)
+	}
+	return l.records.Save(r)
+}
+
+// grow raises the limits of a volume's uppers to that of its record, if the node has room for more bytes for each of them.
+func (l *ledger) grow(ctx context.Context, r *record.Record, more int64, used []*record.Publication) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if wanted := more * int64(len(used)); wanted > 0 && reserves(r) {
+		if err := l.check(ctx, wanted); err != nil {
+			return err
 		}
 	}
-	for _, target := range targets {
-		if err := m.openUpper(r, r.publication(target)).Grow(ctx, r.limit()); err != nil {
+	for _, p := range used {
+		if err := l.uppers.open(r, p).Grow(ctx, r.Limit()); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// targetsInUse is one target of each upper of the volume that is mounted.
-func (m *Manager) targetsInUse(r *record) ([]string, error) {
-	byBase := map[string]string{}
-	for _, p := range r.Publications {
-		live, err := m.isLive(&p)
-		if err != nil {
-			return nil, err
-		}
-		if live {
-			byBase[m.baseDir(r, p.Target)] = p.Target
-		}
+func (l *ledger) check(ctx context.Context, wanted int64) error {
+	left, err := l.available(ctx)
+	if err != nil {
+		return err
 	}
-	return slices.Sorted(maps.Values(byBase)), nil
+	if wanted > left {
+		return fmt.Errorf("%w: %d bytes are requested, and node %s can reserve %d", errdefs.ErrResourceExhausted, wanted, l.node, left)
+	}
+	return nil
 }

@@ -3,32 +3,32 @@ package volume
 import (
 	"context"
 	"fmt"
-	"path/filepath"
 	"strings"
 
 	"github.com/containerd/errdefs"
 
+	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
-	"github.com/overlay-csi/overlay-csi/pkg/spec"
+	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
-// Condition is something that is wrong with a volume on this node, or with what all of the node's volumes need.
+// Condition is a fault of a volume on this node, or of what all volumes of the node need.
 type Condition struct {
 	Severity Severity
-	// Reason is the same word for the same fault, Message says where it is and what to do.
+	// Reason identifies the fault. Message says where it is and what to do.
 	Reason, Message string
 }
 
-// Severity is how much of a volume can be used.
+// Severity says how far a volume can be used.
 type Severity string
 
 // The severities (CSI spec, VolumeHealthErrorType).
 const (
-	Degraded     Severity = "Degraded"     // it can be used, and is not as it should be
+	Degraded     Severity = "Degraded"     // it can be used, with restrictions
 	Inaccessible Severity = "Inaccessible" // it cannot be used
-	Lost         Severity = "Lost"         // something that was written is gone
+	Lost         Severity = "Lost"         // data is lost
 )
 
 // The reasons of conditions.
@@ -49,7 +49,7 @@ const (
 	reasonLayerRootMissing = "LayerRootMissing"
 )
 
-// findings collects conditions. Of one reason there is one condition, which has the messages of all.
+// findings collects conditions. Conditions with the same severity and reason become one, with all of their messages.
 type findings []Condition
 
 func (f *findings) add(severity Severity, reason, message string) {
@@ -65,44 +65,63 @@ func (f *findings) add(severity Severity, reason, message string) {
 	*f = append(*f, Condition{severity, reason, message})
 }
 
-// addError adds an error by its kind: gone, not as it should be, or anything else.
-func (f *findings) addError(err error, gone, bad, other Condition) {
-	condition := other
+// verdict is the severity and reason of a condition.
+type verdict struct {
+	severity Severity
+	reason   string
+}
+
+// verdicts say what the kinds of errors of a check mean.
+type verdicts struct{ notFound, failedPrecondition, other verdict }
+
+// What the checks of a volume and of its node mean.
+var (
+	mountedLayer    = verdicts{verdict{Degraded, reasonLayerMissing}, verdict{Degraded, reasonLayerChanged}, verdict{Degraded, reasonLayerFails}}
+	neededLayer     = verdicts{verdict{Inaccessible, reasonLayerMissing}, verdict{Inaccessible, reasonLayerFails}, verdict{Inaccessible, reasonLayerFails}}
+	mountedUpper    = verdicts{verdict{Lost, reasonUpperLost}, verdict{Degraded, reasonUpperReadOnly}, verdict{Inaccessible, reasonUpperFails}}
+	persistentUpper = verdicts{verdict{Lost, reasonUpperLost}, verdict{Inaccessible, reasonUpperFails}, verdict{Inaccessible, reasonUpperFails}}
+	dataRootState   = verdicts{verdict{Inaccessible, reasonDataRootFails}, verdict{Degraded, reasonDataRootReadOnly}, verdict{Inaccessible, reasonDataRootFails}}
+)
+
+// addError adds an error of a check. It adds nothing for nil.
+func (f *findings) addError(err error, meaning verdicts) {
+	v := meaning.other
 	switch {
 	case err == nil:
 		return
 	case errdefs.IsNotFound(err):
-		condition = gone
+		v = meaning.notFound
 	case errdefs.IsFailedPrecondition(err):
-		condition = bad
+		v = meaning.failedPrecondition
 	}
-	f.add(condition.Severity, condition.Reason, err.Error())
+	f.add(v.severity, v.reason, err.Error())
 }
 
-// Health tells what is wrong with a volume on this node, and with its view at target where that is not "": nothing where
-// it is as it should be. It is of the kind NotFound where the volume is not here.
+// Health returns what is wrong with a volume on this node, and with its view at target, or with all of its views if target is "". It
+// returns ErrNotFound if the volume is not on this node.
 func (m *Manager) Health(ctx context.Context, id, target string) ([]Condition, error) {
 	unlock, err := m.locks.acquire(ctx, id)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	r, err := m.states.load(id)
-	if err != nil {
+	r, err := m.records.Load(id)
+	switch {
+	case err == nil:
+		return m.health(ctx, r, target), nil
+	case !errdefs.IsNotFound(err):
 		return []Condition{{Inaccessible, reasonStateDamaged, err.Error()}}, nil
 	}
-	if r == nil {
-		dir := m.states.volumeDir(id)
-		if upper.ContainsUpper(dir) {
-			return []Condition{{Inaccessible, reasonStateDamaged, fmt.Sprintf("%s holds an upper without its state: restore %s", dir, stateName)}}, nil
-		}
-		return nil, fmt.Errorf("%w: volume %s: there is none of that ID on this node", errdefs.ErrNotFound, id)
+	if dir := m.records.Dir(id); upper.ContainsUpper(dir) {
+		message := fmt.Sprintf("%s contains an upper without its record; restore %s", dir, dataroot.Record)
+		return []Condition{{Inaccessible, reasonStateDamaged, message}}, nil
 	}
-	return m.health(ctx, r, target), nil
+	return nil, err
 }
 
-// health is as Health, of a record. Without the volume's lock it may tell of a view that is being mounted or unmounted.
-func (m *Manager) health(ctx context.Context, r *record, target string) []Condition {
+// health is Health for a loaded record. The caller need not hold the volume's lock; a view may then be about to be mounted or
+// unmounted.
+func (m *Manager) health(ctx context.Context, r *record.Record, target string) []Condition {
 	var found findings
 	mounted := false
 	for i := range r.Publications {
@@ -110,44 +129,41 @@ func (m *Manager) health(ctx context.Context, r *record, target string) []Condit
 		if target != "" && p.Target != target {
 			continue
 		}
-		live, err := m.isLive(p)
+		live, err := m.views.isLive(p)
 		if err != nil {
 			found.add(Inaccessible, reasonNotMounted, err.Error())
 			continue
 		}
 		if !live {
-			found.add(Inaccessible, reasonNotMounted, fmt.Sprintf("nothing is mounted at %s: kubelet mounts it when it starts the pod again", p.Target))
+			found.add(Inaccessible, reasonNotMounted, fmt.Sprintf("nothing is mounted at %s; kubelet mounts it when it starts the pod again", p.Target))
 			continue
 		}
 		mounted = true
-		for i, mark := range p.LowerMarks {
-			found.addError(layer.CheckUnchanged(p.LowerDirs[i], mark), Condition{Severity: Degraded, Reason: reasonLayerMissing},
-				Condition{Severity: Degraded, Reason: reasonLayerChanged}, Condition{Severity: Degraded, Reason: reasonLayerFails})
+		for i, fingerprint := range p.Fingerprints {
+			found.addError(layer.CheckUnchanged(p.LowerDirs[i], fingerprint), mountedLayer)
 		}
-		if r.Spec.Upper != spec.UpperNone {
-			m.upperHealth(ctx, &found, m.openUpper(r, p))
+		if hasUpper(r) {
+			addUpper(ctx, &found, m.uppers.open(r, p))
 		}
 	}
 	if mounted {
 		return found
 	}
-	// A pod that is to have it would meet these.
-	found.addError(m.layers.CheckPresent(r.Spec.Layers), Condition{Severity: Inaccessible, Reason: reasonLayerMissing},
-		Condition{Severity: Inaccessible, Reason: reasonLayerFails}, Condition{Severity: Inaccessible, Reason: reasonLayerFails})
+	// Report what the next publish would fail on.
+	found.addError(m.config.Layers.CheckPresent(r.Spec.Layers), neededLayer)
 	if r.Made {
-		persistent := m.openUpper(r, nil)
+		persistent := m.uppers.open(r, nil)
 		if there, err := persistent.Exists(); err != nil || !there {
-			found.addError(persistent.Check(), Condition{Severity: Lost, Reason: reasonUpperLost},
-				Condition{Severity: Inaccessible, Reason: reasonUpperFails}, Condition{Severity: Inaccessible, Reason: reasonUpperFails})
+			found.addError(persistent.Check(), persistentUpper)
 		}
 	}
 	return found
 }
 
-func (m *Manager) upperHealth(ctx context.Context, found *findings, used upper.Upper) {
+// addUpper adds what is wrong with the upper of a mounted view.
+func addUpper(ctx context.Context, found *findings, used upper.Upper) {
 	if err := used.Check(); err != nil {
-		found.addError(err, Condition{Severity: Lost, Reason: reasonUpperLost},
-			Condition{Severity: Degraded, Reason: reasonUpperReadOnly}, Condition{Severity: Inaccessible, Reason: reasonUpperFails})
+		found.addError(err, mountedUpper)
 		return
 	}
 	usage, err := used.Free(ctx)
@@ -156,18 +172,18 @@ func (m *Manager) upperHealth(ctx context.Context, found *findings, used upper.U
 		return
 	}
 	if what := lacking(usage); what != "" {
-		found.add(Degraded, reasonOutOfSpace, "the upper is full: "+what+": expand the volume or delete files")
+		found.add(Degraded, reasonOutOfSpace, "the upper is full, "+what+"; expand the volume or delete files")
 	}
 }
 
-// Few is what is as good as nothing: writes of the usual size fail.
+// Below these thresholds an upper, or the data root, is reported full.
 const (
 	fewBytes  = 1 << 20
 	fewInodes = 16
 	fewShare  = 16
 )
 
-// lacking says of what next to nothing is left, "" where there is enough. A file system without inodes to count has none.
+// lacking returns what is below the thresholds, "" if nothing is. A file system that does not count inodes reports 0 of them.
 func lacking(usage upper.Usage) string {
 	var lacks []string
 	for _, amount := range []struct {
@@ -182,18 +198,18 @@ func lacking(usage upper.Usage) string {
 	return strings.Join(lacks, ", ")
 }
 
-// StorageHealth tells what is wrong with what all volumes of this node need: the data root and the layer roots.
+// StorageHealth returns what is wrong with what all volumes of this node need: the data root and the layer roots.
 func (m *Manager) StorageHealth() []Condition {
 	var found findings
-	found.addError(upper.CheckWritable(filepath.Join(m.root.Path(), volumesName)), Condition{Severity: Inaccessible, Reason: reasonDataRootFails},
-		Condition{Severity: Degraded, Reason: reasonDataRootReadOnly}, Condition{Severity: Inaccessible, Reason: reasonDataRootFails})
-	usage, err := linux.FileSystemUsageAt(m.root.Path())
+	root := m.config.Root
+	found.addError(upper.CheckWritable(root.VolumesDir()), dataRootState)
+	usage, err := linux.FileSystemUsageAt(root.Path())
 	if err != nil {
 		found.add(Inaccessible, reasonDataRootFails, err.Error())
 	} else if what := lacking(usage); what != "" {
-		found.add(Degraded, reasonDataRootFull, fmt.Sprintf("the file system of the data root %s is full: %s", m.root.Path(), what))
+		found.add(Degraded, reasonDataRootFull, fmt.Sprintf("the file system of the data root %s is full, %s", root.Path(), what))
 	}
-	if err := m.layers.CheckRoots(); err != nil {
+	if err := m.config.Layers.CheckRoots(); err != nil {
 		found.add(Degraded, reasonLayerRootMissing, err.Error())
 	}
 	return found

@@ -9,11 +9,11 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// lockWait is how long an operation waits for another one on the same volume: a twin that only takes its time is so
-// answered as if it came later, and one behind an unmount that hangs is told that before kubelet gives up (2 minutes).
+// lockWait is how long an operation waits for another one on the same volume before it gets Aborted. It is shorter than kubelet's
+// timeout of 2 minutes, so that an operation behind an unmount that hangs is answered.
 const lockWait = 30 * time.Second
 
-// locks let one operation at a time work on a volume. Volumes do not wait for each other.
+// locks has one lock for each volume.
 type locks struct {
 	mu   sync.Mutex
 	held map[string]*volumeLock
@@ -26,8 +26,8 @@ type volumeLock struct {
 
 func newLocks() *locks { return &locks{held: map[string]*volumeLock{}} }
 
-// acquire waits for the volume, at most lockWait and as long as ctx lets it. The error is of the kind Aborted, which
-// is the CSI specification's for an operation that is pending on the volume. The caller calls unlock.
+// acquire locks a volume. It waits until ctx is done, at most lockWait, and then returns ErrAborted, as the CSI specification
+// requires while an operation on the volume is pending.
 func (l *locks) acquire(ctx context.Context, id string) (unlock func(), err error) {
 	l.mu.Lock()
 	lock, ok := l.held[id]
@@ -45,11 +45,11 @@ func (l *locks) acquire(ctx context.Context, id string) (unlock func(), err erro
 		return func() { <-lock.token; l.leave(id, lock) }, nil
 	case <-ctx.Done():
 		l.leave(id, lock)
-		return nil, fmt.Errorf("%w: another operation on volume %s is under way: try again", errdefs.ErrAborted, id)
+		return nil, fmt.Errorf("%w: another operation on volume %s is in progress; try again", errdefs.ErrAborted, id)
 	}
 }
 
-// tryAcquire takes the volume if nobody has it.
+// tryAcquire locks a volume if it is not locked.
 func (l *locks) tryAcquire(id string) (unlock func(), ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -3,12 +3,8 @@ package volume
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
-	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -17,12 +13,19 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
-	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
-// mounter mounts views and takes them down. Every method costs the same however many mounts there are.
+// dataRoot is where the volumes are.
+type dataRoot interface {
+	Path() string
+	VolumesDir() string
+	Discard(path string) error
+}
+
+// mounter mounts and unmounts views. The cost of a method does not depend on the number of mounts.
 type mounter interface {
 	Overlay(view overlay.Spec, target *os.File) error
 	Bind(source, target *os.File, attributes overlay.Attributes) error
@@ -45,75 +48,70 @@ type podVolumes interface {
 	Root(ctx context.Context, ref reference.Reference, pod kubelet.Pod) (*os.File, error)
 }
 
-// uppers chooses backends and opens uppers.
-type uppers interface {
+// backends chooses backends and opens uppers.
+type backends interface {
 	Choose(need upper.Requirements) (upper.Backend, error)
 	Open(at upper.Location) upper.Upper
 }
 
 // pods knows which pods are on the node.
 type pods interface {
-	// PodUID is the UID of the pod that a target path belongs to, "" where the path does not tell.
+	// PodUID returns the UID of the pod that a target path belongs to, "" if the path does not have it.
 	PodUID(target string) string
 	// PodGone reports whether the pod is certainly gone.
 	PodGone(uid string) bool
 }
 
-// Config is what a manager needs to know of its node.
+// Config configures a Manager. All fields are required.
 type Config struct {
-	// Node is the name of the node, BootID that of its current boot.
+	// Node is the name of the node, BootID identifies its current boot.
 	Node, BootID string
-	// ReconcileInterval is the time between two looks at what pods left behind.
+	// ReconcileInterval is the time between two reconciliations.
 	ReconcileInterval time.Duration
-	// Overcommit is how many times the disk may be promised to volumes: 1 is what there is.
+	// Overcommit is how many times the disk may be reserved for volumes.
 	Overcommit float64
+
+	Root       dataRoot
+	Records    *record.Store
+	Mounter    mounter
+	Layers     layers
+	PodVolumes podVolumes
+	Pods       pods
+	Backends   backends
 }
 
 // Manager manages the volumes of one node.
 type Manager struct {
-	config     Config
-	root       *DataRoot
-	mounter    mounter
-	layers     layers
-	podVolumes podVolumes
-	pods       pods
-	uppers     uppers
-	states     states
-	trash      *trash
-	locks      *locks
-	ready      atomic.Bool
-	// promises lets one volume at a time be promised its size.
-	promises sync.Mutex
-	counts   counts
+	config  Config
+	records *record.Store
+	views   views
+	uppers  uppers
+	ledger  *ledger
+	usage   usageCache
+	locks   *locks
+	ready   atomic.Bool
 }
 
-// NewManager returns the manager of the volumes in a data root.
-func NewManager(config Config, root *DataRoot, mounter mounter, layers layers, podVolumes podVolumes, pods pods, uppers uppers) *Manager {
+// NewManager returns a manager of the volumes in a data root.
+func NewManager(config Config) *Manager {
+	uppers := uppers{config.Backends, config.Pods, config.Root.Path(), config.Node}
 	return &Manager{
-		config:     config,
-		root:       root,
-		mounter:    mounter,
-		layers:     layers,
-		podVolumes: podVolumes,
-		pods:       pods,
-		uppers:     uppers,
-		states:     states{filepath.Join(root.Path(), volumesName)},
-		trash:      root.trash,
-		locks:      newLocks(),
+		config:  config,
+		records: config.Records,
+		views:   views{config.Mounter},
+		uppers:  uppers,
+		ledger: &ledger{
+			node: config.Node, overcommit: config.Overcommit, root: config.Root.Path(), records: config.Records, uppers: uppers,
+		},
+		locks: newLocks(),
 	}
 }
 
-// Run makes good what a crash cut off, reports ready, and then keeps the node clean until ctx is done.
+// Run reconciles, reports ready, and then reconciles periodically until ctx is done.
 func (m *Manager) Run(ctx context.Context) {
 	m.reconcile(ctx)
 	m.ready.Store(true)
 	klog.FromContext(ctx).Info("Ready")
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		m.trash.run(ctx)
-	}()
-	defer func() { <-done }()
 	ticker := time.NewTicker(m.config.ReconcileInterval)
 	defer ticker.Stop()
 	for {
@@ -126,74 +124,14 @@ func (m *Manager) Run(ctx context.Context) {
 	}
 }
 
-// Ready reports whether the state that an earlier process left has been made good.
+// Ready reports whether what an earlier process left has been reconciled.
 func (m *Manager) Ready() bool { return m.ready.Load() }
 
-// baseDir is where the upper of a publication is kept beneath the data root, where that is not in another volume.
-func (m *Manager) baseDir(r *record, target string) string {
-	dir := filepath.Join(volumesName, r.ID)
-	if r.Spec.Upper == spec.UpperPod && !r.Inline {
-		return filepath.Join(dir, podUppersName, m.podKey(target))
-	}
-	return dir
-}
+// discard moves the directory of a volume to the trash.
+func (m *Manager) discard(id string) error { return m.config.Root.Discard(m.records.Dir(id)) }
 
-// openUpper returns the upper of a publication. p may be nil if all publications of the volume share one upper.
-func (m *Manager) openUpper(r *record, p *publication) upper.Upper {
-	if p == nil {
-		p = &publication{}
-	}
-	return m.uppers.Open(upper.Location{
-		Backend:   r.Kept,
-		Base:      m.baseDir(r, p.Target),
-		Limit:     r.limit(),
-		Ephemeral: r.Spec.Ephemeral(),
-		PodVolume: p.PodVolume,
-		Holder:    upper.LockHolder{Node: m.config.Node, BootID: p.BootID, VolumeID: r.ID, Target: p.Target},
-		Layers:    r.Spec.LayerNames(),
-	})
-}
-
-// UpperInUse returns a function that reports whether the holder of an upper in another volume still has its publication in
-// this data root.
-func UpperInUse(root *DataRoot) func(upper.LockHolder) bool {
-	states := states{filepath.Join(root.Path(), volumesName)}
-	return func(holder upper.LockHolder) bool {
-		if CheckID(holder.VolumeID) != nil {
-			return false
-		}
-		r, err := states.load(holder.VolumeID)
-		if err != nil {
-			// The publication may be in what cannot be read.
-			return true
-		}
-		return r != nil && r.publication(holder.Target) != nil
-	}
-}
-
-// isLive reports whether the view of a publication is mounted.
-func (m *Manager) isLive(p *publication) (bool, error) {
-	mounted, err := m.mounter.At(p.Target)
-	if err != nil {
-		return false, fmt.Errorf("look at the target %s: %w", p.Target, err)
-	}
-	return mounted == overlay.Overlay, nil
-}
-
-// exists reports whether there is something at path, and says so too where that cannot be told.
+// exists reports whether there is a file at path. It returns true if that is unknown.
 func exists(path string) bool {
 	_, err := os.Lstat(path)
 	return !errors.Is(err, fs.ErrNotExist)
-}
-
-// bootIDFile is where the kernel shows the identity of the current boot (random(4)).
-const bootIDFile = "/proc/sys/kernel/random/boot_id"
-
-// BootID identifies the current boot of the node.
-func BootID() (string, error) {
-	data, err := os.ReadFile(bootIDFile)
-	if err != nil {
-		return "", fmt.Errorf("read the boot ID: %w", err)
-	}
-	return strings.TrimSpace(string(data)), nil
 }

@@ -11,19 +11,20 @@ import (
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
 
+	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 )
 
-// CreateRequest asks for a volume that pods will name by a claim.
+// CreateRequest asks for a volume for a claim.
 type CreateRequest struct {
-	// Name is the same for every try to create the one volume.
+	// Name identifies the volume in repeated requests.
 	Name string
 	Spec spec.Spec
-	// ClaimLayers reads the layers that the claim names, and is nil where they are in Spec. It is asked once: the
-	// volume keeps its layers whatever becomes of the claim's annotation.
+	// ClaimLayers returns the layers that the claim names, and is nil if they are in Spec. It is called once: later changes of
+	// the claim's annotation do not change the volume.
 	ClaimLayers func(ctx context.Context) ([]reference.Reference, error)
-	// Access is the widest of the modes that the volume is to have.
+	// Access is the widest of the requested access modes.
 	Access spec.AccessMode
 	// Secrets have the credentials for registries.
 	Secrets map[string]string
@@ -31,20 +32,20 @@ type CreateRequest struct {
 	Required, Limit int64
 }
 
-// Volume is a provisioned volume as others see it.
+// Volume is a provisioned volume.
 type Volume struct {
 	ID       string
 	Capacity int64
 	Spec     spec.Spec
-	// OnThisNode says that the volume's upper is kept here, and the volume can be used nowhere else.
+	// OnThisNode is set if the volume has a persistent upper on this node, and cannot be used on another one.
 	OnThisNode bool
 }
 
-// Create makes a volume, and answers with the same one when it is asked again. It is of the kind AlreadyExists where the
-// name stands for another volume.
+// Create creates a volume. It returns the same volume for a repeated request, and ErrAlreadyExists if the name is that of another
+// volume.
 //
-// Of a volume that keeps nothing on this node nothing is written down: what it is made of travels with the claim, and
-// with no topology every node's provisioner may be the one to delete it.
+// A volume without a persistent upper has no record before it is published: the claim carries its spec, and because it has no
+// topology, the provisioner of any node may be the one that deletes it.
 func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error) {
 	id := volumeID(req.Name)
 	unlock, err := m.locks.acquire(ctx, id)
@@ -52,135 +53,154 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error)
 		return Volume{}, err
 	}
 	defer unlock()
-	r, err := m.states.load(id)
+	r, err := m.records.Load(id)
+	switch {
+	case err == nil:
+		return toVolume(r), checkCreated(r, req)
+	case !errdefs.IsNotFound(err):
+		return Volume{}, err
+	}
+	requested, err := m.resolveRequested(ctx, &req)
 	if err != nil {
 		return Volume{}, err
 	}
-	if r != nil {
-		return r.volume(), r.matches(req)
-	}
-	if req.ClaimLayers != nil {
-		if req.Spec.Layers, err = req.ClaimLayers(ctx); err != nil {
-			return Volume{}, err
-		}
-	}
-	if err := m.layers.Check(req.Spec.Layers); err != nil {
-		return Volume{}, err
-	}
-	asked := req.Spec.Layers
-	if req.Spec.Layers, err = m.layers.ResolveTags(ctx, asked, req.Secrets); err != nil {
-		return Volume{}, err
-	}
-	if slices.Equal(asked, req.Spec.Layers) {
-		asked = nil
-	} else {
-		klog.FromContext(ctx).Info("Layers are pinned", "layers", req.Spec.LayerNames())
-	}
-	if req.Spec.Upper != spec.UpperClaim {
+	if !req.Spec.Persistent() {
 		return Volume{ID: id, Capacity: max(req.Spec.Size, req.Required), Spec: req.Spec}, nil
 	}
-	if err := m.layers.CheckPresent(req.Spec.Layers); err != nil {
+	if err := m.config.Layers.CheckPresent(req.Spec.Layers); err != nil {
 		return Volume{}, err
 	}
-	r = &record{ID: id, Spec: req.Spec, Size: req.Spec.Size, Provisioned: &provisioned{Name: req.Name, Access: req.Access, Asked: asked}}
-	if r.Kept, err = m.chooseKind(r); err != nil {
+	r = &record.Record{
+		ID: id, Spec: req.Spec, Size: req.Spec.Size,
+		Provisioned: &record.Provisioned{Name: req.Name, Access: req.Access, RequestedLayers: requested},
+	}
+	if r.Backend, err = m.ledger.choose(r); err != nil {
 		return Volume{}, fmt.Errorf("create volume %s: %w", req.Name, err)
 	}
-	if err := m.promise(ctx, r, r.Size); err != nil {
-		return Volume{}, errors.Join(err, m.trash.put(m.states.volumeDir(id)))
+	if err := m.ledger.reserve(ctx, r); err != nil {
+		return Volume{}, errors.Join(err, m.discard(id))
 	}
-	klog.FromContext(ctx).Info("Made a volume", "volume", id, "bytes", r.Size, "kept", r.Kept)
-	return r.volume(), nil
+	klog.FromContext(ctx).Info("Volume created", keyVolume, id, keyBytes, r.Size, keyBackend, r.Backend)
+	return toVolume(r), nil
 }
 
-// Delete removes a volume and its upper. A volume that is not there is deleted already; one that is mounted is in use
-// (FailedPrecondition).
+// resolveRequested replaces the tags in the layers of a request by digests. It returns the layers as requested, nil if that changed
+// nothing.
+func (m *Manager) resolveRequested(ctx context.Context, req *CreateRequest) (requested []reference.Reference, err error) {
+	requested = req.Spec.Layers
+	if req.ClaimLayers != nil {
+		if requested, err = req.ClaimLayers(ctx); err != nil {
+			return nil, err
+		}
+	}
+	if err := m.config.Layers.Check(requested); err != nil {
+		return nil, err
+	}
+	if req.Spec.Layers, err = m.config.Layers.ResolveTags(ctx, requested, req.Secrets); err != nil {
+		return nil, err
+	}
+	if slices.Equal(requested, req.Spec.Layers) {
+		return nil, nil
+	}
+	klog.FromContext(ctx).Info("Layers resolved", keyLayers, req.Spec.LayerNames())
+	return requested, nil
+}
+
+// Delete deletes a volume and its upper. It returns nil if there is none, and ErrFailedPrecondition if the volume is mounted.
 func (m *Manager) Delete(ctx context.Context, id string) error {
 	unlock, err := m.locks.acquire(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	r, err := m.states.load(id)
-	if err != nil || r == nil {
+	r, err := m.records.Load(id)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
 		return err
 	}
-	for i := range r.Publications {
-		p := &r.Publications[i]
-		live, err := m.isLive(p)
-		if err != nil {
-			return err
-		}
-		if live {
-			return fmt.Errorf("%w: volume %s is published at %s: it can be deleted when it is unpublished", errdefs.ErrFailedPrecondition, id, p.Target)
-		}
-		if r.Spec.Upper != spec.UpperNone && !r.sharesUpper() {
-			if err := m.openUpper(r, p).Release(ctx); err != nil {
-				return err
-			}
-		}
+	live, err := m.views.firstLive(r, "")
+	if err == nil {
+		return fmt.Errorf("%w: volume %s is published at %s; unpublish it first", errdefs.ErrFailedPrecondition, id, live.Target)
 	}
-	if r.sharesUpper() && r.Kept != "" {
-		if err := m.openUpper(r, nil).Release(ctx); err != nil {
-			return err
-		}
+	if !errdefs.IsNotFound(err) {
+		return err
 	}
-	return m.trash.put(m.states.volumeDir(id))
+	if err := m.releaseAll(ctx, r); err != nil {
+		return err
+	}
+	return m.discard(id)
 }
 
-// Get returns a volume whose upper is kept on this node. It is of the kind NotFound where there is none.
+// releaseAll releases all uppers of a volume.
+func (m *Manager) releaseAll(ctx context.Context, r *record.Record) error {
+	if sharesUpper(r) && r.Backend != "" {
+		return m.uppers.open(r, nil).Release(ctx)
+	}
+	if sharesUpper(r) || !hasUpper(r) {
+		return nil
+	}
+	for i := range r.Publications {
+		if err := m.uppers.open(r, &r.Publications[i]).Release(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Get returns a volume with a persistent upper on this node. It returns ErrNotFound if there is none.
 func (m *Manager) Get(id string) (Volume, error) {
-	r, err := m.states.load(id)
+	r, err := m.records.Load(id)
 	if err != nil {
 		return Volume{}, err
 	}
-	if r == nil || !r.keepsUpper() {
-		return Volume{}, fmt.Errorf("%w: volume %s: there is none of that ID on this node", errdefs.ErrNotFound, id)
+	if !r.Spec.Persistent() {
+		return Volume{}, fmt.Errorf("%w: volume %s has no persistent upper on this node", errdefs.ErrNotFound, id)
 	}
-	return r.volume(), nil
+	return toVolume(r), nil
 }
 
-// List returns the volumes whose upper is kept on this node, by ID, from the first after `after`, at most limit of
-// them (0: all). more says that there are others behind them.
+// List returns the volumes with a persistent upper on this node whose IDs follow after, by ID, and at most limit of them if that is
+// positive. more reports whether there are others.
 func (m *Manager) List(after string, limit int) (volumes []Volume, more bool, err error) {
-	ids, err := m.states.ids()
+	ids, err := m.IDs()
 	if err != nil {
 		return nil, false, err
 	}
-	slices.Sort(ids)
 	for _, id := range ids {
 		if id <= after {
 			continue
 		}
-		r, err := m.states.load(id)
-		if err != nil || r == nil || !r.keepsUpper() {
-			// One volume that cannot be read must not hide the others: reconcile reports it.
+		r, err := m.records.Load(id)
+		if err != nil || !r.Spec.Persistent() {
+			// A record that cannot be read must not hide the others: reconcile reports it.
 			continue
 		}
 		if limit > 0 && len(volumes) == limit {
 			return volumes, true, nil
 		}
-		volumes = append(volumes, r.volume())
+		volumes = append(volumes, toVolume(r))
 	}
 	return volumes, false, nil
 }
 
-func (r *record) volume() Volume {
+func toVolume(r *record.Record) Volume {
 	return Volume{ID: r.ID, Capacity: r.Size, Spec: r.Spec, OnThisNode: true}
 }
 
-// matches reports whether a request that came before made this record.
-func (r *record) matches(req CreateRequest) error {
-	made := r.Provisioned
-	if req.ClaimLayers != nil || made == nil || slices.Equal(req.Spec.Layers, made.Asked) {
+// checkCreated returns nil if an earlier request like this one created the volume.
+func checkCreated(r *record.Record, req CreateRequest) error {
+	created := r.Provisioned
+	if req.ClaimLayers != nil || created == nil || slices.Equal(req.Spec.Layers, created.RequestedLayers) {
 		req.Spec.Layers = r.Spec.Layers
 	}
-	// A size is compared with what was asked for now, as it may have grown since.
+	// The size is compared below: the volume may have been expanded.
 	req.Spec.Size = r.Spec.Size
 	switch {
-	case made == nil || made.Name != req.Name:
-		return fmt.Errorf("%w: the ID %s of volume %q is taken by another volume", errdefs.ErrAlreadyExists, r.ID, req.Name)
-	case !r.Spec.Equal(req.Spec) || made.Access != req.Access:
+	case created == nil || created.Name != req.Name:
+		return fmt.Errorf("%w: another volume has the ID %s of volume %q", errdefs.ErrAlreadyExists, r.ID, req.Name)
+	case !r.Spec.Equal(req.Spec) || created.Access != req.Access:
 		return fmt.Errorf("%w: volume %q exists with other layers, another upper policy or another access mode", errdefs.ErrAlreadyExists, req.Name)
 	case r.Size < req.Required || (req.Limit > 0 && r.Size > req.Limit):
 		return fmt.Errorf("%w: volume %q exists with %d bytes", errdefs.ErrAlreadyExists, req.Name, r.Size)
@@ -188,9 +208,9 @@ func (r *record) matches(req CreateRequest) error {
 	return nil
 }
 
-// volumeID is the handle of the volume of that name: the name, where that can be a handle, as the provisioner's can.
+// volumeID returns the handle of the volume with a name: the name if it can be a handle, as the provisioner's names can.
 func volumeID(name string) string {
-	if CheckID(name) == nil {
+	if record.CheckID(name) == nil {
 		return name
 	}
 	sum := sha256.Sum256([]byte(name))

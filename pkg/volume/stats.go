@@ -8,86 +8,87 @@ import (
 
 	"github.com/containerd/errdefs"
 
-	"github.com/overlay-csi/overlay-csi/pkg/spec"
+	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
-// Stats is how much a volume's upper takes, in bytes and inodes, and what is left to it: the upper alone, none of the
-// layers. Of a volume without an upper it is nothing.
+// Stats is what a volume's upper takes of its limit, in bytes and inodes, without the layers. It is zero for a volume without
+// an upper.
 type Stats = upper.Usage
 
-// Stats measures the volume that is published at path. It is of the kind NotFound where the volume is not there.
+// Stats measures the volume that is published at path. It returns ErrNotFound if the volume is not mounted there.
 func (m *Manager) Stats(ctx context.Context, id, path string) (Stats, error) {
 	r, p, err := m.published(id, path)
 	if err != nil {
 		return Stats{}, err
 	}
-	live, err := m.isLive(p)
+	live, err := m.views.isLive(p)
 	if err != nil {
 		return Stats{}, err
 	}
 	if !live {
 		return Stats{}, fmt.Errorf("%w: volume %s is not mounted at %s", errdefs.ErrNotFound, id, path)
 	}
-	if r.Spec.Upper == spec.UpperNone {
+	if !hasUpper(r) {
 		return Stats{}, nil
 	}
-	usage := func() (Stats, error) { return m.openUpper(r, p).Usage(ctx) }
-	if r.Kept.CountsFiles() {
-		return m.counts.of(path, usage)
+	measure := func() (Stats, error) { return m.uppers.open(r, p).Usage(ctx) }
+	if r.Backend.CountsFiles() {
+		return m.usage.get(path, measure)
 	}
-	return usage()
+	return measure()
 }
 
-// published is the record of a volume and its publication at path.
-func (m *Manager) published(id, path string) (*record, *publication, error) {
-	r, err := m.states.load(id)
-	if err != nil {
+// published returns the record of a volume and its publication at path. It returns ErrNotFound if there is none.
+func (m *Manager) published(id, path string) (*record.Record, *record.Publication, error) {
+	r, err := m.records.Load(id)
+	if err != nil && !errdefs.IsNotFound(err) {
 		return nil, nil, err
 	}
-	if r == nil || r.publication(path) == nil {
+	if err != nil || r.Publication(path) == nil {
 		return nil, nil, fmt.Errorf("%w: volume %s is not published at %s", errdefs.ErrNotFound, id, path)
 	}
-	return r, r.publication(path), nil
+	return r, r.Publication(path), nil
 }
 
-// counts remembers what was found by counting files, which takes the longer the more there are: of one volume, a
-// twentieth of the time is spent on that at most.
-type counts struct {
-	mu    sync.Mutex
-	found map[string]counted
+// usageCache caches the usage of uppers whose files have to be counted, which takes longer the more there are. Counting takes
+// at most a twentieth of the time.
+type usageCache struct {
+	mu      sync.Mutex
+	entries map[string]usageEntry
 }
 
-type counted struct {
+type usageEntry struct {
 	stats Stats
 	until time.Time
 }
 
-// countedShare is how many times as long as a count took its result is used again.
-const countedShare = 20
+// cacheFactor is the time for which a result is valid, as a multiple of the time that the count took.
+const cacheFactor = 20
 
-func (c *counts) of(path string, count func() (Stats, error)) (Stats, error) {
+// get returns the usage of the upper at path, measured now or not long ago.
+func (c *usageCache) get(path string, measure func() (Stats, error)) (Stats, error) {
 	began := time.Now()
 	c.mu.Lock()
-	before, ok := c.found[path]
+	cached, ok := c.entries[path]
 	c.mu.Unlock()
-	if ok && began.Before(before.until) {
-		return before.stats, nil
+	if ok && began.Before(cached.until) {
+		return cached.stats, nil
 	}
-	stats, err := count()
+	stats, err := measure()
 	if err != nil {
 		return Stats{}, err
 	}
 	now := time.Now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.found == nil {
-		c.found = map[string]counted{}
+	if c.entries == nil {
+		c.entries = map[string]usageEntry{}
 	}
-	c.found[path] = counted{stats, now.Add(countedShare * now.Sub(began))}
-	for other, found := range c.found {
-		if now.After(found.until) {
-			delete(c.found, other)
+	c.entries[path] = usageEntry{stats, now.Add(cacheFactor * now.Sub(began))}
+	for other, entry := range c.entries {
+		if now.After(entry.until) {
+			delete(c.entries, other)
 		}
 	}
 	return stats, nil

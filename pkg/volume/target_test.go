@@ -5,16 +5,18 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/record"
 )
 
 func TestCheckIDAndTarget(t *testing.T) {
 	for _, id := range []string{"pvc-1", "csi-0123", "a b", "ünï", "a..b", strings.Repeat("x", 128)} {
-		if err := CheckID(id); err != nil {
+		if err := record.CheckID(id); err != nil {
 			t.Errorf("%q: %v", id, err)
 		}
 	}
 	for _, id := range []string{"", ".", "..", ".hidden", "a/b", "/", "a\x00", "a\nb", "\x7f", "\xff", strings.Repeat("x", 129)} {
-		if err := CheckID(id); !errdefs.IsInvalidArgument(err) {
+		if err := record.CheckID(id); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%q: %v", id, err)
 		}
 	}

@@ -257,7 +257,7 @@ func TestCapacityCountsWhatIsPromised(t *testing.T) {
 		t.Errorf("of %d bytes %d are left after 128 MiB were promised", whole, left)
 	}
 	_, err := node.Controller().CreateVolume(timeout(t), createRequest("other-half", readWriteOnce, 128<<20, "layers", layers))
-	wantCode(t, err, codes.ResourceExhausted, "can promise")
+	wantCode(t, err, codes.ResourceExhausted, "can reserve")
 	pod := newPod(t, node, "pod")
 	target := publish(t, pod, v)
 	must(t, os.WriteFile(filepath.Join(target, "big"), make([]byte, 64<<20), 0o644))
@@ -265,7 +265,7 @@ func TestCapacityCountsWhatIsPromised(t *testing.T) {
 	if left := capacity(); left > whole-128<<20 || left < whole-140<<20 {
 		t.Errorf("of %d bytes %d are left after half of the promise was taken", whole, left)
 	}
-	wantCode(t, expand(t, node, pod, v, 250<<20, 0), codes.ResourceExhausted, "can promise")
+	wantCode(t, expand(t, node, pod, v, 250<<20, 0), codes.ResourceExhausted, "can reserve")
 	unpublish(t, pod, v)
 	createSized(t, node, "unlimited", readWriteOnce, 240<<20, "layers", layers, "sizeEnforcement", "none")
 	deleteVolume(t, node, v)
@@ -275,18 +275,4 @@ func TestCapacityCountsWhatIsPromised(t *testing.T) {
 	start(t, node)
 	createSized(t, node, "twice", readWriteOnce, 220<<20, "layers", layers)
 	createSized(t, node, "twice-2", readWriteOnce, 220<<20, "layers", layers)
-}
-
-// TestUpperOfAnEarlierDriverStays: the state of a volume did not always say how its upper is kept.
-func TestUpperOfAnEarlierDriverStays(t *testing.T) {
-	node := startNode(t)
-	v := claim("kept", readWriteOnce, "layers", layersOf(t, node, map[string]string{"f": "layer"}), "sizeEnforcement", "none")
-	pod := newPod(t, node, "pod")
-	dir := filepath.Join(node.DataRoot, "volumes", v.ID)
-	must(t, os.MkdirAll(filepath.Join(dir, "upper"), 0o755))
-	write(t, filepath.Join(dir, "upper", "f"), "written")
-	must(t, os.WriteFile(filepath.Join(dir, "volume.json"), fmt.Appendf(nil, `{"version":1,"id":%q,"spec":{"layers":["dir://layers/layer-0"],"upper":"claim","sizeEnforcement":"none"}}`, v.ID), 0o600))
-	wantFile(t, filepath.Join(publish(t, pod, v), "f"), "written")
-	unpublish(t, pod, v)
-	deleteVolume(t, node, v)
 }

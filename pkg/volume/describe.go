@@ -1,0 +1,82 @@
+package volume
+
+import (
+	"context"
+	"slices"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
+	"github.com/overlay-csi/overlay-csi/pkg/record"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
+)
+
+// Description describes a volume on this node.
+type Description struct {
+	ID   string
+	Spec spec.Spec
+	// Inline is set if the volume lives as long as its pod.
+	Inline bool
+	// SizeBytes is the limit of each upper, which is not enforced with sizeEnforcement: none, and Backend stores the uppers.
+	SizeBytes int64
+	Backend   upper.Backend
+	// Resolved has the image digests that references were resolved to, and Layers the layers of these images by diff ID.
+	Resolved     reference.Digests
+	Layers       []digest.Digest
+	Publications []Publication
+	Conditions   []Condition
+}
+
+// Publication describes a volume at one target. Data has the form of GraphDriver.Data of docker image inspect.
+type Publication struct {
+	Target  string
+	Pod     kubelet.Pod
+	Mounted bool
+	Options string
+	Data    map[string]string
+}
+
+// Describe describes a volume. It returns ErrNotFound if there is none.
+func (m *Manager) Describe(ctx context.Context, id string) (Description, error) {
+	if err := record.CheckID(id); err != nil {
+		return Description{}, err
+	}
+	r, err := m.records.Load(id)
+	if err != nil {
+		return Description{}, err
+	}
+	d := Description{
+		ID: r.ID, Spec: r.Spec, Inline: r.Inline, SizeBytes: r.Size, Backend: r.Backend, Resolved: r.Resolved, Layers: r.Layers,
+	}
+	for i := range r.Publications {
+		p := &r.Publications[i]
+		mounted, err := m.views.isLive(p)
+		if err != nil {
+			return Description{}, err
+		}
+		d.Publications = append(d.Publications, Publication{
+			Target: p.Target, Pod: p.Pod, Mounted: mounted, Options: p.Attributes.String(), Data: m.graphDriverData(r, p),
+		})
+	}
+	d.Conditions = m.health(ctx, r, "")
+	return d, nil
+}
+
+// graphDriverData returns the directories of a view.
+func (m *Manager) graphDriverData(r *record.Record, p *record.Publication) map[string]string {
+	data := map[string]string{"LowerDir": strings.Join(p.LowerDirs, ":"), "MergedDir": p.Target}
+	if hasUpper(r) {
+		data["UpperDir"], data["WorkDir"] = m.uppers.open(r, p).Paths()
+	}
+	return data
+}
+
+// IDs returns the IDs of all volumes on this node in order.
+func (m *Manager) IDs() ([]string, error) {
+	ids, err := m.records.List()
+	slices.Sort(ids)
+	return ids, err
+}

@@ -1,0 +1,353 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/containerd/errdefs"
+	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
+	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/record"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
+)
+
+// loadRecord loads the record. An ephemeral volume with an empty record starts again. An upper without a record is refused,
+// because the layers that it was made on are not known.
+func (p *publishing) loadRecord(context.Context) error {
+	m, id := p.m, p.req.VolumeID
+	r, err := m.records.Load(id)
+	if err == nil {
+		p.before = r
+		return nil
+	}
+	if !errdefs.IsNotFound(err) && !errors.Is(err, record.ErrEmpty) {
+		return err
+	}
+	dir := m.records.Dir(id)
+	if !p.req.Inline && upper.ContainsUpper(dir) {
+		return fmt.Errorf("%w: %s contains an upper without its record, so that its layers are unknown; restore %s or move the directory away",
+			errdefs.ErrDataLoss, dir, dataroot.Record)
+	}
+	if p.req.Spec.Persistent() && p.req.Provisioned {
+		return fmt.Errorf("%w: node %s does not have the volume; its upper was made here or elsewhere and is lost, and an empty one does not replace it",
+			errdefs.ErrNotFound, m.config.Node)
+	}
+	if !exists(dir) {
+		return nil
+	}
+	return m.discard(id)
+}
+
+// checkConflicts compares the request with the record.
+func (p *publishing) checkConflicts(context.Context) error {
+	r, req := p.before, p.req
+	if r == nil {
+		return nil
+	}
+	if !r.Spec.Equal(req.Spec) || r.Inline != req.Inline {
+		return fmt.Errorf("%w: on this node the volume has layers %v and upper %q, and the request has layers %v and upper %q; "+
+			"an upper stays on the layers that it was made on: use another volume",
+			errdefs.ErrAlreadyExists, r.Spec.LayerNames(), r.Spec.Upper, req.Spec.LayerNames(), req.Spec.Upper)
+	}
+	if here := r.Publication(req.Target); here != nil {
+		live, err := p.m.views.isLive(here)
+		if err != nil {
+			return err
+		}
+		if live {
+			return p.checkPublished(here)
+		}
+	}
+	if req.Access != spec.ReadWriteOncePod && !req.Inline {
+		return nil
+	}
+	other, err := p.m.views.firstLive(r, req.Target)
+	switch {
+	case errdefs.IsNotFound(err):
+		return nil
+	case err != nil:
+		return err
+	}
+	return fmt.Errorf("%w: the volume is for one pod, and is published at %s for pod %s; unpublish it there first",
+		errdefs.ErrFailedPrecondition, other.Target, other.Pod)
+}
+
+// checkPublished compares the request with a mounted view at its target.
+func (p *publishing) checkPublished(here *record.Publication) error {
+	if here.Attributes != p.req.Attributes || here.Access != p.req.Access || !sameGroup(here.Group, p.req.Group) {
+		return fmt.Errorf("%w: the volume is published at %s with other mount options, another access mode or another group",
+			errdefs.ErrAlreadyExists, p.req.Target)
+	}
+	done, err := ownersChanged(p.before, here)
+	p.done = done
+	return err
+}
+
+// unmountUnfinished unmounts a view whose publish ended while owners were changed. No container has it yet.
+func (p *publishing) unmountUnfinished(context.Context) error {
+	if p.before == nil || p.req.Spec.Ownership != spec.OwnershipChown || p.before.Publication(p.req.Target) == nil {
+		return nil
+	}
+	return p.m.views.unmount(p.req.Target)
+}
+
+func (p *publishing) resolveLayers(ctx context.Context) error {
+	var resolved reference.Digests
+	if p.before != nil {
+		resolved = p.before.Resolved
+	}
+	var err error
+	p.layers, err = p.m.config.Layers.Resolve(ctx, p.req.Spec.Layers, layer.Request{Pod: p.req.Pod, Secrets: p.req.Secrets, Digests: resolved})
+	if err != nil {
+		return err
+	}
+	if len(p.layers.Dirs) > overlay.MaxLowers {
+		return fmt.Errorf("%w: the images have %d layers together; overlayfs takes at most %d",
+			errdefs.ErrInvalidArgument, len(p.layers.Dirs), overlay.MaxLowers)
+	}
+	return nil
+}
+
+func (p *publishing) openTarget(context.Context) error {
+	var err error
+	p.target, p.madeTarget, err = openTarget(p.req.Target)
+	if err != nil {
+		return err
+	}
+	mounted, err := p.m.views.At(p.req.Target)
+	if err != nil {
+		return fmt.Errorf("query the mount at %s: %w", p.req.Target, err)
+	}
+	if mounted != overlay.Nothing {
+		return fmt.Errorf("%w: target path %s has a mount that is not this volume; unmount it", errdefs.ErrFailedPrecondition, p.req.Target)
+	}
+	return nil
+}
+
+func (p *publishing) removeTarget(context.Context) error {
+	if !p.madeTarget {
+		return nil
+	}
+	return removeTarget(p.req.Target)
+}
+
+// newRecord makes the record that the volume will have.
+func (p *publishing) newRecord(ctx context.Context) error {
+	req, r := p.req, p.before
+	if r == nil {
+		r = &record.Record{ID: req.VolumeID, Spec: req.Spec, Inline: req.Inline, Size: req.Spec.Size}
+	}
+	pod := req.Pod
+	if uid := p.m.config.Pods.PodUID(req.Target); uid != "" {
+		pod.UID = uid
+	}
+	publication := record.Publication{
+		Target: req.Target, Pod: pod, Access: req.Access, Attributes: req.Attributes, Group: req.Group, BootID: p.m.config.BootID,
+		LowerDirs: p.layers.Paths(), Fingerprints: p.layers.Fingerprints,
+	}
+	if req.Spec.Upper == spec.UpperPodVolume {
+		root, err := p.m.config.PodVolumes.Root(ctx, *req.Spec.UpperRef, req.Pod)
+		if err != nil {
+			return err
+		}
+		root.Close()
+		publication.PodVolume = upper.PodVolumePath{Volume: root.Name(), Path: podVolumePath(*req.Spec.UpperRef)}
+	}
+	if len(p.layers.Digests) > 0 {
+		klog.FromContext(ctx).Info("Layers resolved", keyDigests, p.layers.Digests)
+	}
+	p.after = r.With(publication)
+	p.after.Resolved, p.after.Layers = p.layers.Digests, p.layers.Stored
+	p.publication = p.after.Publication(req.Target)
+	if p.after.Backend == "" && hasUpper(p.after) {
+		backend, err := p.m.ledger.choose(p.after)
+		if err != nil {
+			return err
+		}
+		p.after.Backend = backend
+	}
+	return ctx.Err()
+}
+
+// discardStaleUpper discards an ephemeral upper of an earlier boot, because nothing of it was synced. It comes before the
+// record that says that the upper is of this boot.
+func (p *publishing) discardStaleUpper(ctx context.Context) error {
+	if p.before == nil || !p.after.Spec.Ephemeral() {
+		return nil
+	}
+	if old := p.before.Publication(p.req.Target); old != nil && old.BootID == p.publication.BootID {
+		return nil
+	}
+	if !upper.ContainsUpper(p.m.uppers.path(p.after, p.req.Target)) {
+		return nil
+	}
+	return p.m.uppers.open(p.after, p.publication).Discard(ctx)
+}
+
+func (p *publishing) saveRecord(context.Context) error { return p.m.records.Save(p.after) }
+
+func (p *publishing) restoreRecord(context.Context) error {
+	if p.before == nil {
+		return p.m.discard(p.req.VolumeID)
+	}
+	return p.m.records.Save(p.before)
+}
+
+// openShared opens the view of another pod with the same upper, if there is one: pods that share an upper share its view.
+func (p *publishing) openShared(context.Context) error {
+	if !sharesUpper(p.after) {
+		return nil
+	}
+	other, err := p.m.views.firstLive(p.after, p.req.Target)
+	switch {
+	case errdefs.IsNotFound(err):
+		return nil
+	case err != nil:
+		return err
+	case !sameGroup(other.Group, p.req.Group):
+		return fmt.Errorf("%w: the volume is published at %s for another fsGroup; pods that share an upper at the same time need the same one",
+			errdefs.ErrFailedPrecondition, other.Target)
+	}
+	p.shared, err = linux.Open(nil, other.Target, linux.O_PATH|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
+	return err
+}
+
+// makeBase makes the directory of the upper of a pod that shares the volume with others.
+func (p *publishing) makeBase(context.Context) error {
+	if !p.after.Spec.Ephemeral() || p.after.Inline {
+		return nil
+	}
+	base := p.m.uppers.path(p.after, p.req.Target)
+	p.madeBase = !exists(base)
+	return os.MkdirAll(base, 0o700)
+}
+
+func (p *publishing) discardBase(context.Context) error {
+	if !p.madeBase {
+		return nil
+	}
+	return p.m.config.Root.Discard(p.m.uppers.path(p.after, p.req.Target))
+}
+
+func (p *publishing) prepareUpper(ctx context.Context) error {
+	if !hasUpper(p.after) || p.shared != nil {
+		return nil
+	}
+	p.upper = p.m.uppers.open(p.after, p.publication)
+	if err := p.checkNotLost(); err != nil {
+		return err
+	}
+	root, err := rootAttr(p.after, p.publication, p.layers.Dirs[0])
+	if err != nil {
+		return err
+	}
+	p.dirs, err = p.upper.Prepare(ctx, root)
+	p.prepared = err == nil
+	return err
+}
+
+// checkNotLost returns ErrDataLoss if the upper was made and does not exist.
+func (p *publishing) checkNotLost() error {
+	if !p.after.Made {
+		return nil
+	}
+	there, err := p.upper.Exists()
+	if err != nil {
+		return fmt.Errorf("find the upper: %w", err)
+	}
+	if !there {
+		return fmt.Errorf("%w: the upper in %s is gone, with what was written to it, and an empty one does not replace it; restore it, or delete the claim",
+			errdefs.ErrDataLoss, p.m.records.Dir(p.after.ID))
+	}
+	return nil
+}
+
+func (p *publishing) releaseUpper(ctx context.Context) error {
+	if !p.prepared {
+		return nil
+	}
+	p.closeDirs()
+	return p.upper.Release(ctx)
+}
+
+// saveMade records that a persistent upper exists: from then on it can be lost.
+func (p *publishing) saveMade(context.Context) error {
+	if !p.prepared || !p.after.Spec.Persistent() || p.after.Made {
+		return nil
+	}
+	p.after.Made = true
+	return p.m.records.Save(p.after)
+}
+
+// checkUpperFree checks that no other overlay is mounted on an upper that existed.
+func (p *publishing) checkUpperFree(context.Context) error {
+	if !p.dirs.Existed {
+		return nil
+	}
+	inUse, err := p.m.views.UpperInUse(p.dirs.Upper)
+	if err != nil {
+		return err
+	}
+	if inUse {
+		return fmt.Errorf("%w: %w: %s; a container that had the volume may still be running, kubelet will retry",
+			errdefs.ErrUnavailable, overlay.ErrUpperInUse, p.dirs.Upper.Name())
+	}
+	if !p.after.Spec.Ephemeral() {
+		return nil
+	}
+	// The upper is of this boot: its view was unmounted by hand or never mounted. The kernel marks the work directory of a
+	// volatile view, so that it is not mounted again after a crash of the node; there was none.
+	return p.upper.ClearWork()
+}
+
+// setGroup gives the root of an upper that existed to the pod's group.
+func (p *publishing) setGroup(context.Context) error {
+	if !p.dirs.Existed || p.req.Group == nil {
+		return nil
+	}
+	return upper.SetGroup(p.dirs.Upper, *p.req.Group, groupDirMode)
+}
+
+func (p *publishing) mount(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	var err error
+	if p.shared != nil {
+		err = p.m.views.Bind(p.shared, p.target, p.publication.Attributes)
+	} else {
+		err = p.m.views.Overlay(overlay.Spec{
+			Lowers:     p.layers.Dirs,
+			Upper:      p.dirs.Upper,
+			Work:       p.dirs.Work,
+			Volatile:   p.prepared && p.after.Spec.Ephemeral(),
+			LayerOwner: mappedOwner(p.after, p.publication),
+			Metacopy:   p.after.Spec.Ownership == spec.OwnershipChown,
+			Attributes: p.publication.Attributes,
+		}, p.target)
+	}
+	p.mounted = err == nil
+	return err
+}
+
+func (p *publishing) unmount(context.Context) error {
+	if !p.mounted {
+		return nil
+	}
+	return p.m.views.unmount(p.req.Target)
+}
+
+func (p *publishing) changeOwners(ctx context.Context) error {
+	if p.shared != nil {
+		return nil
+	}
+	return changeOwners(ctx, p.after, p.publication)
+}

@@ -1,0 +1,93 @@
+package volume
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"path/filepath"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
+	"github.com/overlay-csi/overlay-csi/pkg/record"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
+)
+
+// uppers opens the uppers of volumes.
+type uppers struct {
+	backends backends
+	pods     pods
+	root     string
+	node     string
+}
+
+// open returns the upper of a publication. p may be nil if all publications of the volume share one upper. A volume with
+// upper: none has no upper, and must not come here.
+func (u uppers) open(r *record.Record, p *record.Publication) upper.Upper {
+	if p == nil {
+		p = &record.Publication{}
+	}
+	return u.backends.Open(upper.Location{
+		Backend:   r.Backend,
+		Base:      u.base(r, p.Target),
+		Limit:     r.Limit(),
+		Ephemeral: r.Spec.Ephemeral(),
+		PodVolume: p.PodVolume,
+		Holder:    upper.LockHolder{Node: u.node, BootID: p.BootID, VolumeID: r.ID, Target: p.Target},
+		Layers:    r.Spec.LayerNames(),
+	})
+}
+
+// base returns the base directory of an upper, beneath the data root.
+func (u uppers) base(r *record.Record, target string) string {
+	dir := filepath.Join(dataroot.Volumes, r.ID)
+	if r.Spec.Ephemeral() && !r.Inline {
+		return filepath.Join(dir, dataroot.PodUppers, u.podKey(target))
+	}
+	return dir
+}
+
+// path returns the path of the base directory of an upper.
+func (u uppers) path(r *record.Record, target string) string {
+	return filepath.Join(u.root, u.base(r, target))
+}
+
+// podKey names the directory of one pod's upper: the UID of the pod, or a digest of the target if that does not have it.
+func (u uppers) podKey(target string) string {
+	if uid := u.pods.PodUID(target); uid != "" {
+		return uid
+	}
+	sum := sha256.Sum256([]byte(target))
+	return hex.EncodeToString(sum[:16])
+}
+
+// hasUpper reports whether views of a volume have an upper.
+func hasUpper(r *record.Record) bool { return r.Spec.Upper != spec.UpperNone }
+
+// sharesUpper reports whether all publications of a volume share one upper.
+func sharesUpper(r *record.Record) bool { return r.Spec.Persistent() }
+
+// podVolumePath returns the path of the upper in another volume of the pod.
+func podVolumePath(ref reference.Reference) string {
+	if ref.Path() == "" {
+		return upper.DefaultPath
+	}
+	return ref.Path()
+}
+
+// UpperInUse returns a function that reports whether the holder of an upper in another volume still has its publication in
+// these records.
+func UpperInUse(records *record.Store) func(upper.LockHolder) bool {
+	return func(holder upper.LockHolder) bool {
+		if record.CheckID(holder.VolumeID) != nil {
+			return false
+		}
+		r, err := records.Load(holder.VolumeID)
+		if err != nil {
+			// The publication may be in what cannot be read.
+			return !errdefs.IsNotFound(err)
+		}
+		return r.Publication(holder.Target) != nil
+	}
+}

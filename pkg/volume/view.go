@@ -1,0 +1,70 @@
+package volume
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/record"
+)
+
+// views are the mounted views.
+type views struct{ mounter }
+
+// maxStacked is the number of views that are unmounted at one target. There is more than one only if somebody mounted by hand.
+const maxStacked = 8
+
+// isLive reports whether the view of a publication is mounted.
+func (v views) isLive(p *record.Publication) (bool, error) {
+	mounted, err := v.At(p.Target)
+	if err != nil {
+		return false, fmt.Errorf("query the mount at %s: %w", p.Target, err)
+	}
+	return mounted == overlay.Overlay, nil
+}
+
+// firstLive returns a publication with a mounted view, other than the one at a target. It returns ErrNotFound if there is none.
+func (v views) firstLive(r *record.Record, target string) (*record.Publication, error) {
+	for i := range r.Publications {
+		p := &r.Publications[i]
+		if p.Target == target {
+			continue
+		}
+		live, err := v.isLive(p)
+		if err != nil {
+			return nil, err
+		}
+		if live {
+			return p, nil
+		}
+	}
+	return nil, fmt.Errorf("%w: volume %s has no other view", errdefs.ErrNotFound, r.ID)
+}
+
+// unmount unmounts the views at a target. Nothing is mounted there when it returns nil. It does not unmount what is not an
+// overlay, because the driver did not mount that.
+func (v views) unmount(target string) error {
+	for range maxStacked {
+		mounted, err := v.At(target)
+		switch {
+		case err != nil:
+			return fmt.Errorf("query the mount at %s: %w", target, err)
+		case mounted == overlay.Nothing:
+			return nil
+		case mounted == overlay.Other:
+			return fmt.Errorf("%w: the mount at %s is not an overlay, and not of this driver; unmount it by hand", errdefs.ErrFailedPrecondition, target)
+		}
+		err = v.Unmount(target)
+		if errors.Is(err, syscall.EBUSY) {
+			return fmt.Errorf("%w: unmount %s: %w; a container of the pod or a process on the node has files open in it",
+				errdefs.ErrUnavailable, target, err)
+		}
+		if err != nil && !errors.Is(err, syscall.EINVAL) {
+			return fmt.Errorf("unmount: %w", err)
+		}
+	}
+	return fmt.Errorf("%w: %s is still a mount point after %d unmounts; find out what mounts there", errdefs.ErrFailedPrecondition, target, maxStacked)
+}
