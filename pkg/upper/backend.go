@@ -92,7 +92,8 @@ func (b *Backends) Choose(need Requirements) (Backend, error) {
 	switch {
 	case need.Backend != "":
 		if err := b.unavailable[need.Backend]; err != nil {
-			return "", fmt.Errorf("%w: the data root %s does not support %s: %w", errdefs.ErrFailedPrecondition, b.config.Root.Name(), need.Backend, err)
+			return "", fmt.Errorf("%w: the data root %s does not support %s: %w",
+				errdefs.ErrFailedPrecondition, b.config.Root.Name(), need.Backend, err)
 		}
 		return need.Backend, nil
 	case b.unavailable[ProjectQuota] == nil:
@@ -109,7 +110,8 @@ func (b *Backends) Choose(need Requirements) (Backend, error) {
 		}
 		reasons = append(reasons, fmt.Errorf("%s: %w", backend, err))
 	}
-	return "", fmt.Errorf("%w: the data root %s cannot enforce a size of %d bytes (%w); make one of these available, or set sizeEnforcement: none",
+	return "", fmt.Errorf("%w: the data root %s cannot enforce a size of %d bytes (%w); make one of these available, or set "+
+		"sizeEnforcement: none",
 		errdefs.ErrFailedPrecondition, b.config.Root.Name(), need.Bytes, errors.Join(reasons...))
 }
 

@@ -15,9 +15,11 @@ func TestParseQgroup(t *testing.T) {
 		used, limit int64
 		fails       bool
 	}{
-		"limited":            {qgroupTable + "0/257        1064960      1064960         33554432   volumes/v/data\n", 1064960, 33554432, false},
-		"no limit":           {qgroupTable + "0/256          16384        16384             none   \n", 16384, 0, false},
-		"as older programs":  {"qgroupid         rfer         excl     max_rfer  \n--------         ----         ----     --------  \n0/258           16384        16384     67108864  ", 16384, 67108864, false},
+		"limited":  {qgroupTable + "0/257        1064960      1064960         33554432   volumes/v/data\n", 1064960, 33554432, false},
+		"no limit": {qgroupTable + "0/256          16384        16384             none   \n", 16384, 0, false},
+		"as older programs": {
+			"qgroupid         rfer         excl     max_rfer  \n" +
+				"--------         ----         ----     --------  \n0/258           16384        16384     67108864  ", 16384, 67108864, false},
 		"none":               {qgroupTable, 0, 0, true},
 		"of a higher level":  {qgroupTable + "1/100 1 1 none", 0, 0, true},
 		"no number":          {qgroupTable + "0/257 many 1 none", 0, 0, true},

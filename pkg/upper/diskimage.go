@@ -89,7 +89,8 @@ func (d diskImage) make(ctx context.Context) (made bool, err error) {
 		return false, fmt.Errorf("make a disk image: %w", err)
 	}
 	if err := os.Truncate(temporary, d.limit.Bytes); err != nil {
-		return false, fmt.Errorf("make a disk image of %d bytes; the data root's file system may not support files of that size: %w", d.limit.Bytes, err)
+		return false, fmt.Errorf("make a disk image of %d bytes (the data root's file system may not support files of that size): %w",
+			d.limit.Bytes, err)
 	}
 	args := []string{"-q", "-F", "-m", "0", "-i", fmt.Sprint(diskInodeBytes), "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1"}
 	if d.ephemeral {
