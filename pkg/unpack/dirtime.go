@@ -1,7 +1,6 @@
 package unpack
 
 import (
-	"archive/tar"
 	"bufio"
 	"encoding/gob"
 	"errors"
@@ -14,16 +13,17 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
-// dirTime is when a directory was changed. It is set when nothing will be made in the directory any more.
+// dirTime is the modification time of a directory. It is stored as gob.
 type dirTime struct {
 	Name        string
 	Seconds     int64
 	Nanoseconds int
 }
 
-// setDirTimes sets the times of the directories, in which nothing will be made any more.
+// setDirTimes sets the recorded times of all directories. It comes last, because creating a file changes the time of its
+// directory.
 func (u *unpacker) setDirTimes() error {
-	u.forgetParents()
+	u.closeParents()
 	if err := u.timesOut.Flush(); err != nil {
 		return err
 	}
@@ -44,24 +44,16 @@ func (u *unpacker) setDirTimes() error {
 	}
 }
 
-// setDirTime sets the times of a directory, unless a later entry replaced it.
+// setDirTime sets the times of one directory. It ignores a directory that a later entry replaced.
 func (u *unpacker) setDirTime(t dirTime) error {
 	dir, err := linux.Open(u.root, "./"+t.Name, os.O_RDONLY|linux.O_DIRECTORY, linux.ResolveInRoot|linux.ResolveNoMagicLinks)
 	switch {
 	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ENOTDIR), errors.Is(err, syscall.ELOOP):
 		return nil
 	case err != nil:
-		return fmt.Errorf("set the times of a directory: %w", err)
+		return fmt.Errorf("set the times of directory %q: %w", t.Name, err)
 	}
 	defer dir.Close()
 	at := time.Unix(t.Seconds, int64(t.Nanoseconds))
 	return linux.Futimens(dir, at, at)
-}
-
-// timesOf returns the access and modification times of an entry.
-func timesOf(header *tar.Header) (accessed, modified time.Time) {
-	if header.AccessTime.IsZero() {
-		return header.ModTime, header.ModTime
-	}
-	return header.AccessTime, header.ModTime
 }

@@ -1,9 +1,9 @@
-// Package unpack turns the tar of one image layer into a directory tree that overlayfs takes as a lower directory.
+// Package unpack unpacks the tar of one image layer into a directory tree that can be a lower directory of overlayfs.
 //
-// Tar does all of it: files keep owner, mode, times and extended attributes, runs of zeros become holes, and the whiteouts
-// of the OCI image specification become those of overlayfs (a character device 0/0, and the attribute
-// trusted.overlay.opaque on a directory).
+// Files have the owner, mode, times and extended attributes of their entries. Runs of zeros become holes. Whiteouts of the
+// OCI image specification become whiteouts of overlayfs: a character device 0/0, or the attribute trusted.overlay.opaque on
+// a directory.
 //
-// The tar is not trusted. No path in it leads out of the tree: paths, and links that earlier entries made, are resolved
-// with the tree as their root (openat2(2), RESOLVE_IN_ROOT). Limits bound what a layer may take of the disk.
+// The tar is not trusted. Paths in it, and links from earlier entries, are resolved with the tree as their root
+// (openat2(2), RESOLVE_IN_ROOT). Limits bound the disk space that a layer may take.
 package unpack

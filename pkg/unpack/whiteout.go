@@ -12,21 +12,22 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
-// Whiteouts of an image (OCI image specification, "Representing Changes") and of overlayfs (kernel documentation,
-// "whiteouts and opaque directories").
+// The OCI image specification ("Representing Changes") defines whiteouts of images. The kernel's documentation of overlayfs
+// ("whiteouts and opaque directories") defines those of overlayfs.
 const (
-	// WhiteoutPrefix begins the name of an entry that hides the rest of the name in lower layers.
+	// WhiteoutPrefix is the prefix of the names of whiteouts. The rest of the name is the name that lower layers lose.
 	WhiteoutPrefix = ".wh."
-	// opaqueName hides everything in its directory in lower layers. Other names with whiteoutMeta are AUFS's own.
-	opaqueName   = ".wh..wh..opq"
+	// opaqueName is the name of an entry that hides the content of its directory in lower layers.
+	opaqueName = ".wh..wh..opq"
+	// whiteoutMeta is the prefix of names that AUFS reserves.
 	whiteoutMeta = ".wh..wh."
-	// opaqueXattr of "y" is what overlayfs calls an opaque directory.
+	// opaqueXattr marks an opaque directory of overlayfs. Its value is "y".
 	opaqueXattr = "trusted.overlay.opaque"
 )
 
-// whiteout makes a whiteout of overlayfs, a character device 0/0, from one of an image. A whiteout hides entries of lower
-// layers only, never entries of its own layer.
-func (u *unpacker) whiteout(dir *os.File, base string) error {
+// makeWhiteout converts a whiteout of an image to one of overlayfs, which is a character device 0/0. A whiteout hides
+// entries of lower layers only, never entries of its own layer.
+func (u *unpacker) makeWhiteout(dir *os.File, base string) error {
 	if base == opaqueName {
 		return setOpaque(dir)
 	}
@@ -38,13 +39,13 @@ func (u *unpacker) whiteout(dir *os.File, base string) error {
 	}
 	name := base[len(WhiteoutPrefix):]
 	if name == "" || name == "." || name == ".." {
-		return fmt.Errorf("%w: a whiteout of %q", errdefs.ErrInvalidArgument, name)
+		return fmt.Errorf("%w: the whiteout hides %q, which is not a file name", errdefs.ErrInvalidArgument, name)
 	}
 	err := linux.Mknodat(dir, name, syscall.S_IFCHR, 0)
 	if !errors.Is(err, syscall.EEXIST) {
 		return err
 	}
-	// A file of this layer hides the entries of lower layers anyway. A directory needs the attribute.
+	// A file of this layer hides the entry of lower layers anyway. A directory must be opaque to do so.
 	made, err := openDir(dir, name)
 	if errors.Is(err, syscall.ENOTDIR) || errors.Is(err, syscall.ELOOP) {
 		return nil
@@ -56,8 +57,8 @@ func (u *unpacker) whiteout(dir *os.File, base string) error {
 	return setOpaque(made)
 }
 
-// isHidden reports whether a directory, or one above it, is opaque. A whiteout in it would hide nothing, and overlayfs,
-// which reads such a directory as it is, would list its name.
+// isHidden reports whether a directory or one of its parents is opaque. A whiteout in it would hide nothing. overlayfs would
+// even list it, because it does not look for whiteouts in a directory that is not merged.
 func (u *unpacker) isHidden(dir *os.File) (bool, error) {
 	root, err := linux.StatFile(u.root)
 	if err != nil {
@@ -80,10 +81,10 @@ func (u *unpacker) isHidden(dir *os.File) (bool, error) {
 	}
 }
 
-// setOpaque makes a directory hide what lower layers have in it. The handle may be one of O_PATH.
+// setOpaque marks a directory as opaque: it hides its content in lower layers. dir may be an O_PATH handle.
 func setOpaque(dir *os.File) error { return linux.SetXattr(dir, opaqueXattr, []byte("y")) }
 
-// IsOpaque reports whether a directory hides what lower layers have in it. The handle may be one of O_PATH.
+// IsOpaque reports whether a directory hides its content in lower layers. dir may be an O_PATH handle.
 func IsOpaque(dir *os.File) (bool, error) {
 	value, err := linux.GetXattr(dir, opaqueXattr)
 	if errors.Is(err, syscall.ENODATA) {
@@ -92,7 +93,7 @@ func IsOpaque(dir *os.File) (bool, error) {
 	return string(value) == "y", err
 }
 
-// isWhiteout reports whether overlayfs would take a device for a whiteout.
+// isWhiteout reports whether overlayfs takes a device for a whiteout.
 func isWhiteout(typeflag byte, major, minor int64) bool {
 	return typeflag == tar.TypeChar && linux.Mkdev(uint32(major), uint32(minor)) == 0
 }

@@ -8,15 +8,17 @@ import (
 	"syscall"
 )
 
-// xattrRecord begins the PAX records that extended attributes are in.
+// xattrRecord is the prefix of the PAX records of extended attributes.
 const xattrRecord = "SCHILY.xattr."
 
-// ignoredXattrs are not set. Those of overlayfs would redirect lookups into other layers. Labels and signatures belong to
-// the machine that the image was made on.
-var ignoredXattrs = []string{"trusted.overlay.", "user.overlay.", "security.selinux", "security.ima", "security.evm", "system.nfs4_acl"}
+// ignoredXattrs are the prefixes of the attributes that are not set. Attributes of overlayfs would redirect lookups to
+// other layers. Labels and signatures are valid only on the machine where the image was built.
+var ignoredXattrs = []string{
+	"trusted.overlay.", "user.overlay.", "security.selinux", "security.ima", "security.evm", "system.nfs4_acl",
+}
 
-// setXattrs sets the extended attributes of an entry. It leaves out those that the file system does not support, as tar
-// does.
+// setXattrs calls set for each extended attribute of an entry. It ignores attributes that the file system does not support,
+// as tar(1) does.
 func setXattrs(header *tar.Header, set func(name string, value []byte) error) error {
 	for record, value := range header.PAXRecords {
 		name, ok := strings.CutPrefix(record, xattrRecord)

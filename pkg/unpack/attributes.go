@@ -1,0 +1,50 @@
+package unpack
+
+import (
+	"archive/tar"
+	"os"
+	"time"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+)
+
+// setAttributes sets owner, mode and extended attributes of an open file or directory. The owner comes first, because
+// changing it clears the set-user-ID bit and file capabilities.
+func setAttributes(file *os.File, header *tar.Header) error {
+	if err := linux.Fchownat(file, "", uint32(header.Uid), uint32(header.Gid)); err != nil {
+		return err
+	}
+	if err := linux.Fchmodat(file, "", modeOf(header)); err != nil {
+		return err
+	}
+	return setXattrs(header, func(name string, value []byte) error { return linux.SetXattr(file, name, value) })
+}
+
+// setAttributesAt sets owner, mode, extended attributes and times of the link or device at base.
+func setAttributesAt(dir *os.File, base string, header *tar.Header) error {
+	if err := linux.Fchownat(dir, base, uint32(header.Uid), uint32(header.Gid)); err != nil {
+		return err
+	}
+	if header.Typeflag != tar.TypeSymlink {
+		if err := linux.Fchmodat(dir, base, modeOf(header)); err != nil {
+			return err
+		}
+	}
+	err := setXattrs(header, func(name string, value []byte) error { return linux.SetXattrAt(dir, base, name, value) })
+	if err != nil {
+		return err
+	}
+	accessed, modified := timesOf(header)
+	return linux.Utimensat(dir, base, accessed, modified)
+}
+
+// modeOf returns the permission bits of an entry, with set-user-ID, set-group-ID and sticky.
+func modeOf(header *tar.Header) uint32 { return uint32(header.Mode) & 0o7777 }
+
+// timesOf returns the access and modification times of an entry.
+func timesOf(header *tar.Header) (accessed, modified time.Time) {
+	if header.AccessTime.IsZero() {
+		return header.ModTime, header.ModTime
+	}
+	return header.AccessTime, header.ModTime
+}

@@ -1,0 +1,170 @@
+package unpack
+
+import (
+	"archive/tar"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"strings"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+	"github.com/cyphar/filepath-securejoin/pathrs-lite"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+)
+
+// maxPath is the maximum length of a path in bytes (PATH_MAX).
+const maxPath = 4096
+
+// unpackEntry applies one entry of the tar to the tree.
+func (u *unpacker) unpackEntry(header *tar.Header, content io.Reader) error {
+	if u.stale {
+		u.closeParents()
+	}
+	u.entries++
+	if u.limits.MaxEntries > 0 && u.entries > u.limits.MaxEntries {
+		return fmt.Errorf("%w: the layer has more than %d entries; raise --max-layer-entries",
+			errdefs.ErrResourceExhausted, u.limits.MaxEntries)
+	}
+	if err := u.reserve(blockSize); err != nil {
+		return err
+	}
+	if len(header.Name) > maxPath || len(header.Linkname) > maxPath {
+		return fmt.Errorf("%w: the path has more than %d bytes", errdefs.ErrInvalidArgument, maxPath)
+	}
+	// Paths are relative to the root of the image: /../x is /x.
+	name := strings.TrimPrefix(path.Clean("/"+header.Name), "/")
+	if name == "" {
+		if header.Typeflag != tar.TypeDir {
+			return fmt.Errorf("%w: the root of the layer is not a directory", errdefs.ErrInvalidArgument)
+		}
+		return u.setDirAttributes(u.root, name, header)
+	}
+	dirName, base := path.Split(name)
+	dir, err := u.parent(path.Clean("/" + dirName))
+	if err != nil {
+		return err
+	}
+	if strings.HasPrefix(base, WhiteoutPrefix) {
+		return u.makeWhiteout(dir, base)
+	}
+	if header.Typeflag == tar.TypeDir {
+		return u.makeDir(dir, base, name, header)
+	}
+	if err := u.removeExisting(dir, base); err != nil {
+		return err
+	}
+	switch header.Typeflag {
+	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont:
+		return u.makeFile(dir, base, header, content)
+	case tar.TypeLink:
+		return u.makeHardLink(dir, base, header)
+	case tar.TypeSymlink:
+		if err := linux.Symlinkat(header.Linkname, dir, base); err != nil {
+			return err
+		}
+	case tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
+		if isWhiteout(header.Typeflag, header.Devmajor, header.Devminor) {
+			// overlayfs would take the device for a whiteout. Whiteouts of an image have other names.
+			return nil
+		}
+		device := linux.Mkdev(uint32(header.Devmajor), uint32(header.Devminor))
+		if err := linux.Mknodat(dir, base, deviceTypes[header.Typeflag]|0o600, device); err != nil {
+			return err
+		}
+	default:
+		return fmt.Errorf("%w: unknown entry type %q", errdefs.ErrInvalidArgument, header.Typeflag)
+	}
+	return setAttributesAt(dir, base, header)
+}
+
+// deviceTypes maps tar entry types to file types of the kernel.
+var deviceTypes = map[byte]uint32{tar.TypeChar: syscall.S_IFCHR, tar.TypeBlock: syscall.S_IFBLK, tar.TypeFifo: syscall.S_IFIFO}
+
+// makeFile creates a regular file. Runs of zeros become holes, because the tars of many images contain sparse files in full.
+func (u *unpacker) makeFile(dir *os.File, base string, header *tar.Header, content io.Reader) error {
+	file, err := linux.OpenFile(dir, base, os.O_WRONLY|os.O_CREATE|os.O_EXCL|linux.O_NOFOLLOW, 0o600, 0)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	if err := u.copyContent(file, header.Size, content); err != nil {
+		return err
+	}
+	if err := setAttributes(file, header); err != nil {
+		return err
+	}
+	accessed, modified := timesOf(header)
+	return linux.Futimens(file, accessed, modified)
+}
+
+// makeDir creates a directory. If an earlier entry created it, makeDir only changes its attributes.
+func (u *unpacker) makeDir(dir *os.File, base, name string, header *tar.Header) error {
+	err := linux.Mkdirat(dir, base, 0o700)
+	hidden := false
+	if errors.Is(err, syscall.EEXIST) {
+		var stat linux.Stat
+		if stat, err = linux.Fstatat(dir, base); err != nil {
+			return err
+		}
+		if !stat.IsDir() {
+			// A whiteout of the same name hides the directory in lower layers. The new directory must hide it too.
+			hidden = stat.IsWhiteout()
+			if err := u.removeExisting(dir, base); err != nil {
+				return err
+			}
+			err = linux.Mkdirat(dir, base, 0o700)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	made, err := openDir(dir, base)
+	if err != nil {
+		return err
+	}
+	defer made.Close()
+	if hidden {
+		if err := setOpaque(made); err != nil {
+			return err
+		}
+	}
+	return u.setDirAttributes(made, name, header)
+}
+
+// openDir opens a directory for reading. It does not follow links.
+func openDir(dir *os.File, base string) (*os.File, error) {
+	return linux.Open(dir, base, os.O_RDONLY|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
+}
+
+// setDirAttributes sets the attributes of a directory, except for its times. It records these for setDirTimes.
+func (u *unpacker) setDirAttributes(dir *os.File, name string, header *tar.Header) error {
+	if err := setAttributes(dir, header); err != nil {
+		return err
+	}
+	return u.timesEncoder.Encode(dirTime{name, header.ModTime.Unix(), header.ModTime.Nanosecond()})
+}
+
+// makeHardLink creates a hard link to a file of the same layer.
+func (u *unpacker) makeHardLink(dir *os.File, base string, header *tar.Header) error {
+	targetDir, target := path.Split(path.Clean("/" + header.Linkname))
+	if target == "" {
+		return fmt.Errorf("%w: the hard link points to the root", errdefs.ErrInvalidArgument)
+	}
+	from, err := pathrs.OpenatInRoot(u.root, targetDir)
+	if err != nil {
+		return fmt.Errorf("%w: find the target %q of the hard link: %w", errdefs.ErrInvalidArgument, header.Linkname, err)
+	}
+	defer from.Close()
+	stat, err := linux.Fstatat(from, target)
+	if err != nil {
+		return fmt.Errorf("%w: find the target %q of the hard link: %w", errdefs.ErrInvalidArgument, header.Linkname, err)
+	}
+	if stat.IsWhiteout() {
+		return fmt.Errorf("%w: the layer removed the target %q of the hard link", errdefs.ErrInvalidArgument, header.Linkname)
+	}
+	return linux.Linkat(from, target, dir, base)
+}
