@@ -13,45 +13,46 @@ import (
 	"github.com/containerd/log"
 )
 
-// Config says how registries are reached.
+// Config configures access to registries.
 type Config struct {
-	// CertsDir has <host>/hosts.toml for registries, in containerd's form (containerd, docs/hosts.md), read again for each
-	// request. Without it, or without a directory for a host, a registry is reached by HTTPS, or by HTTP on localhost.
+	// CertsDir is a directory with a file <host>/hosts.toml for each configured registry (containerd, docs/hosts.md). The
+	// file is read again for each request. Registries without a file are reached by HTTPS, or by HTTP on localhost.
 	CertsDir string
-	// CredentialsFile is a Docker config.json with the node's credentials, which come after a volume's own. It is read
-	// again for each request. "" is none.
+	// CredentialsFile is the path of a Docker config.json with the node's credentials, or "". A volume's own credentials
+	// take precedence. The file is read again for each request.
 	CredentialsFile string
-	UserAgent       string
-	// StallTimeout is how long a registry may send next to nothing before the request is tried again.
+	// UserAgent is the User-Agent header of all requests.
+	UserAgent string
+	// StallTimeout is the time after which a request that receives less than 1 KiB/s is retried.
 	StallTimeout time.Duration
-	// Backoff is the pause after the first failed request of a download. It doubles with each further one.
+	// Backoff is the pause after the first failed request of a download. It doubles after each further failure.
 	Backoff time.Duration
 }
 
-// Client reaches registries.
+// Client accesses registries.
 type Client struct {
 	config Config
 	header http.Header
 }
 
-// NewClient returns a client. It asks nobody yet.
+// NewClient returns a client. It sends no request.
 func NewClient(config Config) *Client {
 	return &Client{config: config, header: http.Header{"User-Agent": {config.UserAgent}}}
 }
 
-// nodeCredentials returns the node's current credentials: tokens in the file are renewed while the driver runs.
+// nodeCredentials reads the node's credentials. The file may change while the driver runs, for example to renew a token.
 func (c *Client) nodeCredentials() (Credentials, error) {
 	if c.config.CredentialsFile == "" {
 		return Credentials{}, nil
 	}
 	credentials, err := ReadCredentials(c.config.CredentialsFile)
 	if err != nil {
-		return Credentials{}, fmt.Errorf("%w: read the node's credentials for registries: %w", errdefs.ErrFailedPrecondition, err)
+		return Credentials{}, fmt.Errorf("%w: read the node's registry credentials: %w", errdefs.ErrFailedPrecondition, err)
 	}
 	return credentials, nil
 }
 
-// hosts returns where a registry is reached, mirrors first.
+// hosts returns the hosts that serve a registry, mirrors first.
 func (c *Client) hosts(host string, credentials func(host string) (string, string, error)) ([]docker.RegistryHost, error) {
 	hook := &firstLoggedError{}
 	ctx := log.WithLogger(context.Background(), discardLogger(hook))
@@ -67,12 +68,13 @@ func (c *Client) hosts(host string, credentials func(host string) (string, strin
 		options.HostDir = dockerconfig.HostDirFromRoot(c.config.CertsDir)
 	}
 	hosts, err := dockerconfig.ConfigureHosts(ctx, options)(host)
-	// containerd goes on without a file that it cannot read, and asks the registry instead of the mirror.
+	// containerd only logs that it cannot read hosts.toml. It would then use the registry instead of the mirror.
 	if err == nil && hook.message != "" {
 		err = errors.New(hook.message)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%w: read the configuration of registry %s in %s: %w", errdefs.ErrFailedPrecondition, host, c.config.CertsDir, err)
+		return nil, fmt.Errorf("%w: read the configuration of registry %s in %s: %w",
+			errdefs.ErrFailedPrecondition, host, c.config.CertsDir, err)
 	}
 	for i, h := range hosts {
 		if h.Scheme == "http" {

@@ -15,18 +15,18 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// Credentials are the logins for registries. The zero value is anonymous.
+// Credentials are logins for registries. The zero value is anonymous access.
 type Credentials struct {
 	keychain authn.Keychain
 	id       string
 }
 
-// ID tells credentials apart without disclosing them.
+// ID returns a hash that identifies the credentials without disclosing them.
 func (c Credentials) ID() string { return c.id }
 
-// ParseCredentials reads the data of a Secret of type kubernetes.io/dockerconfigjson, or of the older
-// kubernetes.io/dockercfg. No data is no credentials. Entries match images as those of a pod's imagePullSecrets do: the
-// longest match of registry and repository wins, and the registry's name may have `*` in it.
+// ParseCredentials parses the data of a Secret of type kubernetes.io/dockerconfigjson or kubernetes.io/dockercfg. It returns
+// anonymous credentials if data is empty. Entries match images as in a pod's imagePullSecrets: the longest match of registry
+// and repository wins, and the name of the registry may contain `*`.
 func ParseCredentials(data map[string]string) (Credentials, error) {
 	if len(data) == 0 {
 		return Credentials{}, nil
@@ -37,14 +37,17 @@ func ParseCredentials(data map[string]string) (Credentials, error) {
 	}
 	if _, ok := data[corev1.DockerConfigJsonKey]; !ok {
 		if _, ok := data[corev1.DockerConfigKey]; !ok {
-			return Credentials{}, fmt.Errorf("%w: the secret has no key %s (it has %v); make it with kubectl create secret docker-registry", errdefs.ErrInvalidArgument, corev1.DockerConfigJsonKey, slices.Sorted(maps.Keys(data)))
+			keys := slices.Sorted(maps.Keys(data))
+			return Credentials{}, fmt.Errorf("%w: the secret has the keys %q instead of %s; create it with kubectl create secret docker-registry",
+				errdefs.ErrInvalidArgument, keys, corev1.DockerConfigJsonKey)
 		}
 		secret.Type = corev1.SecretTypeDockercfg
 	}
 	keychain, err := kubernetes.NewFromPullSecrets(context.Background(), []corev1.Secret{secret})
 	if err != nil {
-		// The error would disclose the secret.
-		return Credentials{}, fmt.Errorf("%w: the secret is not a Docker configuration in JSON; make it with kubectl create secret docker-registry", errdefs.ErrInvalidArgument)
+		// The text of err may contain parts of the secret.
+		return Credentials{}, fmt.Errorf("%w: the secret is not a Docker configuration in JSON; "+
+			"create it with kubectl create secret docker-registry", errdefs.ErrInvalidArgument)
 	}
 	hash := sha256.New()
 	for _, key := range slices.Sorted(maps.Keys(data)) {
@@ -53,7 +56,7 @@ func ParseCredentials(data map[string]string) (Credentials, error) {
 	return Credentials{keychain: keychain, id: hex.EncodeToString(hash.Sum(nil))}, nil
 }
 
-// ReadCredentials reads the credentials in a Docker config.json.
+// ReadCredentials reads credentials from a Docker config.json.
 func ReadCredentials(path string) (Credentials, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -66,13 +69,13 @@ func ReadCredentials(path string) (Credentials, error) {
 	return credentials, nil
 }
 
-// login is a user name and a secret for one registry. A secret without a user is a refresh token.
+// login is a user and a secret for one registry. The secret is a refresh token if user is empty.
 type login struct{ user, secret string }
 
-// dockerHub are the names of one registry: in image references, in Docker configurations, and the host that serves it.
+// dockerHub lists the names of Docker Hub: in Docker configurations, in image references, and as a host.
 var dockerHub = []string{"index.docker.io", "docker.io", "registry-1.docker.io"}
 
-// find looks for the login for a repository on a host.
+// find returns the login for a repository on a host. It reports false if the credentials have none.
 func (c Credentials) find(host, repository string) (login, bool) {
 	if c.keychain == nil {
 		return login{}, false
@@ -100,7 +103,7 @@ func (c Credentials) find(host, repository string) (login, bool) {
 	return login{}, false
 }
 
-// resource is an authn.Resource.
+// resource implements authn.Resource.
 type resource struct{ registry, name string }
 
 func (r resource) String() string      { return r.name }

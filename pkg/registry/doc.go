@@ -1,9 +1,9 @@
-// Package registry talks to container registries: it resolves tags, fetches manifests, and downloads blobs.
+// Package registry is a client of container registries: it resolves tags, fetches manifests, and downloads blobs.
 //
-// A Client is configured once, with containerd's certs.d directory for hosts and mirrors, and the node's credentials. A
-// Repository is one image's repository as one set of Credentials sees it.
+// A Client is configured with containerd's certs.d directory for hosts and mirrors, and with the node's credentials. A
+// Repository is the repository of one image, accessed with one set of Credentials.
 //
-// Registries are not trusted. All content is verified against its digest or bounded, credentials stay with the host that
-// they are for, and an error of a registry is an *Error, whose text is bounded and without the queries of signed URLs.
-// Error.Kind says what to do about it: an error that errdefs.IsUnavailable reports may be gone later.
+// Registries are not trusted. Manifests are verified against their digests; the caller verifies blobs. All answers are
+// bounded. Credentials are sent only to their own host. Errors of a registry are of type *Error. Their text is bounded and
+// does not contain the queries of signed URLs. A request may be retried if errdefs.IsUnavailable reports its error.
 package registry

@@ -18,20 +18,19 @@ import (
 )
 
 const (
-	// maxFailures is how often in a row a registry may fail without sending anything.
+	// maxFailures is the number of consecutive failures without any progress that end a download.
 	maxFailures = 5
-	// minRate is the least that a registry must send, in bytes a second.
+	// minRate is the minimum rate of a download in bytes a second.
 	minRate = 1 << 10
-	// downloadSize is how much is read from a registry at once.
+	// downloadSize is the size in bytes of one read from a registry.
 	downloadSize = 256 << 10
 )
 
-// errStalled says that a registry sends next to nothing.
+// errStalled is the cause of a request that was canceled because it received less than minRate.
 var errStalled = errors.New("the registry has stopped sending")
 
-// Download fetches the rest of a blob into its spool. After a failure that may be gone later it tries again, from where it
-// was, with a longer pause each time. It keeps progress at the number of bytes in the spool. It does not verify the blob's
-// digest.
+// Download downloads the rest of a blob to its spool. It retries transient failures from the current offset, with a longer
+// pause each time. It sets progress to the number of bytes in the spool. It does not verify the blob's digest.
 func (r *Repository) Download(ctx context.Context, descriptor ocispec.Descriptor, into *Spool, progress *atomic.Int64) error {
 	open := func(ctx context.Context, offset int64) (io.ReadCloser, error) {
 		return r.openBlob(ctx, descriptor, offset)
@@ -40,7 +39,7 @@ func (r *Repository) Download(ctx context.Context, descriptor ocispec.Descriptor
 	return d.run(ctx)
 }
 
-// download is one call of Download.
+// download is the state of one call of Download.
 type download struct {
 	repository *Repository
 	descriptor ocispec.Descriptor
@@ -68,7 +67,7 @@ func (d *download) run(ctx context.Context) error {
 			return fmt.Errorf("%w (tried %d times)", err, failures)
 		}
 		klog.FromContext(ctx).Info("Retrying download",
-			"layer", d.descriptor.Digest, "received", d.into.Len(), "size", d.descriptor.Size, "reason", err.Error())
+			keyLayer, d.descriptor.Digest, keyReceived, d.into.Len(), keySize, d.descriptor.Size, keyReason, err.Error())
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -78,7 +77,7 @@ func (d *download) run(ctx context.Context) error {
 	}
 }
 
-// attempt makes one request.
+// attempt downloads the rest of the blob in one request.
 func (d *download) attempt(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -109,7 +108,7 @@ func (d *download) attempt(ctx context.Context) error {
 	}
 }
 
-// check reports whether an attempt has ended after a read that returned err, and with which error.
+// check reports whether an attempt is complete after a read that returned err. It returns the error of the attempt.
 func (d *download) check(body io.Reader, err error) (done bool, _ error) {
 	length := d.into.Len()
 	switch {
@@ -118,12 +117,12 @@ func (d *download) check(body io.Reader, err error) (done bool, _ error) {
 	case length == d.descriptor.Size:
 		return true, d.checkEnd(body)
 	case errors.Is(err, io.EOF):
-		return true, fmt.Errorf("%s ends after %d of %d bytes", d.descriptor.Digest, length, d.descriptor.Size)
+		return true, fmt.Errorf("blob %s ends after %d of %d bytes", d.descriptor.Digest, length, d.descriptor.Size)
 	}
 	return err != nil, err
 }
 
-// checkEnd refuses a blob that is longer than its descriptor says.
+// checkEnd returns an error if the body continues after the size in the descriptor.
 func (d *download) checkEnd(body io.Reader) error {
 	var more [1]byte
 	if n, err := body.Read(more[:]); n > 0 || errdefs.IsFailedPrecondition(err) {
@@ -132,14 +131,14 @@ func (d *download) checkEnd(body io.Reader) error {
 	return nil
 }
 
-// openAt opens the blob from offset on. A registry without ranges sends all of it again: then skip is how many bytes come
-// first that are not wanted.
+// openAt opens the blob at offset. A registry without support for ranges sends the whole blob again. The caller must then
+// discard the first skip bytes.
 func (d *download) openAt(ctx context.Context, offset int64) (body io.ReadCloser, skip int64, err error) {
 	body, err = d.open(ctx, offset)
 	if err != nil || offset == 0 {
 		return body, 0, err
 	}
-	// The request is made when the first byte is read.
+	// The first read sends the request.
 	buffered := bufio.NewReader(body)
 	_, err = buffered.Peek(1)
 	var status remoteerrors.ErrUnexpectedStatus
@@ -154,7 +153,7 @@ func (d *download) openAt(ctx context.Context, offset int64) (body io.ReadCloser
 	}{buffered, body}, 0, nil
 }
 
-// cancelIfStalled cancels a request that receives less than minRate for the whole of a timeout.
+// cancelIfStalled cancels a request that receives less than minRate during a timeout. It returns when ctx is done.
 func cancelIfStalled(ctx context.Context, cancel context.CancelCauseFunc, received *atomic.Int64, timeout time.Duration) {
 	ticker := time.NewTicker(timeout)
 	defer ticker.Stop()
@@ -174,7 +173,7 @@ func cancelIfStalled(ctx context.Context, cancel context.CancelCauseFunc, receiv
 	}
 }
 
-// stallCause returns errStalled if that is why a request ended, else err.
+// stallCause returns errStalled if a stall canceled the request. Otherwise it returns err.
 func stallCause(ctx context.Context, err error) error {
 	if err != nil && errors.Is(context.Cause(ctx), errStalled) {
 		return errStalled

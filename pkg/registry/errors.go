@@ -16,19 +16,19 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
 
-// Error is a failure of a registry, or a wrong answer from it.
+// Error is a failed request to a registry, or an invalid answer.
 type Error struct {
-	// Registry is the host in the image's name; a mirror may have answered for it.
+	// Registry is the host in the name of the image. The answer may be from a mirror.
 	Registry string
-	// Image is the image's name.
+	// Image is the name of the image.
 	Image string
-	// Op is what failed: "resolve", or "fetch" with a digest.
+	// Op is the operation that failed: "resolve", "unpack", or "fetch" with a digest.
 	Op string
-	// User says whose credentials were sent. It is empty unless access was denied.
+	// User describes the credentials of the request. It is empty unless access was denied.
 	User string
-	// Kind is the error that errors.Is finds: an error of errdefs, image.ErrContentMismatch, or that of a context.
+	// Kind is the wrapped error: an error of errdefs, image.ErrContentMismatch, or an error of package context.
 	Kind error
-	// Message is what the registry said, bounded.
+	// Message is the text of the failure. It may be from the registry, and is bounded.
 	Message string
 }
 
@@ -46,7 +46,7 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Kind }
 
-// wrap returns err as an *Error of this repository. An *Error stays as it is.
+// wrap returns err as an *Error of this repository. It returns an *Error unchanged.
 func (r *Repository) wrap(op string, err error) error {
 	var known *Error
 	if err == nil || errors.As(err, &known) {
@@ -74,28 +74,29 @@ func (r *Repository) wrap(op string, err error) error {
 	return wrapped
 }
 
-// WrapMismatch returns an error about downloaded content as one of the registry that sent it.
+// WrapMismatch returns an error about downloaded content as an *Error of the registry that sent it.
 func (r *Repository) WrapMismatch(err error) error { return r.wrap("unpack", err) }
 
-// describeUser says whose credentials the registry last got.
+// describeUser describes the credentials that the last request was sent with.
 func (r *Repository) describeUser() string {
 	user := r.lastUser.Load()
 	switch {
 	case user == nil:
-		return "without credentials: neither the volume's secret nor the node's credentials have an entry for it"
+		return "without credentials: neither the volume's secret nor the node's credentials have an entry for the image"
 	case *user == "":
 		return "with a token"
 	}
 	return fmt.Sprintf("as user %q", *user)
 }
 
-// maxMessage is the longest message of a registry in bytes.
+// maxMessage is the maximum length of Error.Message in bytes.
 const maxMessage = 1 << 10
 
-// query is the query of a URL, which may have the signature of a presigned one.
+// query matches a URL with a query. The query of a presigned URL contains its signature.
 var query = regexp.MustCompile(`(https?://[^\s"?]*)\?[^\s"]*`)
 
-// cleanMessage makes a text that a registry may have chosen fit for errors, events and the log.
+// cleanMessage returns text without queries of URLs, without control characters, and with at most maxMessage bytes. The text
+// may be from a registry.
 func cleanMessage(text string) string {
 	text = query.ReplaceAllStringFunc(text, func(url string) string {
 		path, _, _ := strings.Cut(url, "?")

@@ -7,17 +7,17 @@ import (
 	"github.com/distribution/reference"
 )
 
-// ParseName parses the name of an image as it stands behind oci://, without ?path=. A name without tag and digest gets the
-// tag latest, and one without a registry is on docker.io.
+// ParseName parses the name of an image without the prefix oci:// and without ?path=. The default tag is latest. The default
+// registry is docker.io.
 func ParseName(name string) (reference.Named, error) {
 	named, err := reference.ParseNormalizedNamed(name)
 	if err != nil {
-		return nil, fmt.Errorf("%w: image %q: %w", errdefs.ErrInvalidArgument, name, err)
+		return nil, fmt.Errorf("%w: parse image name %q: %w", errdefs.ErrInvalidArgument, name, err)
 	}
 	return reference.TagNameOnly(named), nil
 }
 
-// DisplayName returns the name without its digest if it has a tag.
+// DisplayName returns the name of an image. It leaves out the digest if the name has a tag.
 func DisplayName(named reference.Named) string {
 	if tagged, ok := named.(reference.Tagged); ok {
 		return named.Name() + ":" + tagged.Tag()

@@ -158,7 +158,9 @@ func newDownload(t *testing.T, size int64, open func(ctx context.Context, offset
 	must(t, err)
 	t.Cleanup(func() { spool.Close() })
 	descriptor := ocispec.Descriptor{Digest: digest.FromString("x"), Size: size}
-	return &download{repository: newRepository(t, "registry.example"), descriptor: descriptor, open: open, into: spool, progress: &atomic.Int64{}}
+	return &download{
+		repository: newRepository(t, "registry.example"), descriptor: descriptor, open: open, into: spool, progress: &atomic.Int64{},
+	}
 }
 
 // TestBackoff: the pause after a failure doubles, and begins again once something has come.

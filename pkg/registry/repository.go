@@ -17,17 +17,17 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
 
-// Repository is one image's repository in a registry, as one set of credentials sees it.
+// Repository is the repository of one image, accessed with one set of credentials.
 type Repository struct {
 	named    reference.Named
 	registry string
 	resolver remotes.Resolver
 	config   Config
-	// lastUser is the user that a registry was last sent, "" for a token, nil for nobody.
+	// lastUser is the user of the last login that was sent. It is "" for a token, and nil if no login was sent.
 	lastUser *atomic.Pointer[string]
 }
 
-// Repository returns the repository of an image. It asks nobody yet.
+// Repository returns the repository of an image. It sends no request.
 func (c *Client) Repository(named reference.Named, credentials Credentials) *Repository {
 	repository := &Repository{named: named, registry: reference.Domain(named), config: c.config, lastUser: &atomic.Pointer[string]{}}
 	login := func(host string) (string, string, error) {
@@ -50,10 +50,10 @@ func (c *Client) Repository(named reference.Named, credentials Credentials) *Rep
 	return repository
 }
 
-// Named returns the image's name.
+// Named returns the name of the image.
 func (r *Repository) Named() reference.Named { return r.named }
 
-// Resolve returns the descriptor that the tag, or the digest, stands for.
+// Resolve requests the descriptor of the image from the registry.
 func (r *Repository) Resolve(ctx context.Context) (ocispec.Descriptor, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, r.config.StallTimeout, errStalled)
 	defer cancel()
@@ -62,21 +62,22 @@ func (r *Repository) Resolve(ctx context.Context) (ocispec.Descriptor, error) {
 		return descriptor, r.wrap("resolve", stallCause(ctx, err))
 	}
 	if err := descriptor.Digest.Validate(); err != nil {
-		return descriptor, r.wrap("resolve", fmt.Errorf("%w: the registry's answer has no valid digest: %w", image.ErrContentMismatch, err))
+		return descriptor, r.wrap("resolve", fmt.Errorf("%w: the registry answered with an invalid digest: %w", image.ErrContentMismatch, err))
 	}
 	if digested, ok := r.named.(reference.Digested); ok && digested.Digest() != descriptor.Digest {
-		return descriptor, r.wrap("resolve", fmt.Errorf("%w: the registry answers with %s", image.ErrContentMismatch, descriptor.Digest))
+		return descriptor, r.wrap("resolve", fmt.Errorf("%w: the registry answered with digest %s", image.ErrContentMismatch, descriptor.Digest))
 	}
 	return descriptor, nil
 }
 
-// Fetch returns the content of a manifest, an index or a configuration, verified.
+// Fetch returns the content of a manifest, an index or a configuration. It verifies the digest.
 func (r *Repository) Fetch(ctx context.Context, descriptor ocispec.Descriptor) ([]byte, error) {
 	op := fetchOp(descriptor)
 	if descriptor.Size > image.MaxDocumentSize {
-		return nil, r.wrap(op, fmt.Errorf("%w: it has %d bytes, more than %d", image.ErrContentMismatch, descriptor.Size, image.MaxDocumentSize))
+		return nil, r.wrap(op, fmt.Errorf("%w: the document has %d bytes; the maximum is %d",
+			image.ErrContentMismatch, descriptor.Size, image.MaxDocumentSize))
 	}
-	// More than a request for a tag takes: it may have 8 MiB.
+	// A document may have 8 MiB, so that it takes longer than a tag.
 	ctx, cancel := context.WithTimeoutCause(ctx, documentTimeouts*r.config.StallTimeout, errStalled)
 	defer cancel()
 	body, err := r.openBlob(ctx, descriptor, 0)
@@ -97,19 +98,19 @@ func (r *Repository) Fetch(ctx context.Context, descriptor ocispec.Descriptor) (
 	return data, nil
 }
 
-// documentTimeouts is how many stall timeouts a manifest may take.
+// documentTimeouts is the maximum time for a document, in stall timeouts.
 const documentTimeouts = 4
 
 func fetchOp(descriptor ocispec.Descriptor) string { return "fetch " + descriptor.Digest.String() }
 
 func errTooLong(descriptor ocispec.Descriptor) error {
-	return fmt.Errorf("%w: %s has more than %d bytes", image.ErrContentMismatch, descriptor.Digest, descriptor.Size)
+	return fmt.Errorf("%w: blob %s has more than %d bytes", image.ErrContentMismatch, descriptor.Digest, descriptor.Size)
 }
 
-// openBlob opens a blob from offset on. The request may be made, and fail, only when the blob is read.
+// openBlob opens a blob at offset. The request may be sent, and fail, only at the first read.
 func (r *Repository) openBlob(ctx context.Context, descriptor ocispec.Descriptor, offset int64) (io.ReadCloser, error) {
 	ctx = log.WithLogger(ctx, discardLogger())
-	// The operator says where blobs are, not the image.
+	// An image must not choose the hosts that the node connects to.
 	descriptor.URLs = nil
 	fetcher, err := r.resolver.Fetcher(ctx, r.named.String())
 	if err != nil {

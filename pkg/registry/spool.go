@@ -7,18 +7,18 @@ import (
 	"sync"
 )
 
-// Spool is a file that is read while it is still being downloaded. The registry does not wait for the disk, and what has
-// come is still there after the driver was restarted.
+// Spool is a file that is read while it is downloaded. It decouples the download from unpacking, and a restarted driver
+// resumes a download from it.
 type Spool struct {
 	file *os.File
 	mu   sync.Mutex
 	more *sync.Cond
 	size int64
-	// err is why nothing more comes: io.EOF if all has come.
+	// err is the reason why the download ended. It is io.EOF after a complete download, and nil during the download.
 	err error
 }
 
-// OpenSpool opens the file with what an earlier download left in it.
+// OpenSpool opens the spool at path. It creates an empty file if there is none.
 func OpenSpool(path string) (*Spool, error) {
 	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -33,7 +33,7 @@ func OpenSpool(path string) (*Spool, error) {
 	return s, nil
 }
 
-// Write appends.
+// Write appends data to the spool.
 func (s *Spool) Write(data []byte) (int, error) {
 	n, err := s.file.Write(data)
 	s.mu.Lock()
@@ -43,7 +43,7 @@ func (s *Spool) Write(data []byte) (int, error) {
 	return n, err
 }
 
-// Finish tells readers that nothing more will come: because of err or, if err is nil, because that was all.
+// Finish ends the download. Readers get err after the last byte, or io.EOF if err is nil.
 func (s *Spool) Finish(err error) {
 	if err == nil {
 		err = io.EOF
@@ -56,7 +56,7 @@ func (s *Spool) Finish(err error) {
 	s.more.Broadcast()
 }
 
-// Reset discards what an earlier download left, before any other use.
+// Reset removes the content of an earlier download. It must be called before Write and Reader.
 func (s *Spool) Reset() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -65,7 +65,7 @@ func (s *Spool) Reset() error {
 	return errors.Join(err, s.file.Truncate(0))
 }
 
-// Len returns how many bytes have come.
+// Len returns the number of bytes in the spool.
 func (s *Spool) Len() int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -75,7 +75,7 @@ func (s *Spool) Len() int64 {
 // Close closes the file.
 func (s *Spool) Close() error { return s.file.Close() }
 
-// Reader reads from the beginning, and waits for what has not come yet.
+// Reader returns a reader from the beginning of the spool. It waits for bytes that are not yet downloaded.
 func (s *Spool) Reader() io.Reader { return &spoolReader{spool: s} }
 
 type spoolReader struct {

@@ -18,15 +18,15 @@ type roundTripper func(*http.Request) (*http.Response, error)
 
 func (f roundTripper) RoundTrip(request *http.Request) (*http.Response, error) { return f(request) }
 
-// httpsOnlyCredentials keeps credentials off plain HTTP, except for hosts that are configured so: a registry names the
-// server that gives out tokens, and redirects, as it likes.
+// httpsOnlyCredentials refuses to send credentials over plain HTTP, except to hosts that are configured with plain HTTP. It
+// is needed because a registry chooses its token server and its redirects.
 type httpsOnlyCredentials struct{ exceptions []string }
 
 func (g *httpsOnlyCredentials) wrap(next http.RoundTripper) http.RoundTripper {
 	return roundTripper(func(request *http.Request) (*http.Response, error) {
 		secret := request.Header.Get("Authorization") != "" || request.Method == http.MethodPost
 		if secret && request.URL.Scheme == "http" && !slices.Contains(g.exceptions, request.URL.Hostname()) {
-			return nil, fmt.Errorf("%w: credentials are not sent to http://%s, where everybody on the way can read them",
+			return nil, fmt.Errorf("%w: credentials are not sent to http://%s without encryption; use https",
 				errdefs.ErrFailedPrecondition, request.URL.Host)
 		}
 		return next.RoundTrip(request)
@@ -40,20 +40,20 @@ func hostname(host string) string {
 	return host
 }
 
-// maxTokenAnswer is the largest answer of a token server in bytes.
+// maxTokenAnswer is the maximum size of the answer of a token server in bytes.
 const maxTokenAnswer = 1 << 20
 
-// tokenRequest is the key of the context value that marks requests to token servers.
+// tokenRequest is the context key that marks requests to token servers.
 type tokenRequest struct{}
 
-// tokenAuthorizer marks the requests that an authorizer makes for tokens. containerd reads their answers whole.
+// tokenAuthorizer marks requests for tokens. Their answers must be bounded, because containerd reads them into memory.
 type tokenAuthorizer struct{ docker.Authorizer }
 
 func (a tokenAuthorizer) Authorize(ctx context.Context, request *http.Request) error {
 	return a.Authorizer.Authorize(context.WithValue(ctx, tokenRequest{}, true), request)
 }
 
-// boundTokens bounds the answers to marked requests.
+// boundTokens bounds the answers to requests that tokenAuthorizer marked.
 func boundTokens(next http.RoundTripper) http.RoundTripper {
 	return roundTripper(func(request *http.Request) (*http.Response, error) {
 		response, err := next.RoundTrip(request)
@@ -64,7 +64,7 @@ func boundTokens(next http.RoundTripper) http.RoundTripper {
 	})
 }
 
-// boundedBody fails after left bytes.
+// boundedBody returns an error after left bytes.
 type boundedBody struct {
 	io.ReadCloser
 	left int64
@@ -79,7 +79,7 @@ func (b *boundedBody) Read(buffer []byte) (int, error) {
 	return n, err
 }
 
-// discardLogger discards what containerd logs: the errors that it returns have it too.
+// discardLogger returns a logger that only calls hooks. The errors that containerd returns repeat its log messages.
 func discardLogger(hooks ...logrus.Hook) *log.Entry {
 	logger := logrus.New()
 	logger.SetOutput(io.Discard)
@@ -90,7 +90,7 @@ func discardLogger(hooks ...logrus.Hook) *log.Entry {
 	return logrus.NewEntry(logger)
 }
 
-// firstLoggedError is a hook that remembers the first error that was logged instead of returned.
+// firstLoggedError is a hook that stores the first error that is logged.
 type firstLoggedError struct{ message string }
 
 // Levels implements logrus.Hook.

@@ -1,0 +1,9 @@
+package registry
+
+// Keys of log messages.
+const (
+	keyLayer    = "layer"
+	keyReason   = "reason"
+	keyReceived = "received"
+	keySize     = "size"
+)
