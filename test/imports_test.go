@@ -43,7 +43,8 @@ var mayImport = map[string][]string{
 	"pkg/linux":           {},
 }
 
-// TestImports checks that imports go downward, and that gRPC is known to the driver and to kubelet's registration alone.
+// TestImports checks that imports go downward, that gRPC is known to the driver and to kubelet's registration alone, and that only
+// pkg/linux makes system calls that the standard library lacks.
 func TestImports(t *testing.T) {
 	grpcUsers := []string{"pkg/driver", "pkg/kubelet", "cmd/overlay-csi"}
 	for _, line := range list(t, "{{.ImportPath}}|{{range .Imports}}{{.}} {{end}}", module+"cmd/...", module+"pkg/...") {
@@ -61,6 +62,9 @@ func TestImports(t *testing.T) {
 				isGRPC := strings.HasPrefix(imported, "google.golang.org/grpc") || strings.Contains(imported, "container-storage-interface")
 				if isGRPC && !slices.Contains(grpcUsers, name) {
 					t.Errorf("%s imports %s of gRPC", name, imported)
+				}
+				if imported == "golang.org/x/sys/unix" && name != "pkg/linux" {
+					t.Errorf("%s imports %s: system calls are in pkg/linux, error numbers in syscall", name, imported)
 				}
 			}
 		})
