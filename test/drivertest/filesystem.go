@@ -25,8 +25,9 @@ var fileSystems = map[string]fileSystem{
 	"ext4 with project quota": {make: func(image, _ string) *exec.Cmd {
 		return exec.Command("mkfs.ext4", "-q", "-F", "-O", "project,quota", "-E", "quotatype=prjquota", image)
 	}, options: "prjquota"},
-	"xfs with project quota": {make: func(image, _ string) *exec.Cmd { return exec.Command("mkfs.xfs", "-q", "-f", image) }, options: "prjquota"},
-	"btrfs with quota":       {make: func(image, _ string) *exec.Cmd { return exec.Command("mkfs.btrfs", "-q", "-f", "-R", "quota", image) }},
+	"xfs with project quota": {make: func(image, _ string) *exec.Cmd { return exec.Command("mkfs.xfs", "-q", "-f", image) },
+		options: "prjquota"},
+	"btrfs with quota": {make: func(image, _ string) *exec.Cmd { return exec.Command("mkfs.btrfs", "-q", "-f", "-R", "quota", image) }},
 }
 
 // MakeImage makes the file system of that name in an image file, of so many bytes or with what is in the directory content.

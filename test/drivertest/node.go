@@ -120,7 +120,8 @@ func NewNode(dir, binary string, args ...string) (*Node, error) {
 	var err error
 	n.conn, err = grpc.NewClient("unix://"+n.Socket,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 5 * time.Millisecond, Multiplier: 1.5, MaxDelay: 50 * time.Millisecond}}))
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 5 * time.Millisecond, Multiplier: 1.5,
+			MaxDelay: 50 * time.Millisecond}}))
 	return n, err
 }
 

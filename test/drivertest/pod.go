@@ -115,7 +115,8 @@ func (p *Pod) Publish(ctx context.Context, v Volume) (string, error) {
 // Unpublish has the driver unpublish the volume, and removes the volume's directory as kubelet does.
 func (p *Pod) Unpublish(ctx context.Context, v Volume) error {
 	request := p.Request(v)
-	_, err := p.node.NodeService().NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: request.VolumeId, TargetPath: request.TargetPath})
+	_, err := p.node.NodeService().NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: request.VolumeId,
+		TargetPath: request.TargetPath})
 	if err != nil {
 		return err
 	}

@@ -199,7 +199,8 @@ func TestChartIsUninstalledAndInstalledAgain(t *testing.T) {
 	must(t, err)
 	gone.deleteInBackground()
 	eventually(t, "kubelet tries to unmount the volume, and finds no driver", func() error {
-		_, err := cluster.onNode(cluster.workers[0], fmt.Sprintf("journalctl -u kubelet --no-pager | grep -F 'UnmountVolume.TearDown failed' | grep -qF %s", gone.UID))
+		const tried = "journalctl -u kubelet --no-pager | grep -F 'UnmountVolume.TearDown failed' | grep -qF %s"
+		_, err := cluster.onNode(cluster.workers[0], fmt.Sprintf(tried, gone.UID))
 		return err
 	})
 	l.wentOn()

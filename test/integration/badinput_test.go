@@ -45,9 +45,10 @@ func TestBadPublish(t *testing.T) {
 		code   codes.Code
 		words  []string
 	}{
-		"unknown key":           {attribute("layer", "x"), codes.InvalidArgument, []string{`"layer"`, "layers", "upper", "sizeLimit"}},
-		"no layers":             {layers(" \n,, "), codes.InvalidArgument, []string{"no layers"}},
-		"key layers is missing": {func(r *csi.NodePublishVolumeRequest) { delete(r.VolumeContext, "layers") }, codes.InvalidArgument, []string{"no layers"}},
+		"unknown key": {attribute("layer", "x"), codes.InvalidArgument, []string{`"layer"`, "layers", "upper", "sizeLimit"}},
+		"no layers":   {layers(" \n,, "), codes.InvalidArgument, []string{"no layers"}},
+		"key layers is missing": {func(r *csi.NodePublishVolumeRequest) { delete(r.VolumeContext, "layers") }, codes.InvalidArgument,
+			[]string{"no layers"}},
 		"no scheme":             {layers("/etc"), codes.InvalidArgument, []string{"scheme", "dir://"}},
 		"unknown scheme":        {layers("http://x/y"), codes.InvalidArgument, []string{`"http"`}},
 		"no root name":          {layers("dir:///etc"), codes.InvalidArgument, []string{"invalid name"}},
@@ -79,17 +80,18 @@ func TestBadPublish(t *testing.T) {
 		"size beyond numbers":   {attribute("sizeLimit", "100E"), codes.InvalidArgument, []string{"sizeLimit", "maximum"}},
 		"size beyond the disk":  {attribute("sizeLimit", "7E"), codes.ResourceExhausted, []string{"test-node"}},
 		"memory without a size": {attribute("medium", "memory"), codes.InvalidArgument, []string{"medium", "sizeLimit"}},
-		"unknown enforcement":   {attribute("sizeEnforcement", "strict"), codes.InvalidArgument, []string{"sizeEnforcement", "quota", "image", "none"}},
-		"image without a size":  {attribute("sizeEnforcement", "image"), codes.InvalidArgument, []string{"sizeEnforcement", "sizeLimit"}},
-		"owner that is none":    {attribute("layerOwner", "app"), codes.InvalidArgument, []string{"layerOwner", "uid:gid"}},
-		"owner out of range":    {attribute("layerOwner", "1000:4294967295"), codes.InvalidArgument, []string{"layerOwner", "4294967294"}},
-		"negative owner":        {attribute("layerOwner", "-1:0"), codes.InvalidArgument, []string{"layerOwner"}},
-		"unknown ownership":     {attribute("ownership", "copy"), codes.InvalidArgument, []string{"ownership", "idmap", "chown"}},
-		"unknown medium":        {attribute("medium", "tape"), codes.InvalidArgument, []string{"tape", "disk"}},
-		"unknown upper":         {attribute("upper", "yes"), codes.InvalidArgument, []string{"yes", "volume://"}},
-		"inline upper: claim":   {attribute("upper", "claim"), codes.InvalidArgument, []string{"inline"}},
-		"upper path upwards":    {attribute("upper", "volume://x/../y"), codes.InvalidArgument, []string{"beneath"}},
-		"upper volume missing":  {attribute("upper", "volume://missing"), codes.Unavailable, []string{"missing"}},
+		"unknown enforcement": {attribute("sizeEnforcement", "strict"), codes.InvalidArgument,
+			[]string{"sizeEnforcement", "quota", "image", "none"}},
+		"image without a size": {attribute("sizeEnforcement", "image"), codes.InvalidArgument, []string{"sizeEnforcement", "sizeLimit"}},
+		"owner that is none":   {attribute("layerOwner", "app"), codes.InvalidArgument, []string{"layerOwner", "uid:gid"}},
+		"owner out of range":   {attribute("layerOwner", "1000:4294967295"), codes.InvalidArgument, []string{"layerOwner", "4294967294"}},
+		"negative owner":       {attribute("layerOwner", "-1:0"), codes.InvalidArgument, []string{"layerOwner"}},
+		"unknown ownership":    {attribute("ownership", "copy"), codes.InvalidArgument, []string{"ownership", "idmap", "chown"}},
+		"unknown medium":       {attribute("medium", "tape"), codes.InvalidArgument, []string{"tape", "disk"}},
+		"unknown upper":        {attribute("upper", "yes"), codes.InvalidArgument, []string{"yes", "volume://"}},
+		"inline upper: claim":  {attribute("upper", "claim"), codes.InvalidArgument, []string{"inline"}},
+		"upper path upwards":   {attribute("upper", "volume://x/../y"), codes.InvalidArgument, []string{"beneath"}},
+		"upper volume missing": {attribute("upper", "volume://missing"), codes.Unavailable, []string{"missing"}},
 
 		"no volume ID":        {id(""), codes.InvalidArgument, []string{"volume ID"}},
 		"slash in volume ID":  {id("a/b"), codes.InvalidArgument, []string{"volume ID", "'/'"}},
@@ -105,7 +107,8 @@ func TestBadPublish(t *testing.T) {
 		"block": {func(r *csi.NodePublishVolumeRequest) {
 			r.VolumeCapability.AccessType = &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}}
 		}, codes.InvalidArgument, []string{"Filesystem"}},
-		"fsType": {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.GetMount().FsType = "ext4" }, codes.InvalidArgument, []string{"fsType"}},
+		"fsType": {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.GetMount().FsType = "ext4" }, codes.InvalidArgument,
+			[]string{"fsType"}},
 		"access mode": {func(r *csi.NodePublishVolumeRequest) {
 			r.VolumeCapability.AccessMode.Mode = csi.VolumeCapability_AccessMode_MULTI_NODE_SINGLE_WRITER
 		}, codes.InvalidArgument, []string{"ReadWriteOnce"}},
@@ -140,9 +143,10 @@ func TestTargetThatIsNotForUs(t *testing.T) {
 		code  codes.Code
 		words string
 	}{
-		"file":                   {func(t *testing.T, target string) { write(t, target, "mine") }, codes.InvalidArgument, "file"},
-		"link":                   {func(t *testing.T, target string) { must(t, os.Symlink("/tmp", target)) }, codes.InvalidArgument, "link"},
-		"mounted by another one": {func(t *testing.T, target string) { must(t, os.Mkdir(target, 0o755)); mountTmpfs(t, target) }, codes.FailedPrecondition, "mounted"},
+		"file": {func(t *testing.T, target string) { write(t, target, "mine") }, codes.InvalidArgument, "file"},
+		"link": {func(t *testing.T, target string) { must(t, os.Symlink("/tmp", target)) }, codes.InvalidArgument, "link"},
+		"mounted by another one": {func(t *testing.T, target string) { must(t, os.Mkdir(target, 0o755)); mountTmpfs(t, target) },
+			codes.FailedPrecondition, "mounted"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			pod := newPod(t, node, "pod")
@@ -177,7 +181,8 @@ func TestPublishedAgainWithSomethingElse(t *testing.T) {
 	node := startNode(t)
 	layersOf(t, node, map[string]string{"f": "0"}, map[string]string{"f": "1"})
 	pod := newPod(t, node, "pod")
-	for _, v := range []drivertest.Volume{inline("layers", drivertest.Layers("layer-0")), claim("kept", readWriteOnce, "layers", drivertest.Layers("layer-0"))} {
+	for _, v := range []drivertest.Volume{inline("layers", drivertest.Layers("layer-0")),
+		claim("kept", readWriteOnce, "layers", drivertest.Layers("layer-0"))} {
 		publish(t, pod, v)
 		for name, change := range map[string]func(*drivertest.Volume){
 			"other layers": func(v *drivertest.Volume) { v.Attributes = pairs([]string{"layers", drivertest.Layers("layer-1")}) },
@@ -218,7 +223,8 @@ func TestLayerInTheDataRoot(t *testing.T) {
 	// What another pod wrote is no archive either.
 	write(t, filepath.Join(node.DataRoot, victim, "evil.tar"), strings.Repeat("x", 1024))
 	for _, ref := range []string{
-		"archive://everything/data/" + victim + "/evil.tar", "archive://everything/data/" + victim, "archive://alias/data/" + victim + "/evil.tar",
+		"archive://everything/data/" + victim + "/evil.tar", "archive://everything/data/" + victim,
+		"archive://alias/data/" + victim + "/evil.tar",
 		"dir://everything", "dir://everything/data", "dir://everything/data/" + victim, "dir://everything/link",
 		"dir://alias", "dir://alias/data/" + victim, "dir://alias/link",
 	} {
@@ -264,13 +270,17 @@ func TestBadController(t *testing.T) {
 			r.Parameters["layers"] = "dir://nowhere/x"
 			r.Parameters["upper"] = "pod"
 		}, codes.InvalidArgument, "nowhere"},
-		"negative size": {func(r *csi.CreateVolumeRequest) { r.CapacityRange = &csi.CapacityRange{RequiredBytes: -1} }, codes.InvalidArgument, "capacity"},
-		"too large":     {func(r *csi.CreateVolumeRequest) { r.CapacityRange = &csi.CapacityRange{RequiredBytes: 1 << 60} }, codes.ResourceExhausted, "disk of"},
+		"negative size": {func(r *csi.CreateVolumeRequest) { r.CapacityRange = &csi.CapacityRange{RequiredBytes: -1} }, codes.InvalidArgument,
+			"capacity"},
+		"too large": {func(r *csi.CreateVolumeRequest) { r.CapacityRange = &csi.CapacityRange{RequiredBytes: 1 << 60} },
+			codes.ResourceExhausted, "disk of"},
 		"other node": {func(r *csi.CreateVolumeRequest) {
-			r.AccessibilityRequirements = &csi.TopologyRequirement{Requisite: []*csi.Topology{{Segments: map[string]string{drivertest.DriverName + "/node": "elsewhere"}}}}
+			elsewhere := map[string]string{drivertest.DriverName + "/node": "elsewhere"}
+			r.AccessibilityRequirements = &csi.TopologyRequirement{Requisite: []*csi.Topology{{Segments: elsewhere}}}
 		}, codes.ResourceExhausted, "other nodes"},
 		"snapshot": {func(r *csi.CreateVolumeRequest) { r.VolumeContentSource = &csi.VolumeContentSource{} }, codes.InvalidArgument, "snapshot"},
-		"RWX":      {func(r *csi.CreateVolumeRequest) { r.VolumeCapabilities[0].AccessMode.Mode = readWriteMany }, codes.InvalidArgument, "upper: pod"},
+		"RWX": {func(r *csi.CreateVolumeRequest) { r.VolumeCapabilities[0].AccessMode.Mode = readWriteMany }, codes.InvalidArgument,
+			"upper: pod"},
 		"RWO and ROX": {func(r *csi.CreateVolumeRequest) {
 			r.VolumeCapabilities = append(r.VolumeCapabilities, drivertest.Capability(readOnlyMany))
 		}, codes.InvalidArgument, "one access mode"},
@@ -281,13 +291,16 @@ func TestBadController(t *testing.T) {
 		})
 	}
 	must(t, create(func(*csi.CreateVolumeRequest) {}))
-	wantCode(t, create(func(r *csi.CreateVolumeRequest) { r.Parameters["layers"] = drivertest.Layers("layer-1") }), codes.AlreadyExists, "other layers")
-	wantCode(t, create(func(r *csi.CreateVolumeRequest) { r.CapacityRange = &csi.CapacityRange{RequiredBytes: 1 << 20} }), codes.AlreadyExists, "0 bytes")
+	wantCode(t, create(func(r *csi.CreateVolumeRequest) { r.Parameters["layers"] = drivertest.Layers("layer-1") }), codes.AlreadyExists,
+		"other layers")
+	wantCode(t, create(func(r *csi.CreateVolumeRequest) { r.CapacityRange = &csi.CapacityRange{RequiredBytes: 1 << 20} }),
+		codes.AlreadyExists, "0 bytes")
 	for _, id := range []string{"", "a/b", "..", "a\x00"} {
 		_, err := node.Controller().DeleteVolume(timeout(t), &csi.DeleteVolumeRequest{VolumeId: id})
 		wantCode(t, err, codes.InvalidArgument, "volume ID")
 	}
-	_, err := node.Controller().ValidateVolumeCapabilities(timeout(t), &csi.ValidateVolumeCapabilitiesRequest{VolumeId: "missing", VolumeCapabilities: []*csi.VolumeCapability{drivertest.Capability(readWriteOnce)}})
+	_, err := node.Controller().ValidateVolumeCapabilities(timeout(t), &csi.ValidateVolumeCapabilitiesRequest{VolumeId: "missing",
+		VolumeCapabilities: []*csi.VolumeCapability{drivertest.Capability(readWriteOnce)}})
 	wantCode(t, err, codes.NotFound)
 	_, err = node.Controller().ListVolumes(timeout(t), &csi.ListVolumesRequest{StartingToken: "x"})
 	wantCode(t, err, codes.Aborted)

@@ -20,8 +20,8 @@ import (
 // besideVariable is set in the processes that runBeside starts.
 const besideVariable = "OVERLAY_CSI_TEST_PROCESS"
 
-// runBeside runs the tests of each pattern in a process of its own, several at a time, and returns the exit code. Most of their time tests wait
-// for disks and processes.
+// runBeside runs the tests of each pattern in a process of their own, several at a time, and returns the exit code. Most of their
+// time tests wait for disks and processes.
 //
 // They do not run beside each other in one process (t.Parallel): until a process that one test starts has reached its exec, it
 // has the files open that another test has in a view, and the driver is right not to unmount that.

@@ -19,7 +19,8 @@ const layersAnnotation = drivertest.DriverName + "/layers"
 // createForClaim calls CreateVolume as external-provisioner does with --extra-create-metadata.
 func createForClaim(t *testing.T, node *drivertest.Node, name, claim string, parameters map[string]string) (drivertest.Volume, error) {
 	t.Helper()
-	all := map[string]string{"csi.storage.k8s.io/pvc/name": claim, "csi.storage.k8s.io/pvc/namespace": "default", "csi.storage.k8s.io/pv/name": name}
+	all := map[string]string{"csi.storage.k8s.io/pvc/name": claim, "csi.storage.k8s.io/pvc/namespace": "default",
+		"csi.storage.k8s.io/pv/name": name}
 	maps.Copy(all, parameters)
 	response, err := node.Controller().CreateVolume(timeout(t), &csi.CreateVolumeRequest{
 		Name:               name,
@@ -92,7 +93,8 @@ func TestClaimNamesItsLayersWrongly(t *testing.T) {
 		"claim that is gone": {"gone", fromClaim, codes.NotFound, "default/gone"},
 		"no metadata":        {"", fromClaim, codes.FailedPrecondition, "--extra-create-metadata"},
 		"other source":       {"plain", map[string]string{"layersFrom": "pod"}, codes.InvalidArgument, "the value is claim"},
-		"both":               {"plain", map[string]string{"layersFrom": "claim", "layers": drivertest.Layers("a")}, codes.InvalidArgument, "write one"},
+		"both": {"plain", map[string]string{"layersFrom": "claim", "layers": drivertest.Layers("a")}, codes.InvalidArgument,
+			"write one"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := createForClaim(t, node, "pvc-bad", c.claim, c.parameters)

@@ -50,7 +50,8 @@ func TestEveryRPCTwice(t *testing.T) {
 					t.Errorf("%d mounts at the target", len(mounts))
 				}
 				for range 2 {
-					_, err := node.NodeService().NodeGetVolumeStats(timeout(t), &csi.NodeGetVolumeStatsRequest{VolumeId: pod.Request(v).GetVolumeId(), VolumePath: pod.Target(v.Name)})
+					_, err := node.NodeService().NodeGetVolumeStats(timeout(t),
+						&csi.NodeGetVolumeStatsRequest{VolumeId: pod.Request(v).GetVolumeId(), VolumePath: pod.Target(v.Name)})
 					must(t, err)
 				}
 				for range 2 {
@@ -156,7 +157,8 @@ func TestPublishRacesUnpublish(t *testing.T) {
 							}
 							return err
 						}
-						_, err := node.NodeService().NodeUnpublishVolume(timeout(t), &csi.NodeUnpublishVolumeRequest{VolumeId: request.VolumeId, TargetPath: request.TargetPath})
+						_, err := node.NodeService().NodeUnpublishVolume(timeout(t),
+							&csi.NodeUnpublishVolumeRequest{VolumeId: request.VolumeId, TargetPath: request.TargetPath})
 						return err
 					}))
 					mounts, err := drivertest.Mounts(pod.Target(v.Name))
@@ -189,7 +191,8 @@ func TestPublishWhileThePredecessorIsUnmounted(t *testing.T) {
 			unpublishing := make(chan error, 1)
 			go func() {
 				request := pod.Request(v)
-				_, err := node.NodeService().NodeUnpublishVolume(timeout(t), &csi.NodeUnpublishVolumeRequest{VolumeId: request.VolumeId, TargetPath: request.TargetPath})
+				_, err := node.NodeService().NodeUnpublishVolume(timeout(t),
+					&csi.NodeUnpublishVolumeRequest{VolumeId: request.VolumeId, TargetPath: request.TargetPath})
 				unpublishing <- err
 			}()
 			time.Sleep(200 * time.Microsecond)

@@ -100,7 +100,8 @@ func (c crash) run(t *testing.T, node *drivertest.Node, own func(i int, layers s
 	})
 	close(stop)
 	must(t, errors.Join(err, <-stopped))
-	t.Logf("%d publishes and as many unpublishes, %d kills, %d of them while an RPC was under way", publishes.Load(), k.kills.Load(), k.interrupting.Load())
+	t.Logf("%d publishes and as many unpublishes, %d kills, %d of them while an RPC was under way", publishes.Load(), k.kills.Load(),
+		k.interrupting.Load())
 
 	pod := newPod(t, node, "reader")
 	view := publish(t, pod, shared)
@@ -292,7 +293,8 @@ func TestStatsAreOfTheUppersFileSystem(t *testing.T) {
 	pod := newPod(t, node, "pod")
 	target := publish(t, pod, v)
 	used := func(unit csi.VolumeUsage_Unit) int64 {
-		response, err := node.NodeService().NodeGetVolumeStats(timeout(t), &csi.NodeGetVolumeStatsRequest{VolumeId: pod.Request(v).GetVolumeId(), VolumePath: target})
+		response, err := node.NodeService().NodeGetVolumeStats(timeout(t),
+			&csi.NodeGetVolumeStatsRequest{VolumeId: pod.Request(v).GetVolumeId(), VolumePath: target})
 		must(t, err)
 		for _, usage := range response.GetUsage() {
 			if usage.GetUnit() == unit {

@@ -23,10 +23,12 @@ const (
 )
 
 // wantHealth checks that a volume has this condition, "" for none, as its pod sees it.
-func wantHealth(t *testing.T, node *drivertest.Node, pod *drivertest.Pod, v drivertest.Volume, severity csi.VolumeHealthErrorType, reason string) {
+func wantHealth(t *testing.T, node *drivertest.Node, pod *drivertest.Pod, v drivertest.Volume, severity csi.VolumeHealthErrorType,
+	reason string) {
 	t.Helper()
 	request := pod.Request(v)
-	response, err := node.NodeService().NodeGetVolumeHealth(timeout(t), &csi.NodeGetVolumeHealthRequest{VolumeId: request.GetVolumeId(), VolumePublishPath: request.GetTargetPath()})
+	response, err := node.NodeService().NodeGetVolumeHealth(timeout(t),
+		&csi.NodeGetVolumeHealthRequest{VolumeId: request.GetVolumeId(), VolumePublishPath: request.GetTargetPath()})
 	must(t, err)
 	wantConditions(t, response.GetVolumeHealth(), severity, reason)
 }

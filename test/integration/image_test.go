@@ -89,7 +89,8 @@ func TestImageVolume(t *testing.T) {
 func TestPathInImageVolume(t *testing.T) {
 	node := startNode(t)
 	r := startRegistry(t, node, registrytest.Options{})
-	pushImage(t, r, "a:1", map[string]string{"usr/share/a": "a", "usr/share/b": "b"}, map[string]string{"usr/share/.wh.a": "", "usr/share/c": "c"})
+	pushImage(t, r, "a:1", map[string]string{"usr/share/a": "a", "usr/share/b": "b"},
+		map[string]string{"usr/share/.wh.a": "", "usr/share/c": "c"})
 	v := inline("layers", "oci://"+r.Host+"/a:1?path=/usr/share")
 	pod := newPod(t, node, "pod")
 	target := publish(t, pod, v)
@@ -112,8 +113,9 @@ func TestImageOfPrivateRegistry(t *testing.T) {
 		code    codes.Code
 		words   []string
 	}{
-		"none":       {nil, codes.Unauthenticated, []string{r.Host, "without credentials"}},
-		"wrong":      {map[string]string{".dockerconfigjson": r.DockerConfig("u", "hunter2")}, codes.Unauthenticated, []string{r.Host, `as user "u"`}},
+		"none": {nil, codes.Unauthenticated, []string{r.Host, "without credentials"}},
+		"wrong": {map[string]string{".dockerconfigjson": r.DockerConfig("u", "hunter2")}, codes.Unauthenticated,
+			[]string{r.Host, `as user "u"`}},
 		"other type": {map[string]string{"username": "u"}, codes.InvalidArgument, []string{"kubectl create secret docker-registry"}},
 	} {
 		v := inline("layers", ref)
@@ -130,7 +132,8 @@ func TestImageOfPrivateRegistry(t *testing.T) {
 		t.Error("the log has a password in it")
 	}
 	// A claim's tag is resolved with the provisioner's secret.
-	request := &csi.CreateVolumeRequest{Name: "claim", Parameters: map[string]string{"layers": ref}, VolumeCapabilities: []*csi.VolumeCapability{drivertest.Capability(readWriteOnce)}}
+	request := &csi.CreateVolumeRequest{Name: "claim", Parameters: map[string]string{"layers": ref},
+		VolumeCapabilities: []*csi.VolumeCapability{drivertest.Capability(readWriteOnce)}}
 	_, err := node.Controller().CreateVolume(timeout(t), request)
 	wantCode(t, err, codes.Unauthenticated, r.Host)
 	request.Secrets = v.Secrets
@@ -147,7 +150,8 @@ func TestTagsArePinned(t *testing.T) {
 	ref := "oci://" + r.Host + "/a:1"
 	kept := claim("kept", readWriteOnce, "layers", ref)
 	request := func(mode csi.VolumeCapability_AccessMode_Mode) *csi.CreateVolumeRequest {
-		return &csi.CreateVolumeRequest{Name: "made-" + mode.String(), Parameters: map[string]string{"layers": ref}, VolumeCapabilities: []*csi.VolumeCapability{drivertest.Capability(mode)}}
+		return &csi.CreateVolumeRequest{Name: "made-" + mode.String(), Parameters: map[string]string{"layers": ref},
+			VolumeCapabilities: []*csi.VolumeCapability{drivertest.Capability(mode)}}
 	}
 	made := map[csi.VolumeCapability_AccessMode_Mode]*csi.Volume{}
 	for _, mode := range []csi.VolumeCapability_AccessMode_Mode{readWriteOnce, csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY} {
@@ -175,7 +179,8 @@ func TestTagsArePinned(t *testing.T) {
 	wantFile(t, filepath.Join(publish(t, pod, v), "f"), "old")
 	wantFile(t, filepath.Join(publish(t, pod, kept), "f"), "old")
 	for mode, volume := range made {
-		later := drivertest.Volume{Name: volume.GetVolumeId(), ID: volume.GetVolumeId(), Claim: true, Mode: mode, Attributes: volume.GetVolumeContext()}
+		later := drivertest.Volume{Name: volume.GetVolumeId(), ID: volume.GetVolumeId(), Claim: true, Mode: mode,
+			Attributes: volume.GetVolumeContext()}
 		wantFile(t, filepath.Join(publish(t, pod, later), "f"), "old")
 	}
 	late := newPod(t, node, "late")
@@ -244,7 +249,8 @@ func TestArchiveVolume(t *testing.T) {
 func TestManyPodsOneColdImage(t *testing.T) {
 	node := startNode(t)
 	r := startRegistry(t, node, registrytest.Options{})
-	pinned := pushImage(t, r, "a:1", map[string]string{"a": strings.Repeat("a", 1<<20)}, map[string]string{"b": strings.Repeat("b", 1<<20)}, map[string]string{"c": "c"})
+	pinned := pushImage(t, r, "a:1", map[string]string{"a": strings.Repeat("a", 1<<20)}, map[string]string{"b": strings.Repeat("b", 1<<20)},
+		map[string]string{"c": "c"})
 	v := inline("layers", pinned)
 	var group sync.WaitGroup
 	var pods []*drivertest.Pod

@@ -55,7 +55,8 @@ func TestKillsDuringPulls(t *testing.T) {
 	var interrupted, partial, rounds int
 	for ; interrupted < proof(12, 60) || partial < proof(4, 20); rounds++ {
 		if ctx.Err() != nil {
-			t.Fatalf("after %s, %d publishes were interrupted, and %d times some layers were there and others not", crashDeadline, interrupted, partial)
+			t.Fatalf("after %s, %d publishes were interrupted, and %d times some layers were there and others not", crashDeadline, interrupted,
+				partial)
 		}
 		if len(storedLayers(t, node)) == len(want) || rounds%3 > 0 {
 			_, err := node.Admin().GC(timeout(t), false, true)
@@ -211,7 +212,8 @@ func TestCollectUnderLoad(t *testing.T) {
 	r := startRegistry(t, node, registrytest.Options{})
 	var images []string
 	for i := range 8 {
-		images = append(images, pushImage(t, r, fmt.Sprint("image-", i, ":1"), map[string]string{"shared": "shared"}, map[string]string{"own": fmt.Sprint(i)}, map[string]string{"last": "last"}))
+		images = append(images, pushImage(t, r, fmt.Sprint("image-", i, ":1"), map[string]string{"shared": "shared"},
+			map[string]string{"own": fmt.Sprint(i)}, map[string]string{"last": "last"}))
 	}
 	ctx, cancel := contextWithTimeout(t, crashDeadline)
 	defer cancel()

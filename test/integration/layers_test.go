@@ -41,7 +41,8 @@ func TestManyLayers(t *testing.T) {
 
 func TestLayerPathsWithSpecialCharacters(t *testing.T) {
 	onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
-		names := []string{"with space", "colon:colon", "comma,comma", `back\slash`, "new\nline", " leading", "trailing ", "per%cent", "quo\"te'", "ünïcödé", "\xff\xfe", "a=b?c#d", "-o", "lowerdir+"}
+		names := []string{"with space", "colon:colon", "comma,comma", `back\slash`, "new\nline", " leading", "trailing ", "per%cent", "quo\"te'",
+			"ünïcödé", "\xff\xfe", "a=b?c#d", "-o", "lowerdir+"}
 		refs := make([]string, len(names))
 		for i, name := range names {
 			if _, err := node.Layer(name, map[string]string{fmt.Sprint("in-", i): name}); err != nil {
@@ -142,7 +143,8 @@ func TestRenameRaceLeavesNoLayerRoot(t *testing.T) {
 					return
 				default:
 				}
-				if err := unix.Renameat2(unix.AT_FDCWD, link, unix.AT_FDCWD, filepath.Join(node.LayerDir, "swapped"), unix.RENAME_EXCHANGE); err != nil {
+				if err := unix.Renameat2(unix.AT_FDCWD, link, unix.AT_FDCWD, filepath.Join(node.LayerDir, "swapped"),
+					unix.RENAME_EXCHANGE); err != nil {
 					stopped <- err
 					return
 				}

@@ -32,7 +32,8 @@ func sizes(t *testing.T, node *drivertest.Node, layers string) map[string]driver
 	}
 }
 
-func createSized(t *testing.T, node *drivertest.Node, name string, mode csi.VolumeCapability_AccessMode_Mode, size int64, attributes ...string) drivertest.Volume {
+func createSized(t *testing.T, node *drivertest.Node, name string, mode csi.VolumeCapability_AccessMode_Mode, size int64,
+	attributes ...string) drivertest.Volume {
 	t.Helper()
 	response, err := node.Controller().CreateVolume(timeout(t), createRequest(name, mode, size, attributes...))
 	must(t, err)
@@ -159,7 +160,8 @@ func writeUntil(stop <-chan struct{}, path string) error {
 // stats are what NodeGetVolumeStats says of bytes and inodes.
 func stats(t *testing.T, node *drivertest.Node, pod *drivertest.Pod, v drivertest.Volume) (bytes, inodes *csi.VolumeUsage) {
 	t.Helper()
-	response, err := node.NodeService().NodeGetVolumeStats(timeout(t), &csi.NodeGetVolumeStatsRequest{VolumeId: pod.Request(v).GetVolumeId(), VolumePath: pod.Target(v.Name)})
+	response, err := node.NodeService().NodeGetVolumeStats(timeout(t),
+		&csi.NodeGetVolumeStatsRequest{VolumeId: pod.Request(v).GetVolumeId(), VolumePath: pod.Target(v.Name)})
 	must(t, err)
 	for _, usage := range response.GetUsage() {
 		switch usage.GetUnit() {
@@ -235,7 +237,8 @@ func TestVolumesGrowWhileTheyAreWrittenTo(t *testing.T) {
 func expand(t *testing.T, node *drivertest.Node, pod *drivertest.Pod, v drivertest.Volume, size, limit int64) error {
 	t.Helper()
 	_, err := node.NodeService().NodeExpandVolume(timeout(t), &csi.NodeExpandVolumeRequest{
-		VolumeId: pod.Request(v).GetVolumeId(), VolumePath: pod.Target(v.Name), CapacityRange: &csi.CapacityRange{RequiredBytes: size, LimitBytes: limit},
+		VolumeId: pod.Request(v).GetVolumeId(), VolumePath: pod.Target(v.Name), CapacityRange: &csi.CapacityRange{RequiredBytes: size,
+			LimitBytes: limit},
 	})
 	return err
 }

@@ -38,7 +38,8 @@ func TestOverlayctl(t *testing.T) {
 	v := inline("layers", "oci://"+r.Host+"/a:1")
 	target := publish(t, pod, v)
 	id := pod.Request(v).GetVolumeId()
-	if output := run("layers"); strings.Count(output, id) != 2 || strings.Count(output, "sha256:") != 3 || !strings.Contains(output, "DIFF ID") {
+	if output := run("layers"); strings.Count(output, id) != 2 || strings.Count(output, "sha256:") != 3 ||
+		!strings.Contains(output, "DIFF ID") {
 		t.Errorf("layers says\n%s", output)
 	}
 	if output := run("images"); !strings.Contains(output, r.Host+"/a:1") || !strings.Contains(output, r.Host+"/b:1") {

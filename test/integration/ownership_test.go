@@ -77,7 +77,8 @@ func wantOwner(t *testing.T, path string, uid, gid, mode uint32) {
 // ownedLayer is a layer with files of several owners and modes.
 func ownedLayer(t *testing.T, node *drivertest.Node) string {
 	t.Helper()
-	layers := layersOf(t, node, map[string]string{"root": "r", "group": "g", "dir/deep": "d", "theirs": "t", "program": "p", "large": strings.Repeat("x", 4<<20)})
+	layers := layersOf(t, node, map[string]string{"root": "r", "group": "g", "dir/deep": "d", "theirs": "t", "program": "p",
+		"large": strings.Repeat("x", 4<<20)})
 	dir := filepath.Join(node.LayerDir, "layer-0")
 	must(t, os.Chmod(filepath.Join(dir, "group"), 0o664))
 	must(t, os.Chmod(filepath.Join(dir, "dir"), 0o750))

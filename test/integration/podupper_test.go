@@ -188,7 +188,8 @@ func mountOverlay(t *testing.T, path string) {
 	for _, name := range []string{"lower", "upper", "work"} {
 		must(t, os.Mkdir(filepath.Join(dir, name), 0o755))
 	}
-	options := "lowerdir=" + filepath.Join(dir, "lower") + ",upperdir=" + filepath.Join(dir, "upper") + ",workdir=" + filepath.Join(dir, "work")
+	options := "lowerdir=" + filepath.Join(dir, "lower") + ",upperdir=" + filepath.Join(dir, "upper") +
+		",workdir=" + filepath.Join(dir, "work")
 	must(t, unix.Mount("overlay", path, "overlay", 0, options))
 }
 

@@ -119,7 +119,8 @@ func apiServer(t *testing.T, pod *corev1.Pod, claims map[string]*corev1.Persiste
 		w.Header().Set("Content-Type", "application/json")
 		_ = json.NewEncoder(w).Encode(object)
 	}
-	missing := metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: "Failure", Reason: metav1.StatusReasonNotFound, Code: http.StatusNotFound}
+	missing := metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: "Failure",
+		Reason: metav1.StatusReasonNotFound, Code: http.StatusNotFound}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /api/v1/namespaces/default/pods/{name}", func(w http.ResponseWriter, r *http.Request) {
 		if r.PathValue("name") != pod.Name {
@@ -149,10 +150,13 @@ func apiServer(t *testing.T, pod *corev1.Pod, claims map[string]*corev1.Persiste
 }
 
 func TestVolumesOfClaimsAreFoundThroughTheAPIServer(t *testing.T) {
-	object := &corev1.Pod{TypeMeta: metav1.TypeMeta{Kind: "Pod", APIVersion: "v1"}, ObjectMeta: metav1.ObjectMeta{Name: "pod", Namespace: "default"}}
+	object := &corev1.Pod{TypeMeta: metav1.TypeMeta{Kind: "Pod", APIVersion: "v1"},
+		ObjectMeta: metav1.ObjectMeta{Name: "pod", Namespace: "default"}}
 	object.Spec.Volumes = []corev1.Volume{
 		{Name: "data", VolumeSource: corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "bound"}}},
-		{Name: "waiting", VolumeSource: corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "unbound"}}},
+		{Name: "waiting", VolumeSource: corev1.VolumeSource{
+			PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "unbound"},
+		}},
 		{Name: "generic", VolumeSource: corev1.VolumeSource{Ephemeral: &corev1.EphemeralVolumeSource{}}},
 		{Name: "host", VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: "/etc"}}},
 		{Name: "nfs", VolumeSource: corev1.VolumeSource{NFS: &corev1.NFSVolumeSource{Server: "s", Path: "/"}}},
@@ -162,12 +166,14 @@ func TestVolumesOfClaimsAreFoundThroughTheAPIServer(t *testing.T) {
 	}
 	object.Spec.Volumes = append(object.Spec.Volumes, corev1.Volume{Name: "unused"})
 	claimOf := func(name, pv string) *corev1.PersistentVolumeClaim {
-		c := &corev1.PersistentVolumeClaim{TypeMeta: metav1.TypeMeta{Kind: "PersistentVolumeClaim", APIVersion: "v1"}, ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "default"}}
+		c := &corev1.PersistentVolumeClaim{TypeMeta: metav1.TypeMeta{Kind: "PersistentVolumeClaim", APIVersion: "v1"},
+			ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "default"}}
 		c.Spec.VolumeName = pv
 		return c
 	}
 	controlled := claimOf("pod-generic", "pv-generic")
-	kubeconfig := apiServer(t, object, map[string]*corev1.PersistentVolumeClaim{"bound": claimOf("bound", "pv-1"), "unbound": claimOf("unbound", ""), "pod-generic": controlled})
+	kubeconfig := apiServer(t, object, map[string]*corev1.PersistentVolumeClaim{"bound": claimOf("bound", "pv-1"),
+		"unbound": claimOf("unbound", ""), "pod-generic": controlled})
 	node := startNode(t, "--kubeconfig="+kubeconfig, "--pod-volume-wait=10ms")
 	pod := newPod(t, node, "pod")
 	object.UID = types.UID(pod.UID)

@@ -37,7 +37,8 @@ func pairs(list []string) map[string]string {
 }
 
 // create has the driver make a claim's volume, as the provisioner does.
-func create(t *testing.T, node *drivertest.Node, name string, mode csi.VolumeCapability_AccessMode_Mode, attributes ...string) drivertest.Volume {
+func create(t *testing.T, node *drivertest.Node, name string, mode csi.VolumeCapability_AccessMode_Mode,
+	attributes ...string) drivertest.Volume {
 	t.Helper()
 	response, err := node.Controller().CreateVolume(timeout(t), &csi.CreateVolumeRequest{
 		Name:               name,
@@ -61,7 +62,8 @@ func deleteVolume(t *testing.T, node *drivertest.Node, v drivertest.Volume) {
 
 func TestInlineVolume(t *testing.T) {
 	onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
-		v := inline("layers", layersOf(t, node, map[string]string{"f": "top", "t": "t"}, map[string]string{"f": "middle", "m": "m"}, map[string]string{"f": "bottom", "b": "b"}))
+		v := inline("layers", layersOf(t, node, map[string]string{"f": "top", "t": "t"}, map[string]string{"f": "middle", "m": "m"},
+			map[string]string{"f": "bottom", "b": "b"}))
 		one, two := newPod(t, node, "one"), newPod(t, node, "two")
 		first, second := publish(t, one, v), publish(t, two, v)
 		wantFile(t, filepath.Join(first, "f"), "top")
@@ -252,7 +254,8 @@ func TestMountOptions(t *testing.T) {
 		target := publish(t, pod, v)
 		wantMountFlags(t, target, unix.ST_NOSUID|unix.ST_NODEV|unix.ST_NOEXEC|unix.ST_NOATIME, unix.ST_RDONLY)
 		unpublish(t, pod, v)
-		for option, words := range map[string]string{"suid": "--allow-mount-option=suid", "lowerdir=/etc": "allowed are", "context=x": "allowed are"} {
+		for option, words := range map[string]string{"suid": "--allow-mount-option=suid", "lowerdir=/etc": "allowed are",
+			"context=x": "allowed are"} {
 			v.Options = []string{option}
 			_, err := pod.Publish(timeout(t), v)
 			wantCode(t, err, codes.InvalidArgument, words)

@@ -29,7 +29,8 @@ func TestRegistersWithKubelet(t *testing.T) {
 	client := registerapi.NewRegistrationClient(conn)
 	info, err := client.GetInfo(timeout(t), &registerapi.InfoRequest{})
 	must(t, err)
-	if info.GetType() != registerapi.CSIPlugin || info.GetName() != "overlay-csi.github.io" || info.GetEndpoint() != "/host/path/csi.sock" || len(info.GetSupportedVersions()) != 1 {
+	if info.GetType() != registerapi.CSIPlugin || info.GetName() != "overlay-csi.github.io" || info.GetEndpoint() != "/host/path/csi.sock" ||
+		len(info.GetSupportedVersions()) != 1 {
 		t.Errorf("registered as %v", info)
 	}
 	_, err = client.NotifyRegistrationStatus(timeout(t), &registerapi.RegistrationStatus{PluginRegistered: false, Error: "because"})
@@ -101,10 +102,11 @@ func TestCommandLine(t *testing.T) {
 		"layer root":       {[]string{"--layer-root=models"}, 2, "NAME=PATH"},
 		"layer root twice": {[]string{"--layer-root=m=/a", "--layer-root=m=/b"}, 2, "duplicate name"},
 		"mounts of none":   {[]string{"--layer-root-allow-submounts=m"}, 2, "no --layer-root"},
-		"relative root":    {[]string{"--data-root=" + t.TempDir(), "--layer-root=m=relative", "--register=false", "--http-endpoint=", "--endpoint=/tmp/x.sock"}, 1, "absolute"},
-		"kernel feature":   {[]string{"--data-root=" + t.TempDir(), "--disable-kernel-features=warp"}, 1, "warp"},
-		"mount option":     {[]string{"--allow-mount-option=exec"}, 2, "dev, suid"},
-		"endpoint":         {[]string{"--data-root=" + t.TempDir(), "--endpoint=tcp://1.2.3.4:5"}, 1, "unix://"},
+		"relative root": {[]string{"--data-root=" + t.TempDir(), "--layer-root=m=relative", "--register=false", "--http-endpoint=",
+			"--endpoint=/tmp/x.sock"}, 1, "absolute"},
+		"kernel feature": {[]string{"--data-root=" + t.TempDir(), "--disable-kernel-features=warp"}, 1, "warp"},
+		"mount option":   {[]string{"--allow-mount-option=exec"}, 2, "dev, suid"},
+		"endpoint":       {[]string{"--data-root=" + t.TempDir(), "--endpoint=tcp://1.2.3.4:5"}, 1, "unix://"},
 	} {
 		output, err := exec.Command(driverBinary(t), c.args...).CombinedOutput()
 		code := 0

@@ -65,7 +65,8 @@ func TestPodDeletedWhileTheNodeReboots(t *testing.T) {
 	node := startNode(t, "--reconcile-interval=100ms")
 	layers := layersOf(t, node, map[string]string{"f": "layer"})
 	kept := claim("kept", readWriteOnce, "layers", layers)
-	volumes := []drivertest.Volume{inline("layers", layers), claim("each", readWriteMany, "layers", layers, "upper", "pod"), claim("rox", readOnlyMany, "layers", layers), kept}
+	volumes := []drivertest.Volume{inline("layers", layers), claim("each", readWriteMany, "layers", layers, "upper", "pod"),
+		claim("rox", readOnlyMany, "layers", layers), kept}
 	pod, later := newPod(t, node, "pod"), newPod(t, node, "later")
 	for _, p := range []*drivertest.Pod{pod, later} {
 		for _, v := range volumes {

@@ -125,7 +125,8 @@ func Artifact(files ...ArtifactFile) (v1.Image, error) {
 			mediaType = types.OCIUncompressedLayer
 		}
 		var err error
-		image, err = mutate.Append(image, mutate.Addendum{Layer: static.NewLayer(file.Data, mediaType), Annotations: file.Annotations, MediaType: mediaType})
+		image, err = mutate.Append(image, mutate.Addendum{Layer: static.NewLayer(file.Data, mediaType), Annotations: file.Annotations,
+			MediaType: mediaType})
 		if err != nil {
 			return nil, err
 		}
