@@ -15,21 +15,22 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// ErrNoImage is returned for a tar that is no archive of images.
-var ErrNoImage = fmt.Errorf("%w: the tar is no archive of images", errdefs.ErrNotFound)
+// ErrNoImage is the error of OpenArchive for a tar that is not an archive of an image.
+var ErrNoImage = fmt.Errorf("%w: the tar is not an archive of an image", errdefs.ErrNotFound)
 
-// ArchiveFile identifies an archive and its content: a file that has not changed is not read again.
+// ArchiveFile identifies an archive and its content. Two equal values identify the same content.
 type ArchiveFile struct {
-	// Reference is how it was named.
-	Reference string    `json:"reference"`
-	Device    uint64    `json:"device"`
-	Inode     uint64    `json:"inode"`
-	Size      int64     `json:"size"`
-	Modified  time.Time `json:"modified"`
+	// Reference is the layer reference of the archive.
+	Reference string `json:"reference"`
+	Device    uint64 `json:"device"`
+	Inode     uint64 `json:"inode"`
+	// Size is the size of the file in bytes.
+	Size     int64     `json:"size"`
+	Modified time.Time `json:"modified"`
 }
 
-// IdentifyArchive returns the identity of an open archive. In the directory of an OCI layout it is index.json that changes
-// with the content.
+// IdentifyArchive returns the identity of an open archive. The identity of a directory with an OCI layout is that of its
+// index.json, which changes with the content.
 func IdentifyArchive(reference string, file *os.File) (ArchiveFile, error) {
 	info, err := file.Stat()
 	if err == nil && info.IsDir() {
@@ -45,12 +46,12 @@ func IdentifyArchive(reference string, file *os.File) (ArchiveFile, error) {
 	return ArchiveFile{Reference: reference, Device: stat.Dev, Inode: stat.Ino, Size: info.Size(), Modified: info.ModTime().UTC()}, nil
 }
 
-// Key stands for the archive where a digest is needed.
+// Key returns a digest that identifies the archive. It is not the digest of the content.
 func (a ArchiveFile) Key() digest.Digest {
 	return digest.FromString(fmt.Sprintf("%q %d %d %d %d", a.Reference, a.Device, a.Inode, a.Size, a.Modified.UnixNano()))
 }
 
-// Blob describes the archive itself as a layer: the tar of a root file system.
+// Blob returns the archive as the only layer of an image. The archive is the tar of a root file system.
 func (a ArchiveFile) Blob() LayerBlob {
 	return LayerBlob{Descriptor: ocispec.Descriptor{Digest: a.Key(), Size: a.Size}, DigestUnknown: true}
 }
@@ -59,20 +60,21 @@ func (a ArchiveFile) Blob() LayerBlob {
 type Archive struct {
 	Description
 	files archiveFiles
-	// names are the names of the layers' blobs in the archive.
+	// names maps the digests of the layers' blobs to their names in the archive.
 	names map[digest.Digest]string
 }
 
-// archiveFiles are the files of an archive.
+// archiveFiles provides the files of an archive by name.
 type archiveFiles interface {
-	open(name string) (io.ReadCloser, int64, error)
+	// open opens a file and returns its size in bytes.
+	open(name string) (content io.ReadCloser, size int64, err error)
 	has(name string) bool
 	close()
 }
 
-// OpenArchive opens an archive: a docker archive, an OCI archive, both compressed or not, or the directory of an OCI
-// layout. It returns ErrNoImage if the file is another tar. It decompresses a compressed archive into scratch, a
-// directory: there is no other way to its middle. The file stays the caller's, and open as long as the Archive is.
+// OpenArchive opens an archive for a platform. file is a docker archive, an OCI archive or the directory of an OCI layout.
+// The archives may be compressed. OpenArchive decompresses them to the directory scratch, because it needs random access.
+// It returns ErrNoImage if file is another tar. The caller closes file after the Archive.
 func OpenArchive(ctx context.Context, file *os.File, scratch string, platform platforms.MatchComparer) (*Archive, error) {
 	files, err := openFiles(ctx, file, filepath.Join(scratch, "archive.tar"))
 	if err != nil {
@@ -91,15 +93,16 @@ func OpenArchive(ctx context.Context, file *os.File, scratch string, platform pl
 	return archive, nil
 }
 
-// OpenBlob opens the blob of one of the layers.
+// OpenBlob opens the blob of a layer.
 func (a *Archive) OpenBlob(blob LayerBlob) (io.ReadCloser, error) {
 	content, _, err := a.files.open(a.names[blob.Descriptor.Digest])
 	return content, err
 }
 
-// Close removes what OpenArchive decompressed.
+// Close frees the resources of the archive. It does not close the file.
 func (a *Archive) Close() { a.files.close() }
 
+// openFiles returns the files of an archive. It decompresses a compressed archive to the file at scratch.
 func openFiles(ctx context.Context, file *os.File, scratch string) (archiveFiles, error) {
 	info, err := file.Stat()
 	if err != nil {
@@ -130,7 +133,7 @@ func openFiles(ctx context.Context, file *os.File, scratch string) (archiveFiles
 	return decompressArchive(ctx, whole(), scratch)
 }
 
-// decompressArchive writes the archive to the file at scratch, which is removed at once and lives as long as it is open.
+// decompressArchive decompresses an archive to a file at scratch. It unlinks the file, which exists until it is closed.
 func decompressArchive(ctx context.Context, from io.Reader, scratch string) (archiveFiles, error) {
 	plain, err := decompress(from)
 	if err != nil {
@@ -152,7 +155,7 @@ func decompressArchive(ctx context.Context, from io.Reader, scratch string) (arc
 	return indexTar(ctx, io.NewSectionReader(file, 0, size), file)
 }
 
-// readDocument reads a manifest or a configuration.
+// readDocument reads a manifest, an index or a configuration.
 func readDocument(files archiveFiles, name string) ([]byte, error) {
 	content, size, err := files.open(name)
 	if err != nil {
@@ -160,7 +163,7 @@ func readDocument(files archiveFiles, name string) ([]byte, error) {
 	}
 	defer content.Close()
 	if size > MaxDocumentSize {
-		return nil, fmt.Errorf("%w: %q has %d bytes, more than %d", errdefs.ErrInvalidArgument, truncate(name), size, MaxDocumentSize)
+		return nil, fmt.Errorf("%w: %q has %d bytes; the maximum is %d", errdefs.ErrInvalidArgument, truncate(name), size, MaxDocumentSize)
 	}
 	return io.ReadAll(io.LimitReader(content, size))
 }

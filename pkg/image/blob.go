@@ -20,38 +20,40 @@ import (
 )
 
 const (
-	// aheadBuffers of aheadSize bytes are decompressed ahead of what is being written.
+	// aheadBuffers is the number of buffers that are decompressed ahead of the reader.
 	aheadBuffers = 4
-	aheadSize    = 256 << 10
-	// sniffSize is enough to decompress the first header of a tar: a block of zstd has at most 128 KiB.
+	// aheadSize is the size of each of these buffers in bytes.
+	aheadSize = 256 << 10
+	// sniffSize is the number of bytes that are read to recognize a tar. A block of zstd has at most 128 KiB.
 	sniffSize = 256 << 10
 )
 
-// LayerBlob is one layer of an image as the image describes it.
+// LayerBlob describes the blob of one layer of an image.
 type LayerBlob struct {
 	Descriptor ocispec.Descriptor
-	// DiffID is the digest of the uncompressed tar, "" if the image does not say it.
+	// DiffID is the digest of the uncompressed tar, or "" if it is unknown.
 	DiffID digest.Digest
-	// FileName is the path of the file that the blob is, "" if the blob is a tar.
+	// FileName is the path in the layer if the blob is a single file, or "" if the blob is a tar.
 	FileName string
-	// DigestUnknown says that Descriptor.Digest only stands for the blob, whose own digest is not known.
+	// DigestUnknown reports whether the digest of the blob is unknown. Descriptor.Digest is then only an identifier.
 	DigestUnknown bool
 
 	format blobFormat
 }
 
-// blobFormat says how a blob becomes the tar of a layer.
+// blobFormat is the format of a blob.
 type blobFormat int
 
 const (
+	// tarFormat is a tar, compressed or not.
 	tarFormat blobFormat = iota
-	// fileFormat is a file as it is.
+	// fileFormat is a single file.
 	fileFormat
-	// unknownFormat is a tar if it looks like one, else a file without a name.
+	// unknownFormat is a tar if the blob begins with a valid header. Otherwise it is a single file without a name.
 	unknownFormat
 )
 
-// OpenTar returns the tar of the layer in blob. Closing it does not close blob.
+// OpenTar returns the uncompressed tar of the layer. It reads the blob from blob, which it does not close.
 func (b LayerBlob) OpenTar(blob io.Reader) (io.ReadCloser, error) {
 	file := b.FileName
 	if b.format == unknownFormat {
@@ -79,7 +81,7 @@ func (b LayerBlob) OpenTar(blob io.Reader) (io.ReadCloser, error) {
 	return &aheadReader{ahead, reader}, nil
 }
 
-// aheadReader closes its source after the goroutine that reads ahead has ended.
+// aheadReader closes its source after it stopped the goroutine that reads ahead.
 type aheadReader struct {
 	io.ReadCloser
 	source io.Closer
@@ -87,7 +89,7 @@ type aheadReader struct {
 
 func (r *aheadReader) Close() error { return errors.Join(r.ReadCloser.Close(), r.source.Close()) }
 
-// looksLikeTar reports whether a blob with this prefix is a tar, compressed or not.
+// looksLikeTar reports whether prefix is the beginning of a tar, compressed or not.
 func looksLikeTar(prefix []byte) bool {
 	reader, err := decompress(bytes.NewReader(prefix))
 	if err != nil {
@@ -98,7 +100,7 @@ func looksLikeTar(prefix []byte) bool {
 	return err == nil
 }
 
-// tarOfFile makes a tar of one file, so that a file is a layer as any other, with the diff ID of that tar.
+// tarOfFile returns a tar with one file of size bytes. The diff ID of a layer with a single file is the digest of this tar.
 func tarOfFile(name string, size int64, content io.Reader) (io.ReadCloser, error) {
 	var header, trailer bytes.Buffer
 	writer := tar.NewWriter(&header)
@@ -106,13 +108,13 @@ func tarOfFile(name string, size int64, content io.Reader) (io.ReadCloser, error
 		Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: size, ModTime: time.Unix(0, 0), Format: tar.FormatPAX,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("%w: the artifact's file %q: %w", errdefs.ErrInvalidArgument, name, err)
+		return nil, fmt.Errorf("%w: write the tar header of file %q: %w", errdefs.ErrInvalidArgument, name, err)
 	}
 	trailer.Write(make([]byte, (512-size%512)%512+1024))
 	return io.NopCloser(io.MultiReader(&header, io.LimitReader(content, size), &trailer)), nil
 }
 
-// VerifyingReader hashes what is read of a blob.
+// VerifyingReader is a reader that verifies the digest and the size of a blob.
 type VerifyingReader struct {
 	blob LayerBlob
 	from io.Reader
@@ -120,7 +122,7 @@ type VerifyingReader struct {
 	size int64
 }
 
-// NewVerifyingReader returns a reader of a blob.
+// NewVerifyingReader returns a reader that reads blob from from.
 func NewVerifyingReader(blob LayerBlob, from io.Reader) *VerifyingReader {
 	return &VerifyingReader{blob: blob, from: from, hash: blob.Descriptor.Digest.Algorithm().Hash()}
 }
@@ -132,20 +134,21 @@ func (r *VerifyingReader) Read(buffer []byte) (int, error) {
 	return n, err
 }
 
-// Verify reads the blob to its end and compares it with its descriptor.
+// Verify reads the rest of the blob. It returns ErrContentMismatch if the blob differs from its descriptor.
 func (r *VerifyingReader) Verify() error {
 	if r.blob.DigestUnknown {
 		return nil
 	}
 	descriptor := r.blob.Descriptor
-	// One byte more than there should be is enough to know.
+	// One additional byte proves that the blob is too long.
 	if _, err := io.Copy(io.Discard, io.LimitReader(r, descriptor.Size-r.size+1)); err != nil {
 		return err
 	}
 	return Verify(descriptor, digest.NewDigest(descriptor.Digest.Algorithm(), r.hash), r.size)
 }
 
-// ExplainUnpackError prefers a digest mismatch over the error that unpacking the corrupt blob caused.
+// ExplainUnpackError returns the reason for err, an error from unpacking the blob. If the blob is corrupt, that is the
+// mismatch.
 func (r *VerifyingReader) ExplainUnpackError(err error) error {
 	local := errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, context.Canceled) ||
 		errdefs.IsResourceExhausted(err) || errdefs.IsUnavailable(err)
@@ -154,5 +157,5 @@ func (r *VerifyingReader) ExplainUnpackError(err error) error {
 			return mismatch
 		}
 	}
-	return fmt.Errorf("layer %s: %w", r.blob.Descriptor.Digest, err)
+	return fmt.Errorf("unpack layer %s: %w", r.blob.Descriptor.Digest, err)
 }

@@ -12,18 +12,23 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// maxWindow is the largest window of a zstd stream in bytes, and so the memory that one layer takes. `zstd --ultra -20`
-// makes no larger one.
+// maxWindow is the maximum window of a zstd stream in bytes. It bounds the memory of a decompressor. It is the window of
+// zstd --ultra -20.
 const maxWindow = 32 << 20
 
 var (
 	gzipMagic = []byte{0x1f, 0x8b}
 	zstdMagic = []byte{0x28, 0xb5, 0x2f, 0xfd}
-	// unsupported are compressions that images had once, or that a plain archive may have.
-	unsupported = map[string][]byte{"bzip2": []byte("BZh"), "xz": {0xfd, '7', 'z', 'X', 'Z', 0}, "lz4": {0x04, 0x22, 0x4d, 0x18}}
+	// unsupported maps compressions that are recognized but not supported to their magic bytes.
+	unsupported = map[string][]byte{
+		"bzip2": []byte("BZh"),
+		"xz":    {0xfd, '7', 'z', 'X', 'Z', 0},
+		"lz4":   {0x04, 0x22, 0x4d, 0x18},
+	}
 )
 
-// decompress recognizes gzip, zstd or no compression by the first bytes of a stream, whatever its media type says.
+// decompress returns the uncompressed content of a stream. It recognizes gzip and zstd by their magic bytes. Media types are
+// often wrong.
 func decompress(from io.Reader) (io.ReadCloser, error) {
 	buffered := bufio.NewReaderSize(from, 128<<10)
 	magic, err := buffered.Peek(magicSize)
@@ -34,13 +39,14 @@ func decompress(from io.Reader) (io.ReadCloser, error) {
 	case bytes.HasPrefix(magic, gzipMagic):
 		reader, err := gzip.NewReader(buffered)
 		if err != nil {
-			return nil, fmt.Errorf("%w: gzip: %w", errdefs.ErrInvalidArgument, err)
+			return nil, fmt.Errorf("%w: decompress gzip: %w", errdefs.ErrInvalidArgument, err)
 		}
 		return reader, nil
 	case bytes.HasPrefix(magic, zstdMagic), isSkippable(magic):
-		reader, err := zstd.NewReader(buffered, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
+		reader, err := zstd.NewReader(buffered,
+			zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
-			return nil, fmt.Errorf("%w: zstd: %w", errdefs.ErrInvalidArgument, err)
+			return nil, fmt.Errorf("%w: decompress zstd: %w", errdefs.ErrInvalidArgument, err)
 		}
 		return reader.IOReadCloser(), nil
 	}
@@ -50,10 +56,10 @@ func decompress(from io.Reader) (io.ReadCloser, error) {
 	return io.NopCloser(buffered), nil
 }
 
-// magicSize is how many bytes decompress looks at.
+// magicSize is the maximum length of magic bytes.
 const magicSize = 6
 
-// checkSupported refuses the compressions that are known and not supported.
+// checkSupported returns an error if magic is from an unsupported compression.
 func checkSupported(magic []byte) error {
 	for name, prefix := range unsupported {
 		if bytes.HasPrefix(magic, prefix) {
@@ -63,7 +69,7 @@ func checkSupported(magic []byte) error {
 	return nil
 }
 
-// isCompressed reports whether decompress decompresses a stream with this beginning.
+// isCompressed reports whether magic is from a supported compression.
 func isCompressed(magic []byte) bool {
 	return bytes.HasPrefix(magic, gzipMagic) || bytes.HasPrefix(magic, zstdMagic) || isSkippable(magic)
 }

@@ -10,25 +10,26 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Description is what an image says of itself, for one platform.
+// Description describes an image for one platform.
 type Description struct {
-	// Digest is the image's: of the index if there is one for many platforms, else of the manifest. In a docker archive,
-	// which has neither, it is the image ID.
+	// Digest is the digest of the image. It is the digest of the index of a multi-platform image, the digest of the manifest
+	// of another image, or the image ID of a docker archive.
 	Digest digest.Digest
 	// Manifest is the digest of the manifest for the platform.
 	Manifest digest.Digest
+	// Platform is the platform of the manifest, for example "linux/amd64". It may be empty.
 	Platform string
-	// Layers in the order of the manifest, the lowest first.
+	// Layers are the layers in the order of the manifest, the lowest first.
 	Layers []LayerBlob
 }
 
-// Fetch returns the content of a manifest, an index or a configuration, verified.
+// Fetch is a function that returns the verified content of a manifest, an index or a configuration.
 type Fetch func(ctx context.Context, descriptor ocispec.Descriptor) ([]byte, error)
 
-// maxIndexes is how many indexes may lead from one to the next.
+// maxIndexes is the maximum depth of nested indexes.
 const maxIndexes = 4
 
-// Describe leads from the descriptor of an image to its layers for a platform.
+// Describe returns the description of an image for a platform. root is the descriptor of its manifest or index.
 func Describe(ctx context.Context, root ocispec.Descriptor, platform platforms.MatchComparer, fetch Fetch) (Description, error) {
 	description := Description{Digest: root.Digest}
 	descriptor := root
@@ -60,5 +61,5 @@ func Describe(ctx context.Context, root ocispec.Descriptor, platform platforms.M
 		description.Layers, err = manifest.layers(config)
 		return description, err
 	}
-	return Description{}, fmt.Errorf("%w: more than %d indexes lead from one to the next", errdefs.ErrInvalidArgument, maxIndexes)
+	return Description{}, fmt.Errorf("%w: the image has more than %d nested indexes", errdefs.ErrInvalidArgument, maxIndexes)
 }

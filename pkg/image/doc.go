@@ -1,10 +1,10 @@
-// Package image reads what describes images: the manifests and indexes of registries, and archives of images in files.
+// Package image reads the metadata of images: manifests and indexes of registries, and archives of images in files.
 //
-// Describe leads from a manifest or an index to the layers for one platform. OpenArchive does the same for a docker archive,
-// an OCI archive or the directory of an OCI layout. Both return a Description, whose layers are LayerBlobs: what is known
-// of a blob before it is read. LayerBlob.OpenTar turns the blob into the tar of a layer, whatever it is: a tar,
-// compressed or not, or one file of an artifact.
+// Describe returns the layers of an image for one platform. OpenArchive does the same for a docker archive, an OCI archive or
+// the directory of an OCI layout. Both return a Description. Its layers are LayerBlobs, which describe blobs that are not
+// yet read. LayerBlob.OpenTar converts a blob to the tar of a layer. The blob may be a tar, a compressed tar or a single
+// file of an artifact.
 //
-// The package neither talks to registries nor writes layers. Digests are verified here: an error that wraps
-// ErrContentMismatch says that content is not what a manifest or a reference promised.
+// The package neither accesses registries nor writes layers. It verifies digests. An error wraps ErrContentMismatch if
+// content differs from its descriptor.
 package image

@@ -10,16 +10,16 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// dockerManifestFile describes the images of a docker archive.
+// dockerManifestFile is the name of the file that describes the images of a docker archive.
 const dockerManifestFile = "manifest.json"
 
-// dockerImage is an image in a docker archive.
+// dockerImage is an image in a docker archive. Its fields are names of files in the archive.
 type dockerImage struct {
 	Config string
 	Layers []string
 }
 
-// describeDocker reads the manifest.json of a docker archive, in which layers have names instead of digests.
+// describeDocker sets the description from the manifest.json of a docker archive. Layers in it have names instead of digests.
 func (a *Archive) describeDocker() error {
 	data, err := readDocument(a.files, dockerManifestFile)
 	if err != nil {
@@ -35,12 +35,11 @@ func (a *Archive) describeDocker() error {
 	}
 	var parsed ocispec.Image
 	if err := json.Unmarshal(config, &parsed); err != nil {
-		return fmt.Errorf("%w: read the image's configuration: %w", errdefs.ErrInvalidArgument, err)
+		return fmt.Errorf("%w: parse the configuration of the image: %w", errdefs.ErrInvalidArgument, err)
 	}
 	diffIDs := parsed.RootFS.DiffIDs
 	if len(diffIDs) != len(manifest.Layers) {
-		return fmt.Errorf("%w: the image has %d layers, and its configuration has %d diff IDs",
-			errdefs.ErrInvalidArgument, len(manifest.Layers), len(diffIDs))
+		return errDiffIDCount(len(manifest.Layers), len(diffIDs))
 	}
 	a.Digest, a.Platform = digest.FromBytes(config), platforms.Format(parsed.Platform)
 	a.Layers = make([]LayerBlob, len(diffIDs))
@@ -59,16 +58,18 @@ func (a *Archive) describeDocker() error {
 	return nil
 }
 
+// parseDockerManifest returns the image of a manifest.json, which must have exactly one.
 func parseDockerManifest(data []byte) (dockerImage, error) {
 	var images []dockerImage
 	if err := json.Unmarshal(data, &images); err != nil {
-		return dockerImage{}, fmt.Errorf("%w: read %s: %w", errdefs.ErrInvalidArgument, dockerManifestFile, err)
+		return dockerImage{}, fmt.Errorf("%w: parse %s: %w", errdefs.ErrInvalidArgument, dockerManifestFile, err)
 	}
 	switch {
 	case len(images) != 1:
 		return dockerImage{}, errImageCount(len(images))
 	case len(images[0].Layers) == 0 || len(images[0].Layers) > MaxLayers:
-		return dockerImage{}, fmt.Errorf("%w: the image has %d layers; want 1 to %d", errdefs.ErrInvalidArgument, len(images[0].Layers), MaxLayers)
+		return dockerImage{}, fmt.Errorf("%w: the image has %d layers; want 1 to %d",
+			errdefs.ErrInvalidArgument, len(images[0].Layers), MaxLayers)
 	}
 	return images[0], nil
 }

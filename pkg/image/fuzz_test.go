@@ -3,19 +3,29 @@ package image
 import (
 	"bytes"
 	"io"
+	"strings"
 	"testing"
 
 	"github.com/containerd/platforms"
 )
 
+// withDigest returns a document with a digest in place of the word DIGEST.
+func withDigest(document string) string {
+	return strings.ReplaceAll(document, "DIGEST", "sha256:"+strings.Repeat("0", 64))
+}
+
+// FuzzManifest parses any manifest and any configuration.
 func FuzzManifest(f *testing.F) {
 	for _, seed := range []string{
-		`{"schemaVersion":2,"config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","size":2},"layers":[{"digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","size":1}]}`,
-		`{"schemaVersion":2,"manifests":[{"digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","size":1,"platform":{"os":"linux","architecture":"amd64"}}]}`,
-		`{"schemaVersion":2,"config":{"mediaType":"x","digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000"},"layers":[{"digest":"sha256:0000000000000000000000000000000000000000000000000000000000000000","annotations":{"org.opencontainers.image.title":"../.wh.x"}}]}`,
+		`{"schemaVersion":2,"config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"DIGEST","size":2},` +
+			`"layers":[{"digest":"DIGEST","size":1}]}`,
+		`{"schemaVersion":2,"manifests":[{"digest":"DIGEST","size":1,` +
+			`"platform":{"os":"linux","architecture":"amd64"}}]}`,
+		`{"schemaVersion":2,"config":{"mediaType":"x","digest":"DIGEST"},` +
+			`"layers":[{"digest":"DIGEST","annotations":{"org.opencontainers.image.title":"../.wh.x"}}]}`,
 		`{"schemaVersion":1,"fsLayers":[{}]}`,
 	} {
-		f.Add([]byte(seed), []byte(`{"rootfs":{"diff_ids":["sha256:0000000000000000000000000000000000000000000000000000000000000000"]}}`))
+		f.Add([]byte(withDigest(seed)), []byte(withDigest(`{"rootfs":{"diff_ids":["DIGEST"]}}`)))
 	}
 	f.Fuzz(func(t *testing.T, manifest, config []byte) {
 		d, err := parseManifest(manifest)
@@ -41,6 +51,7 @@ func FuzzManifest(f *testing.F) {
 	})
 }
 
+// FuzzDockerManifest parses any manifest.json of a docker archive.
 func FuzzDockerManifest(f *testing.F) {
 	f.Add([]byte(`[{"Config":"x.json","Layers":["a/layer.tar"]}]`))
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -51,7 +62,7 @@ func FuzzDockerManifest(f *testing.F) {
 	})
 }
 
-// FuzzDecompress reads whatever claims to be compressed.
+// FuzzDecompress decompresses any stream.
 func FuzzDecompress(f *testing.F) {
 	f.Add([]byte{0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0})
 	f.Add([]byte{0x28, 0xb5, 0x2f, 0xfd, 0, 0, 0, 0})

@@ -18,7 +18,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
-// blobsName is the directory of a layout's blobs.
+// blobsName is the name of the directory with the blobs of a layout.
 const blobsName = "blobs"
 
 // layoutDir is the directory of an OCI layout (OCI image specification, "Image Layout").
@@ -41,7 +41,7 @@ func (l layoutDir) open(name string) (io.ReadCloser, int64, error) {
 	}
 	info, err := file.Stat()
 	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%w: the layout's %q is not a regular file", errdefs.ErrInvalidArgument, truncate(name))
+		err = fmt.Errorf("%w: file %q of the layout is not a regular file", errdefs.ErrInvalidArgument, truncate(name))
 	}
 	if err != nil {
 		file.Close()
@@ -50,10 +50,11 @@ func (l layoutDir) open(name string) (io.ReadCloser, int64, error) {
 	return file, info.Size(), nil
 }
 
+// openFile opens a file of the layout. It does not follow links.
 func (l layoutDir) openFile(name string) (*os.File, error) {
 	file, err := linux.Open(l.dir, name, os.O_RDONLY|linux.O_NOFOLLOW|linux.O_NONBLOCK, linux.ResolveBeneath|linux.ResolveNoSymlinks)
 	if err != nil {
-		return nil, fmt.Errorf("%w: open the layout's file %q: %w", errdefs.ErrInvalidArgument, truncate(name), err)
+		return nil, fmt.Errorf("%w: open file %q of the layout: %w", errdefs.ErrInvalidArgument, truncate(name), err)
 	}
 	return file, nil
 }
@@ -62,7 +63,7 @@ func (l layoutDir) openFile(name string) (*os.File, error) {
 func statLayoutIndex(dir *os.File) (fs.FileInfo, error) {
 	file, err := layoutDir{dir}.openFile(ocispec.ImageIndexFile)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w: a directory without %s is not an OCI layout", errdefs.ErrInvalidArgument, ocispec.ImageIndexFile)
+		return nil, fmt.Errorf("%w: the directory has no %s; want an OCI layout", errdefs.ErrInvalidArgument, ocispec.ImageIndexFile)
 	}
 	if err != nil {
 		return nil, err
@@ -71,7 +72,7 @@ func statLayoutIndex(dir *os.File) (fs.FileInfo, error) {
 	return file.Stat()
 }
 
-// describeLayout reads the index.json of an OCI layout or archive.
+// describeLayout sets the description from the index.json of an OCI layout or archive.
 func (a *Archive) describeLayout(ctx context.Context, platform platforms.MatchComparer) error {
 	data, err := readDocument(a.files, ocispec.ImageIndexFile)
 	if err != nil {
@@ -94,11 +95,13 @@ func (a *Archive) describeLayout(ctx context.Context, platform platforms.MatchCo
 	return err
 }
 
+// blobPath returns the path of a blob in a layout.
 func blobPath(id digest.Digest) string {
 	return path.Join(blobsName, id.Algorithm().String(), id.Encoded())
 }
 
-// chooseInLayout finds the one image of a layout, which may be an index for many platforms, and may have many names.
+// chooseInLayout returns the descriptor of the image in the index.json of a layout. The layout must have exactly one image,
+// which may have more than one name.
 func chooseInLayout(data []byte) (ocispec.Descriptor, error) {
 	index, err := parseManifest(data)
 	if err != nil {
@@ -117,5 +120,5 @@ func chooseInLayout(data []byte) (ocispec.Descriptor, error) {
 }
 
 func errImageCount(count int) error {
-	return fmt.Errorf("%w: the archive has %d images; make one archive for each", errdefs.ErrInvalidArgument, count)
+	return fmt.Errorf("%w: the archive has %d images; create one archive for each", errdefs.ErrInvalidArgument, count)
 }

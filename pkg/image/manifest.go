@@ -15,20 +15,20 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/unpack"
 )
 
-// MaxLayers is how many layers an image may have: as many as overlayfs takes.
+// MaxLayers is the maximum number of layers of an image. It is the limit of overlayfs.
 const MaxLayers = 500
 
-// Annotations of artifacts that are no part of the OCI image specification.
+// Annotations and media types of artifacts that the OCI image specification does not define.
 const (
-	// orasUnpack says that the blob is a directory in a tar (ORAS, "Artifact directories").
+	// orasUnpack is "true" if the blob is the tar of a directory (ORAS, "Artifact directories").
 	orasUnpack = "io.deis.oras.content.unpack"
-	// modelPath is the path of a file of a model (CNCF ModelPack specification).
+	// modelPath is the path of a file in a model (CNCF ModelPack specification).
 	modelPath = "org.cncf.model.filepath"
-	// modelTypes begins that specification's media types, which tell files from tars.
+	// modelTypes is the prefix of the media types of that specification. They contain ".tar" if the blob is a tar.
 	modelTypes = "application/vnd.cncf.model."
 )
 
-// manifestOrIndex has the fields of both.
+// manifestOrIndex has the fields of a manifest and of an index.
 type manifestOrIndex struct {
 	SchemaVersion int                  `json:"schemaVersion"`
 	MediaType     string               `json:"mediaType"`
@@ -38,17 +38,17 @@ type manifestOrIndex struct {
 	FSLayers      []any                `json:"fsLayers"`
 }
 
-// parseManifest reads a manifest or an index of OCI or Docker. It refuses content that could be taken for either
+// parseManifest parses a manifest or an index of OCI or Docker. It returns an error if data could be either
 // (CVE-2021-41190).
 func parseManifest(data []byte) (manifestOrIndex, error) {
 	var d manifestOrIndex
 	if err := json.Unmarshal(data, &d); err != nil {
-		return d, fmt.Errorf("%w: read the manifest: %w", errdefs.ErrInvalidArgument, err)
+		return d, fmt.Errorf("%w: parse the manifest: %w", errdefs.ErrInvalidArgument, err)
 	}
 	isIndex, isManifest := len(d.Manifests) > 0, d.Config != nil || len(d.Layers) > 0
 	switch {
 	case d.SchemaVersion == 1 || len(d.FSLayers) > 0:
-		return d, fmt.Errorf("%w: Docker schema 1 images are not supported; re-push with a current tool", errdefs.ErrInvalidArgument)
+		return d, fmt.Errorf("%w: Docker schema 1 images are not supported; push the image again with a current tool", errdefs.ErrInvalidArgument)
 	case isIndex && isManifest:
 		return d, fmt.Errorf("%w: the document is both a manifest and an index", errdefs.ErrInvalidArgument)
 	case !isIndex && images.IsIndexType(d.MediaType):
@@ -58,7 +58,7 @@ func parseManifest(data []byte) (manifestOrIndex, error) {
 	case isManifest && len(d.Layers) == 0:
 		return d, fmt.Errorf("%w: the image has no layers", errdefs.ErrInvalidArgument)
 	case len(d.Layers) > MaxLayers:
-		return d, fmt.Errorf("%w: the image has %d layers: overlayfs takes at most %d", errdefs.ErrInvalidArgument, len(d.Layers), MaxLayers)
+		return d, fmt.Errorf("%w: the image has %d layers; overlayfs supports at most %d", errdefs.ErrInvalidArgument, len(d.Layers), MaxLayers)
 	}
 	descriptors := slices.Concat(d.Manifests, d.Layers)
 	if d.Config != nil {
@@ -72,17 +72,18 @@ func parseManifest(data []byte) (manifestOrIndex, error) {
 	return d, nil
 }
 
+// checkDescriptor returns an error if the digest or the size of a descriptor is invalid.
 func checkDescriptor(descriptor ocispec.Descriptor) error {
 	if err := descriptor.Digest.Validate(); err != nil {
-		return fmt.Errorf("%w: digest %q: %w", errdefs.ErrInvalidArgument, truncate(string(descriptor.Digest)), err)
+		return fmt.Errorf("%w: parse digest %q: %w", errdefs.ErrInvalidArgument, truncate(string(descriptor.Digest)), err)
 	}
 	if descriptor.Size < 0 {
-		return fmt.Errorf("%w: %s has %d bytes", errdefs.ErrInvalidArgument, descriptor.Digest, descriptor.Size)
+		return fmt.Errorf("%w: %s has a size of %d bytes", errdefs.ErrInvalidArgument, descriptor.Digest, descriptor.Size)
 	}
 	return nil
 }
 
-// choose finds the manifest for a platform in an index.
+// choose returns the descriptor of the manifest for a platform in an index.
 func (d manifestOrIndex) choose(platform platforms.MatchComparer) (ocispec.Descriptor, error) {
 	if len(d.Manifests) == 1 && d.Manifests[0].Platform == nil {
 		return d.Manifests[0], nil
@@ -100,29 +101,30 @@ func (d manifestOrIndex) choose(platform platforms.MatchComparer) (ocispec.Descr
 		}
 	}
 	if best == nil {
-		return ocispec.Descriptor{}, fmt.Errorf("%w: the image has no manifest for this node's platform; it has %s", errdefs.ErrNotFound, truncate(strings.Join(known, ", ")))
+		return ocispec.Descriptor{}, fmt.Errorf("%w: the image has no manifest for this node's platform, only for %s",
+			errdefs.ErrNotFound, truncate(strings.Join(known, ", ")))
 	}
 	return *best, nil
 }
 
-// imageConfigTypes are the media types of the configuration of an image. With any other it is an artifact.
+// imageConfigTypes lists the media types of the configurations of images. A manifest with another type is an artifact.
 var imageConfigTypes = []string{ocispec.MediaTypeImageConfig, images.MediaTypeDockerSchema2Config}
 
-// isImage reports whether a manifest is of an image, whose configuration has its diff IDs.
+// isImage reports whether a manifest is that of an image. The configuration of an image has the diff IDs of its layers.
 func (d manifestOrIndex) isImage() bool { return slices.Contains(imageConfigTypes, d.Config.MediaType) }
 
-// layers returns the layers of a manifest. config is the image's configuration, which artifacts do not have.
+// layers returns the layers of a manifest. config is the configuration of an image, and is ignored for an artifact.
 func (d manifestOrIndex) layers(config []byte) ([]LayerBlob, error) {
 	var image ocispec.Image
 	if d.isImage() {
 		if err := json.Unmarshal(config, &image); err != nil {
-			return nil, fmt.Errorf("%w: read the image's configuration: %w", errdefs.ErrInvalidArgument, err)
+			return nil, fmt.Errorf("%w: parse the configuration of the image: %w", errdefs.ErrInvalidArgument, err)
 		}
 	}
 	diffIDs := image.RootFS.DiffIDs
 	// Some tools push artifacts with the media type of an image and an empty configuration.
 	if len(diffIDs) > 0 && len(diffIDs) != len(d.Layers) {
-		return nil, fmt.Errorf("%w: the image has %d layers, and its configuration has %d diff IDs", errdefs.ErrInvalidArgument, len(d.Layers), len(diffIDs))
+		return nil, errDiffIDCount(len(d.Layers), len(diffIDs))
 	}
 	blobs := make([]LayerBlob, len(d.Layers))
 	for i, descriptor := range d.Layers {
@@ -141,14 +143,21 @@ func (d manifestOrIndex) layers(config []byte) ([]LayerBlob, error) {
 	return blobs, nil
 }
 
+// errDiffIDCount returns the error for a configuration whose diff IDs do not match the layers of its manifest.
+func errDiffIDCount(layers, diffIDs int) error {
+	return fmt.Errorf("%w: the image has %d layers, but its configuration has %d diff IDs",
+		errdefs.ErrInvalidArgument, layers, diffIDs)
+}
+
+// checkDiffID returns an error if a diff ID is not a SHA-256 digest.
 func checkDiffID(id digest.Digest) error {
 	if id.Validate() != nil || id.Algorithm() != digest.SHA256 {
-		return fmt.Errorf("%w: the image's configuration has diff ID %q; want sha256 and 64 digits", errdefs.ErrInvalidArgument, id)
+		return fmt.Errorf("%w: the configuration of the image has the diff ID %q; want a SHA-256 digest", errdefs.ErrInvalidArgument, id)
 	}
 	return nil
 }
 
-// readAnnotations finds out what a blob of an artifact is.
+// readAnnotations sets the format and the file name of the blob of an artifact.
 func (b *LayerBlob) readAnnotations() error {
 	mediaType, annotations := b.Descriptor.MediaType, b.Descriptor.Annotations
 	isModel := strings.HasPrefix(mediaType, modelTypes)
@@ -167,11 +176,11 @@ func (b *LayerBlob) readAnnotations() error {
 	return checkFileName(b.FileName)
 }
 
-// maxNameLength is the longest name of a file in bytes (NAME_MAX).
+// maxNameLength is the maximum length of a file name in bytes (NAME_MAX).
 const maxNameLength = 255
 
-// checkFileName refuses names that would not be a file in a layer, such as whiteouts. Only the unpacker can see that a
-// path stays in the layer.
+// checkFileName returns an error if name is not valid for a file in a layer, for example because it is a whiteout. It does
+// not check links, which the unpacker resolves.
 func checkFileName(name string) error {
 	if name == "" {
 		return nil
@@ -179,13 +188,13 @@ func checkFileName(name string) error {
 	for component := range strings.SplitSeq(strings.Trim(name, "/"), "/") {
 		isSpecial := component == "" || component == "." || component == ".." || strings.HasPrefix(component, unpack.WhiteoutPrefix)
 		if isSpecial || len(component) > maxNameLength || strings.ContainsRune(component, 0) {
-			return fmt.Errorf("%w: the artifact has a file named %q", errdefs.ErrInvalidArgument, truncate(name))
+			return fmt.Errorf("%w: the artifact has the invalid file name %q", errdefs.ErrInvalidArgument, truncate(name))
 		}
 	}
 	return nil
 }
 
-// truncate keeps a text that others chose short enough for a message.
+// truncate returns text with at most maxNameLength bytes for an error. The text is from an untrusted source.
 func truncate(text string) string {
 	if len(text) > maxNameLength {
 		return text[:maxNameLength] + "…"

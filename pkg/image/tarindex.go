@@ -12,17 +12,17 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// imageNames are the names of the files in archives of images. A tar with any other is that of a root file system.
+// imageNames matches the names of the files in archives of images. A tar with another name is that of a root file system.
 var imageNames = regexp.MustCompile(`^(\.|oci-layout|index\.json|manifest\.json|repositories|` +
 	`blobs(/[a-z0-9]+(/[0-9a-f]*)?)?|[0-9a-f]{64}\.(json|tar)|[0-9a-f]{64}(/(VERSION|json|layer\.tar)?)?|` +
 	`sha256:[0-9a-f]{64}|[0-9a-f]{64}\.tar\.gz)$`)
 
-// maxImageName is the longest of these names, and to spare.
+// maxImageName is an upper bound of the length of these names in bytes.
 const maxImageName = 256
 
 func isImageName(name string) bool { return len(name) <= maxImageName && imageNames.MatchString(name) }
 
-// scanTar reads a tar as far as it takes to know that it is not an archive of images, and then returns ErrNoImage.
+// scanTar returns ErrNoImage if a tar is not an archive of an image. It stops at the first name that shows it.
 func scanTar(ctx context.Context, from io.Reader) error {
 	reader := tar.NewReader(from)
 	hasManifest := false
@@ -46,7 +46,7 @@ func scanTar(ctx context.Context, from io.Reader) error {
 	return ctx.Err()
 }
 
-// tarIndex has the files of a tar, by name.
+// tarIndex is an index of the files in an uncompressed archive.
 type tarIndex struct {
 	from   *io.SectionReader
 	files  map[string]section
@@ -54,13 +54,14 @@ type tarIndex struct {
 	closer io.Closer
 }
 
+// section is the content of a file in a tar, in bytes.
 type section struct{ offset, size int64 }
 
-// maxArchiveFiles bounds the index of an archive: an image has three files for each layer.
+// maxArchiveFiles is the maximum number of files in an archive. Images have up to three files for each layer.
 const maxArchiveFiles = 100_000
 
-// indexTar finds the files in an archive of images. It returns ErrNoImage for any other tar. The index, or indexTar when
-// it fails, closes closer.
+// indexTar returns an index of the files in an archive. It returns ErrNoImage for another tar. The close method of the index
+// closes closer. indexTar closes it itself after an error.
 func indexTar(ctx context.Context, from *io.SectionReader, closer io.Closer) (archiveFiles, error) {
 	t := &tarIndex{from: from, files: map[string]section{}, links: map[string]string{}, closer: closer}
 	if err := t.read(ctx); err != nil {
@@ -92,14 +93,14 @@ func (t *tarIndex) read(ctx context.Context) error {
 		}
 		switch header.Typeflag {
 		case tar.TypeReg:
-			// The reader takes no byte more than the header from a seeker.
+			// The tar reader reads no further than the header if its source is a seeker.
 			offset, err := t.from.Seek(0, io.SeekCurrent)
 			if err != nil {
 				return err
 			}
 			t.files[name] = section{offset, header.Size}
 		case tar.TypeSymlink:
-			// Old docker archives have each layer once.
+			// Old docker archives have links in place of repeated layers.
 			if target := path.Join(path.Dir(name), header.Linkname); isImageName(target) {
 				t.links[name] = target
 			}

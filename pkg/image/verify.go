@@ -8,13 +8,13 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// MaxDocumentSize is the largest manifest, index or configuration in bytes.
+// MaxDocumentSize is the maximum size of a manifest, an index or a configuration in bytes.
 const MaxDocumentSize = 8 << 20
 
-// ErrContentMismatch is wrapped by errors about content that differs from what a manifest or a reference promised.
+// ErrContentMismatch is wrapped by errors about content that differs from its descriptor or its reference.
 var ErrContentMismatch = fmt.Errorf("%w: content mismatch", errdefs.ErrFailedPrecondition)
 
-// Verify compares content, of which it gets digest and size, with its descriptor.
+// Verify returns ErrContentMismatch if the digest or the size in bytes of content differs from its descriptor.
 func Verify(want ocispec.Descriptor, got digest.Digest, size int64) error {
 	switch {
 	case want.Size != size:
