@@ -22,7 +22,10 @@ var severities = map[volume.Severity]csi.VolumeHealthErrorType{
 func volumeHealth(id string, conditions []volume.Condition) *csi.VolumeHealth {
 	health := &csi.VolumeHealth{VolumeId: id}
 	for _, c := range conditions {
-		health.HealthStatuses = append(health.HealthStatuses, &csi.VolumeHealth_VolumeHealthEntry{Status: severities[c.Severity], Reason: c.Reason, Message: c.Message})
+		health.HealthStatuses = append(
+			health.HealthStatuses,
+			&csi.VolumeHealth_VolumeHealthEntry{Status: severities[c.Severity], Reason: c.Reason, Message: c.Message},
+		)
 	}
 	return health
 }
@@ -58,14 +61,18 @@ func (n *Node) NodeGetStorageHealth(ctx context.Context, req *csi.NodeGetStorage
 		if c.Severity == volume.Inaccessible {
 			status = csi.StorageHealthErrorType_STORAGE_UNREACHABLE
 		}
-		response.BackendHealth = append(response.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{Status: status, Reason: c.Reason, Message: c.Message})
+		response.BackendHealth = append(
+			response.BackendHealth,
+			&csi.NodeGetStorageHealthResponse_StorageBackendHealth{Status: status, Reason: c.Reason, Message: c.Message},
+		)
 	}
 	return response, nil
 }
 
 // ControllerGetVolumeHealth tells what is wrong with a volume whose upper is kept on this node (CSI spec,
 // "ControllerGetVolumeHealth"): it can be used nowhere else.
-func (c *Controller) ControllerGetVolumeHealth(ctx context.Context, req *csi.ControllerGetVolumeHealthRequest) (*csi.ControllerGetVolumeHealthResponse, error) {
+func (c *Controller) ControllerGetVolumeHealth(ctx context.Context, req *csi.ControllerGetVolumeHealthRequest,
+) (*csi.ControllerGetVolumeHealthResponse, error) {
 	if !c.health {
 		return c.UnimplementedControllerServer.ControllerGetVolumeHealth(ctx, req)
 	}
@@ -81,7 +88,8 @@ func (c *Controller) ControllerGetVolumeHealth(ctx context.Context, req *csi.Con
 
 // ControllerListVolumeHealth lists the volumes whose upper is kept on this node and with which something is wrong (CSI
 // spec, "ControllerListVolumeHealth").
-func (c *Controller) ControllerListVolumeHealth(ctx context.Context, req *csi.ControllerListVolumeHealthRequest) (*csi.ControllerListVolumeHealthResponse, error) {
+func (c *Controller) ControllerListVolumeHealth(ctx context.Context, req *csi.ControllerListVolumeHealthRequest,
+) (*csi.ControllerListVolumeHealthResponse, error) {
 	if !c.health {
 		return c.UnimplementedControllerServer.ControllerListVolumeHealth(ctx, req)
 	}

@@ -37,7 +37,9 @@ type Node struct {
 // NewNode returns the service of a node. allowedMountOptions are the mount options beyond the safe ones that volumes may
 // name. health switches the health RPCs on.
 func NewNode(driverName, nodeID string, volumes publisher, allowedMountOptions []string, health bool) *Node {
-	return &Node{volumes: volumes, nodeID: nodeID, topology: nodeTopology(driverName, nodeID), allowedMountOptions: allowedMountOptions, health: health}
+	return &Node{
+		volumes: volumes, nodeID: nodeID, topology: nodeTopology(driverName, nodeID), allowedMountOptions: allowedMountOptions, health: health,
+	}
 }
 
 // NodePublishVolume mounts a view of the volume at the target path.

@@ -103,9 +103,11 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 	case len(req.GetName()) > 128:
 		return volume.CreateRequest{}, fmt.Errorf("%w: volume name of %d bytes: at most 128", errdefs.ErrInvalidArgument, len(req.GetName()))
 	case req.GetVolumeContentSource() != nil:
-		return volume.CreateRequest{}, fmt.Errorf("%w: a volume is not made from a snapshot or another volume: name what it is to contain as layers", errdefs.ErrInvalidArgument)
+		return volume.CreateRequest{}, fmt.Errorf(
+			"%w: a volume is not made from a snapshot or another volume: name what it is to contain as layers", errdefs.ErrInvalidArgument)
 	case len(req.GetMutableParameters()) > 0:
-		return volume.CreateRequest{}, fmt.Errorf("%w: the driver has no mutable parameters: leave the VolumeAttributesClass out", errdefs.ErrInvalidArgument)
+		return volume.CreateRequest{}, fmt.Errorf("%w: the driver has no mutable parameters: leave the VolumeAttributesClass out",
+			errdefs.ErrInvalidArgument)
 	}
 	access, parsed, err := parseCapabilities(userKeys(req.GetParameters()), spec.Scope{Create: true}, req.GetVolumeCapabilities())
 	if err != nil {
@@ -115,12 +117,15 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 		parsed.Size = max(required, spec.MinPersistentSize)
 	}
 	if limit > 0 && parsed.Size > limit {
-		return volume.CreateRequest{}, fmt.Errorf("%w: capacity of at most %d bytes: a volume has at least %d", errdefs.ErrOutOfRange, limit, parsed.Size)
+		return volume.CreateRequest{}, fmt.Errorf("%w: capacity of at most %d bytes: a volume has at least %d",
+			errdefs.ErrOutOfRange, limit, parsed.Size)
 	}
 	if err := parsed.CheckSized(); err != nil {
 		return volume.CreateRequest{}, err
 	}
-	return volume.CreateRequest{Name: req.GetName(), Spec: parsed, Access: access, Secrets: req.GetSecrets(), Required: required, Limit: limit}, nil
+	return volume.CreateRequest{
+		Name: req.GetName(), Spec: parsed, Access: access, Secrets: req.GetSecrets(), Required: required, Limit: limit,
+	}, nil
 }
 
 // capacityRange reads the bounds of a volume's size. Zero is no bound.
@@ -133,11 +138,18 @@ func capacityRange(capacity *csi.CapacityRange) (required, limit int64, err erro
 }
 
 // accessModeOrder has the access modes in the order of how many may use a volume; the last of several counts.
-var accessModeOrder = []spec.AccessMode{spec.ReadWriteOncePod, spec.SingleNodeReaderOnly, spec.ReadWriteOnce, spec.ReadOnlyMany, spec.ReadWriteMany}
+var accessModeOrder = []spec.AccessMode{
+	spec.ReadWriteOncePod,
+	spec.SingleNodeReaderOnly,
+	spec.ReadWriteOnce,
+	spec.ReadOnlyMany,
+	spec.ReadWriteMany,
+}
 
 // parseCapabilities parses the keys for each of the capabilities. It returns ErrInvalidArgument if they mean different
 // volumes for different capabilities.
-func parseCapabilities(parameters map[string]string, scope spec.Scope, capabilities []*csi.VolumeCapability) (spec.AccessMode, spec.Spec, error) {
+func parseCapabilities(parameters map[string]string, scope spec.Scope, capabilities []*csi.VolumeCapability,
+) (spec.AccessMode, spec.Spec, error) {
 	if len(capabilities) == 0 {
 		return "", spec.Spec{}, fmt.Errorf("%w: the volume capabilities are missing", errdefs.ErrInvalidArgument)
 	}
@@ -159,7 +171,8 @@ func parseCapabilities(parameters map[string]string, scope spec.Scope, capabilit
 		if i == 0 {
 			first = parsed
 		} else if !first.Equal(parsed) {
-			return "", spec.Spec{}, fmt.Errorf("%w: the access modes of the claim ask for different uppers: name one access mode, or say upper", errdefs.ErrInvalidArgument)
+			return "", spec.Spec{}, fmt.Errorf("%w: the access modes of the claim ask for different uppers: name one access mode, or say upper",
+				errdefs.ErrInvalidArgument)
 		}
 		if slices.Index(accessModeOrder, access) > slices.Index(accessModeOrder, widest) {
 			widest = access
@@ -177,12 +190,14 @@ func accessOf(capability *csi.VolumeCapability) (spec.AccessMode, error) {
 	case capability.GetMount() == nil:
 		return "", fmt.Errorf("%w: the access type of the volume capability is missing", errdefs.ErrInvalidArgument)
 	case capability.GetMount().GetFsType() != "" && capability.GetMount().GetFsType() != "overlay":
-		return "", fmt.Errorf("%w: fsType %q: a view is an overlay: leave fsType out", errdefs.ErrInvalidArgument, capability.GetMount().GetFsType())
+		return "", fmt.Errorf("%w: fsType %q: a view is an overlay: leave fsType out",
+			errdefs.ErrInvalidArgument, capability.GetMount().GetFsType())
 	}
 	mode := capability.GetAccessMode().GetMode()
 	access, ok := accessModes[mode]
 	if !ok {
-		return "", fmt.Errorf("%w: access mode %s: use ReadWriteOnce, ReadWriteOncePod, ReadOnlyMany or ReadWriteMany", errdefs.ErrInvalidArgument, mode)
+		return "", fmt.Errorf("%w: access mode %s: use ReadWriteOnce, ReadWriteOncePod, ReadOnlyMany or ReadWriteMany",
+			errdefs.ErrInvalidArgument, mode)
 	}
 	return access, nil
 }

@@ -67,7 +67,8 @@ func (c *Client) PodVolume(ctx context.Context, ref kubelet.Pod, name string) (k
 		return kubelet.Volume{}, apiError(fmt.Sprintf("get pod %s", ref), err)
 	}
 	if string(pod.UID) != ref.UID {
-		return kubelet.Volume{}, fmt.Errorf("%w: pod %s was recreated: UID is %s, request is for %s", errdefs.ErrUnavailable, ref, pod.UID, ref.UID)
+		return kubelet.Volume{}, fmt.Errorf("%w: pod %s was recreated: UID is %s, request is for %s",
+			errdefs.ErrUnavailable, ref, pod.UID, ref.UID)
 	}
 	for _, volume := range pod.Spec.Volumes {
 		if volume.Name != name {
@@ -129,7 +130,8 @@ func (c *Client) resolve(ctx context.Context, pod *corev1.Pod, volume corev1.Vol
 		return kubelet.Volume{}, apiError(fmt.Sprintf("get claim %s/%s", pod.Namespace, claimName), err)
 	}
 	if volume.Ephemeral != nil && !metav1.IsControlledBy(claim, pod) {
-		return kubelet.Volume{}, fmt.Errorf("%w: claim %s/%s was not created for pod %s", errdefs.ErrFailedPrecondition, pod.Namespace, claimName, pod.Name)
+		return kubelet.Volume{}, fmt.Errorf("%w: claim %s/%s was not created for pod %s",
+			errdefs.ErrFailedPrecondition, pod.Namespace, claimName, pod.Name)
 	}
 	if claim.Spec.VolumeMode != nil && *claim.Spec.VolumeMode == corev1.PersistentVolumeBlock {
 		return kubelet.Volume{Unreachable: fmt.Sprintf("claim %s is a raw block volume, which has no directory", claimName)}, nil

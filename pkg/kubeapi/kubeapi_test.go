@@ -62,7 +62,10 @@ func TestPodVolume(t *testing.T) {
 	claimSource := func(name string) corev1.VolumeSource {
 		return corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: name}}
 	}
-	pod := &corev1.Pod{TypeMeta: metav1.TypeMeta{Kind: "Pod", APIVersion: "v1"}, ObjectMeta: metav1.ObjectMeta{Name: "pod", Namespace: "default", UID: "uid-1"}}
+	pod := &corev1.Pod{
+		TypeMeta:   metav1.TypeMeta{Kind: "Pod", APIVersion: "v1"},
+		ObjectMeta: metav1.ObjectMeta{Name: "pod", Namespace: "default", UID: "uid-1"},
+	}
 	pod.Spec.Volumes = []corev1.Volume{
 		{Name: "empty", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}},
 		{Name: "bound", VolumeSource: claimSource("bound")},
@@ -102,17 +105,19 @@ func TestPodVolume(t *testing.T) {
 		is     func(error) bool
 		word   string
 	}{
-		"emptyDir":            {pod: testPod, volume: "empty"},
-		"claim":               {pod: testPod, volume: "bound", want: kubelet.Volume{Claim: "bound", PersistentVolume: "pv-1"}},
-		"unbound claim":       {pod: testPod, volume: "unbound", want: kubelet.Volume{Claim: "unbound"}},
-		"generic ephemeral":   {pod: testPod, volume: "generic", want: kubelet.Volume{Claim: "pod-generic", PersistentVolume: "pv-3"}},
-		"claim of another":    {pod: testPod, volume: "stolen", is: errdefs.IsFailedPrecondition, word: "not created for pod"},
-		"missing claim":       {pod: testPod, volume: "missing", is: errdefs.IsUnavailable, word: "get claim default/missing"},
-		"forbidden claim":     {pod: testPod, volume: "forbidden", is: errdefs.IsFailedPrecondition, word: "ServiceAccount"},
-		"not mounted":         {pod: testPod, volume: "unused", is: errdefs.IsInvalidArgument, word: "volumeMounts"},
-		"no such volume":      {pod: testPod, volume: "other", is: errdefs.IsInvalidArgument, word: `no volume "other"`},
-		"recreated pod":       {pod: recreated, volume: "empty", is: errdefs.IsUnavailable, word: "UID is uid-1, request is for uid-0"},
-		"pod that is deleted": {pod: kubelet.Pod{UID: "u", Namespace: "default", Name: "gone"}, volume: "empty", is: errdefs.IsUnavailable, word: "gone"},
+		"emptyDir":          {pod: testPod, volume: "empty"},
+		"claim":             {pod: testPod, volume: "bound", want: kubelet.Volume{Claim: "bound", PersistentVolume: "pv-1"}},
+		"unbound claim":     {pod: testPod, volume: "unbound", want: kubelet.Volume{Claim: "unbound"}},
+		"generic ephemeral": {pod: testPod, volume: "generic", want: kubelet.Volume{Claim: "pod-generic", PersistentVolume: "pv-3"}},
+		"claim of another":  {pod: testPod, volume: "stolen", is: errdefs.IsFailedPrecondition, word: "not created for pod"},
+		"missing claim":     {pod: testPod, volume: "missing", is: errdefs.IsUnavailable, word: "get claim default/missing"},
+		"forbidden claim":   {pod: testPod, volume: "forbidden", is: errdefs.IsFailedPrecondition, word: "ServiceAccount"},
+		"not mounted":       {pod: testPod, volume: "unused", is: errdefs.IsInvalidArgument, word: "volumeMounts"},
+		"no such volume":    {pod: testPod, volume: "other", is: errdefs.IsInvalidArgument, word: `no volume "other"`},
+		"recreated pod":     {pod: recreated, volume: "empty", is: errdefs.IsUnavailable, word: "UID is uid-1, request is for uid-0"},
+		"pod that is deleted": {
+			pod: kubelet.Pod{UID: "u", Namespace: "default", Name: "gone"}, volume: "empty", is: errdefs.IsUnavailable, word: "gone",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := client.PodVolume(t.Context(), c.pod, c.volume)

@@ -87,7 +87,8 @@ func parseUpper(text string, scope Scope) (Policy, *reference.Reference, error) 
 	case policy == UpperClaim:
 		return policy, nil, nil
 	}
-	return "", nil, fmt.Errorf("%w: unknown policy %q; the policies are pod, claim, none and volume://NAME/path", errdefs.ErrInvalidArgument, text)
+	return "", nil, fmt.Errorf("%w: unknown policy %q; the policies are pod, claim, none and volume://NAME/path",
+		errdefs.ErrInvalidArgument, text)
 }
 
 func defaultPolicy(scope Scope) (Policy, error) {
