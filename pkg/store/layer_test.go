@@ -18,6 +18,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
+	"github.com/overlay-csi/overlay-csi/test/needs"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
 
@@ -185,6 +186,7 @@ func wantFileSize(t *testing.T, path string, size int64) {
 // newDisk is a disk of this size.
 func newDisk(t *testing.T, size int64) string {
 	t.Helper()
+	needs.Root(t)
 	dir := t.TempDir()
 	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprint("size=", size)))
 	t.Cleanup(func() { must(t, drivertest.UnmountBeneath(dir)) })

@@ -150,6 +150,7 @@ func (b *Backends) Open(at Location) Upper {
 		return tmpfs{b.innerMount(at.Base), at.Limit}
 	case PodVolume:
 		return podVolume{at.PodVolume, at.Holder, at.Layers, b.config.InUse, b.config.Mounter}
+	case Directory:
 	}
 	return dir
 }
