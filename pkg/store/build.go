@@ -24,14 +24,13 @@ type builder struct {
 	syncer *syncer
 }
 
-// build unpacks a blob in dir, verifies all that is known of it, and commits the layer. After an error the caller removes
-// what is in dir.
+// build unpacks a blob in dir, verifies it, and commits the layer to the store. The caller removes dir after an error.
 func (b *builder) build(ctx context.Context, dir *workDir, blob image.LayerBlob, content io.Reader) (Layer, error) {
 	layer, err := b.unpack(ctx, dir, blob, content)
 	if err != nil {
 		return Layer{}, err
 	}
-	// dir becomes the layer: nothing but tree and layer.json may be in it.
+	// dir becomes the directory of the layer, which has only tree and layer.json.
 	if err := dir.removeExcept(treeName); err != nil {
 		return Layer{}, err
 	}
@@ -44,11 +43,11 @@ func (b *builder) build(ctx context.Context, dir *workDir, blob image.LayerBlob,
 	return layer, b.commit(dir, layer)
 }
 
-// commit renames a layer into the store.
+// commit renames dir to the directory of the layer, and syncs the parent.
 func (b *builder) commit(dir *workDir, layer Layer) error {
 	err := os.Rename(dir.path(), b.layerDir(layer.DiffID))
 	if errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EEXIST) {
-		// Another blob with the same content was faster.
+		// The layer was already built from another blob with the same content.
 		err = dir.discard()
 	}
 	if err != nil {
@@ -65,7 +64,7 @@ func (b *builder) commit(dir *workDir, layer Layer) error {
 	return nil
 }
 
-// unpack unpacks and verifies.
+// unpack unpacks a blob in dir. It verifies the digest of the blob and the diff ID.
 func (b *builder) unpack(ctx context.Context, dir *workDir, blob image.LayerBlob, content io.Reader) (Layer, error) {
 	compressed := image.NewVerifyingReader(blob, content)
 	uncompressed := &hashingReader{hash: sha256.New()}
@@ -77,21 +76,25 @@ func (b *builder) unpack(ctx context.Context, dir *workDir, blob image.LayerBlob
 		return Layer{}, err
 	}
 	layer := Layer{
-		Version: formatVersion, DiffID: digest.NewDigest(digest.SHA256, uncompressed.hash), Digest: blob.Descriptor.Digest, FileName: blob.FileName,
+		Version: formatVersion, DiffID: digest.NewDigest(digest.SHA256, uncompressed.hash),
+		Digest: blob.Descriptor.Digest, FileName: blob.FileName,
 		Bytes: result.DiskBytes, Entries: result.Entries, Opaque: result.Opaque, Created: time.Now().UTC().Truncate(time.Second),
 	}
 	if blob.DigestUnknown {
 		layer.Digest = ""
 	}
 	if blob.DiffID != "" && blob.DiffID != layer.DiffID {
-		return Layer{}, fmt.Errorf("%w: layer %s unpacks to diff ID %s, and the image's configuration says %s",
+		return Layer{}, fmt.Errorf("%w: layer %s has diff ID %s instead of %s",
 			image.ErrContentMismatch, blob.Descriptor.Digest, layer.DiffID, blob.DiffID)
 	}
 	return layer, nil
 }
 
-// unpackTar unpacks compressed through uncompressed. Nobody reads either any more when it returns.
-func (b *builder) unpackTar(ctx context.Context, dir *workDir, blob image.LayerBlob, compressed io.Reader, uncompressed *hashingReader) (unpack.Result, error) {
+// unpackTar decompresses and unpacks a blob in dir. It reads the blob from compressed, and the tar through uncompressed. No
+// goroutine reads either of them when it returns.
+func (b *builder) unpackTar(
+	ctx context.Context, dir *workDir, blob image.LayerBlob, compressed io.Reader, uncompressed *hashingReader,
+) (unpack.Result, error) {
 	content, err := blob.OpenTar(compressed)
 	if err != nil {
 		return unpack.Result{}, err
@@ -104,7 +107,7 @@ func (b *builder) unpackTar(ctx context.Context, dir *workDir, blob image.LayerB
 	return unpack.Tar(ctx, uncompressed, dir.join(treeName), dir.join(scratchName), b.limits)
 }
 
-// hashingReader hashes what is read through it.
+// hashingReader is a reader that hashes its content.
 type hashingReader struct {
 	from io.Reader
 	hash hash.Hash
@@ -116,15 +119,15 @@ func (h *hashingReader) Read(buffer []byte) (int, error) {
 	return n, err
 }
 
-// isDiskFull reports whether an error is about a full disk or an exhausted quota.
+// isDiskFull reports whether the reason for an error is a full disk or an exhausted quota.
 func isDiskFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
-// explainDiskFull names the disk in an error about a full disk.
+// explainDiskFull adds the layer and the disk to an error about a full disk. It returns any other error unchanged.
 func (b *builder) explainDiskFull(blob image.LayerBlob, err error) error {
 	if isDiskFull(err) {
-		return fmt.Errorf("layer %s: the disk of %s is full: %w", blob.Descriptor.Digest, b.path, err)
+		return fmt.Errorf("unpack layer %s: the disk of %s is full: %w", blob.Descriptor.Digest, b.path, err)
 	}
 	return err
 }

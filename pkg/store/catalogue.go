@@ -18,67 +18,8 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
 
-// Layer is an unpacked layer.
-type Layer struct {
-	Version int `json:"version"`
-	// DiffID is the digest of the uncompressed tar (OCI image specification, "Layer DiffID").
-	DiffID digest.Digest `json:"diffID"`
-	// Digest and FileName are those of the blob that it was unpacked from; FileName only if the blob is a file, not a tar.
-	Digest   digest.Digest `json:"digest,omitempty"`
-	FileName string        `json:"fileName,omitempty"`
-	// Bytes is about what its files take on the disk, Entries the number of them.
-	Bytes   int64 `json:"bytes"`
-	Entries int64 `json:"entries"`
-	// Opaque says that its root hides the image's lower layers. overlayfs does not look at that of a root.
-	Opaque bool `json:"opaque,omitempty"`
-	// Created is when it was unpacked.
-	Created time.Time `json:"created"`
-}
-
-// LayerStatus is a layer and when it was last used.
-type LayerStatus struct {
-	Layer
-	LastUsed time.Time `json:"lastUsed"`
-}
-
-// Image is an image, an artifact or an archive whose layers were pulled.
-type Image struct {
-	Version int `json:"version"`
-	// Digest is what a reference resolves to: the digest of the index if there is one for many platforms, else of the
-	// manifest. An archive has that of the manifest, the image ID (docker), or the diff ID (a plain tar).
-	Digest digest.Digest `json:"digest"`
-	// Manifest is the digest of the manifest for this node's platform.
-	Manifest digest.Digest `json:"manifest,omitempty"`
-	Platform string        `json:"platform,omitempty"`
-	// Names are the references that led to it.
-	Names []string `json:"names"`
-	// Layers in the order of the manifest, the lowest first.
-	Layers []ImageLayer `json:"layers"`
-	// Archive is the file that it was read from.
-	Archive *image.ArchiveFile `json:"archive,omitempty"`
-	// Pulled is when it was last completed here.
-	Pulled time.Time `json:"pulled"`
-}
-
-// ImageLayer is a layer of an image.
-type ImageLayer struct {
-	DiffID    digest.Digest `json:"diffID"`
-	Digest    digest.Digest `json:"digest"`
-	MediaType string        `json:"mediaType,omitempty"`
-	// Size of the blob in bytes.
-	Size     int64  `json:"size"`
-	FileName string `json:"fileName,omitempty"`
-}
-
-func (i *Image) diffIDs() []digest.Digest {
-	ids := make([]digest.Digest, len(i.Layers))
-	for n, layer := range i.Layers {
-		ids[n] = layer.DiffID
-	}
-	return ids
-}
-
-// blobKey identifies what a layer was made from: a file in a layer is another layer than the same blob as a tar.
+// blobKey identifies the content of a layer by its blob. The same blob is another layer if it is a single file instead of a
+// tar.
 type blobKey struct {
 	digest   digest.Digest
 	fileName string
@@ -86,22 +27,22 @@ type blobKey struct {
 
 func keyOf(blob image.LayerBlob) blobKey { return blobKey{blob.Descriptor.Digest, blob.FileName} }
 
-// catalogue is what the store has: its layers and images, and the leases on layers.
+// catalogue has the layers and images of the store, and the leases on layers.
 type catalogue struct {
 	layout
 
 	mu     sync.Mutex
 	layers map[digest.Digest]*LayerStatus
-	// blobs are the layers by the blob that they were unpacked from.
+	// blobs maps blobs to the diff IDs of their layers.
 	blobs  map[blobKey]digest.Digest
 	images map[digest.Digest]*Image
 	leases leaseTable
 
-	// saveMu serializes saveImage, so that no publish has to wait on mu for the disk.
+	// saveMu serializes saveImage. saveImage does not hold mu while it writes, because publishing a volume needs mu.
 	saveMu sync.Mutex
 }
 
-// openCatalogue reads the catalogue of a store, and removes what is not valid.
+// openCatalogue reads the catalogue of a store. It removes invalid layers and images.
 func openCatalogue(ctx context.Context, layout layout) (*catalogue, error) {
 	c := &catalogue{
 		layout: layout,
@@ -164,7 +105,7 @@ func (c *catalogue) addLocked(layer Layer, used time.Time) {
 	}
 }
 
-// add adds a layer that is whole on disk, made from a blob, with a reference held.
+// add adds a committed layer and acquires a reference on it. key is its blob.
 func (c *catalogue) add(layer Layer, key blobKey) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -177,7 +118,7 @@ func (c *catalogue) add(layer Layer, key blobKey) {
 	c.layers[layer.DiffID].LastUsed = now
 }
 
-// findLocked returns the layer that was made, or would be made, from a blob. It returns nil if there is none.
+// findLocked returns the layer of a blob, or nil if it is not present.
 func (c *catalogue) findLocked(blob image.LayerBlob) *LayerStatus {
 	if blob.DiffID != "" {
 		return c.layers[blob.DiffID]
@@ -192,7 +133,7 @@ func (c *catalogue) has(blob image.LayerBlob) bool {
 	return c.findLocked(blob) != nil
 }
 
-// acquireBlob returns the layer of a blob with a reference held. It returns ErrNotFound if the layer is not present.
+// acquireBlob acquires a reference on the layer of a blob. It returns ErrNotFound if the layer is not present.
 func (c *catalogue) acquireBlob(blob image.LayerBlob) (digest.Digest, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -203,7 +144,8 @@ func (c *catalogue) acquireBlob(blob image.LayerBlob) (digest.Digest, error) {
 	return layer.DiffID, c.acquireLocked([]digest.Digest{layer.DiffID})
 }
 
-// acquireImage returns an image with references on its layers held. It returns ErrNotFound if not all are present.
+// acquireImage acquires references on the layers of an image. It returns ErrNotFound if the image or one of its layers is
+// not present.
 func (c *catalogue) acquireImage(id digest.Digest) (*Image, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -214,7 +156,7 @@ func (c *catalogue) acquireImage(id digest.Digest) (*Image, error) {
 	return image, c.acquireLocked(image.diffIDs())
 }
 
-// acquireArchive is acquireImage for the image that was read from an archive.
+// acquireArchive is like acquireImage for the image of an archive.
 func (c *catalogue) acquireArchive(archive image.ArchiveFile) (*Image, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -226,7 +168,7 @@ func (c *catalogue) acquireArchive(archive image.ArchiveFile) (*Image, error) {
 	return nil, fmt.Errorf("%w: archive %s", errdefs.ErrNotFound, archive.Reference)
 }
 
-// acquire holds a reference on each of the layers or, if one is not present, on none and returns ErrNotFound.
+// acquire acquires a reference on each of the layers. It returns ErrNotFound, and acquires none, if one is not present.
 func (c *catalogue) acquire(ids []digest.Digest) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -247,7 +189,7 @@ func (c *catalogue) acquireLocked(ids []digest.Digest) error {
 	return nil
 }
 
-// unref gives references back.
+// unref releases a reference on each of the layers.
 func (c *catalogue) unref(ids []digest.Digest) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -256,8 +198,8 @@ func (c *catalogue) unref(ids []digest.Digest) {
 	}
 }
 
-// visible returns the layers that show anything, the topmost first. A layer that is there twice shows nothing where it is
-// lower, and overlayfs takes a directory once.
+// visible returns the layers of an image that are not hidden, the topmost first. It leaves out layers below an opaque one. It
+// also leaves out repeated layers, because overlayfs refuses the same directory twice.
 func (c *catalogue) visible(ids []digest.Digest) []digest.Digest {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -276,7 +218,7 @@ func (c *catalogue) visible(ids []digest.Digest) []digest.Digest {
 	return visible
 }
 
-// listLayers returns the layers by diff ID.
+// listLayers returns the layers, sorted by diff ID.
 func (c *catalogue) listLayers() []LayerStatus {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -288,7 +230,7 @@ func (c *catalogue) listLayers() []LayerStatus {
 	return list
 }
 
-// listImages returns the images whose layers are all present, by name.
+// listImages returns the images whose layers are all present, sorted by name.
 func (c *catalogue) listImages() []Image {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -304,10 +246,10 @@ func (c *catalogue) listImages() []Image {
 	return list
 }
 
-// maxNames is how many of the references that led to an image are remembered.
+// maxNames is the maximum length of Image.Names.
 const maxNames = 16
 
-// saveImage writes an image, on whose layers the caller holds references.
+// saveImage writes an image. The caller holds references on its layers.
 func (c *catalogue) saveImage(image Image) (*Image, error) {
 	c.saveMu.Lock()
 	defer c.saveMu.Unlock()
@@ -335,7 +277,8 @@ func (c *catalogue) saveImage(image Image) (*Image, error) {
 	return &image, nil
 }
 
-// markUsed notes that layers are in use now. A restarted driver finds the times in the files of the layers.
+// markUsed sets the time of the last use of the layers in used to now. It also stores the times of all layers on disk, as
+// modification times of layer.json.
 func (c *catalogue) markUsed(used map[digest.Digest][]string) {
 	now := time.Now()
 	last := map[digest.Digest]time.Time{}
@@ -348,7 +291,7 @@ func (c *catalogue) markUsed(used map[digest.Digest][]string) {
 	}
 	c.mu.Unlock()
 	for id, at := range last {
-		// It only orders what is removed: an error does not matter.
+		// The times only determine the order of garbage collection, so that errors are not important.
 		_ = os.Chtimes(filepath.Join(c.layerDir(id), layerName), at, at)
 	}
 }
@@ -360,14 +303,15 @@ func (c *catalogue) beginGC() {
 	c.leases.beginGC()
 }
 
+// endGC ends the protection that beginGC began.
 func (c *catalogue) endGC() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.leases.endGC()
 }
 
-// remove removes a layer, and the images that have it. It reports false if the layer is leased or protected. With dryRun
-// it removes nothing.
+// remove removes a layer and the images that contain it. It returns false if the layer is leased or protected. If dryRun is
+// true it removes nothing.
 func (c *catalogue) remove(id digest.Digest, dryRun bool) (bool, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

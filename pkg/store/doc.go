@@ -1,17 +1,18 @@
-// Package store is the node's layer store: it pulls the layers of images from registries or reads them from archives,
-// verifies them, unpacks each once for its diff ID, and removes them when no volume uses them.
+// Package store is the layer store of a node. It pulls the layers of images from registries or reads them from archives,
+// verifies them, and unpacks them. It removes layers when no volume uses them.
 //
-// A Store hands out Leases. A Lease holds the layers of one image, open and safe from garbage collection, until it is
-// released. Pull and Import return one after they have brought missing layers to the node; Acquire returns one only of an
-// image that is present. Layers in use by volumes are not leased: garbage collection reads them from the volumes' records.
+// A Lease protects the layers of one image from garbage collection, and has them open, until it is released. Pull and Import
+// return a Lease after they have added missing layers to the store. Acquire returns a Lease only for an image that is
+// present. Volumes do not hold leases. Garbage collection reads the layers in use from the records of the volumes.
 //
-// A pull goes on after the request that began it has ended, and other requests for the same image join it. The parts are:
+// A pull continues after the request that started it has ended. Other requests for the same image join it. The parts of the
+// store are:
 //
-//   - catalogue: which layers and images are present, on disk and in memory, and who has leased them
+//   - catalogue: the layers and images on disk, and the leases on them
 //   - puller: the pulls in progress, one for each image and set of credentials
-//   - fetcher: the layers in progress, one for each blob, whoever pulls them
+//   - fetcher: the layers in progress, one for each blob
 //   - builder: unpacks, verifies and commits one layer
 //   - collector: garbage collection
 //
-// The comment on layout describes the directories of the store.
+// The comment in layout.go describes the directories of the store.
 package store

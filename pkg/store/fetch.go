@@ -10,21 +10,21 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
 
-// fetcher brings single layers to the node, each once for all who want it.
+// fetcher fetches single layers. Concurrent pulls share the fetch of a layer.
 type fetcher struct {
 	catalogue *catalogue
-	// slots bounds the layers that are downloaded and unpacked at the same time.
+	// slots bounds the number of layers that are downloaded and unpacked at the same time.
 	slots *semaphore.Weighted
 
 	mu sync.Mutex
-	// fetches are those in progress. The lock is taken before the catalogue's.
+	// fetches are the fetches in progress. mu is locked before the lock of the catalogue.
 	fetches map[blobKey]*fetch
 }
 
-// fetch is a layer in progress.
+// fetch is the fetch of a layer in progress.
 type fetch struct {
 	done chan struct{}
-	// err may be read when done is closed.
+	// err may be read after done is closed.
 	err      error
 	received progressCounter
 }
@@ -33,7 +33,7 @@ func newFetcher(catalogue *catalogue, slots int) *fetcher {
 	return &fetcher{catalogue: catalogue, slots: semaphore.NewWeighted(int64(max(slots, 1))), fetches: map[blobKey]*fetch{}}
 }
 
-// layer returns the layer's diff ID with a reference held. Concurrent callers share one fetch.
+// layer fetches the layer of a blob if it is not present. It returns the diff ID, and acquires a reference on the layer.
 func (f *fetcher) layer(ctx context.Context, blob image.LayerBlob, from origin) (digest.Digest, error) {
 	for tries := 0; ; tries++ {
 		id, current, isOurs := f.join(blob)
@@ -48,15 +48,15 @@ func (f *fetcher) layer(ctx context.Context, blob image.LayerBlob, from origin) 
 			return "", context.Cause(ctx)
 		case <-current.done:
 		}
-		// Another pull's try may have failed for reasons of its own, such as its credentials.
+		// The fetch of another pull may have failed because of its credentials. Retry once with those of this pull.
 		if current.err != nil && tries > 0 {
 			return "", current.err
 		}
 	}
 }
 
-// join returns a present layer with a reference held, or else a fetch: one in progress or, with isOurs, a new one that
-// the caller runs.
+// join acquires a reference on the layer of a blob if it is present. Otherwise it returns the fetch in progress. isOurs
+// reports whether the fetch is new, so that the caller must run it.
 func (f *fetcher) join(blob image.LayerBlob) (id digest.Digest, current *fetch, isOurs bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -71,7 +71,7 @@ func (f *fetcher) join(blob image.LayerBlob) (id digest.Digest, current *fetch, 
 	return "", current, true
 }
 
-// run fetches a layer for all who wait for it.
+// run runs a fetch, and wakes the callers that wait for it.
 func (f *fetcher) run(ctx context.Context, current *fetch, blob image.LayerBlob, from origin) (digest.Digest, error) {
 	layer, err := f.fetchInSlot(ctx, current, blob, from)
 	if err == nil {
@@ -85,6 +85,7 @@ func (f *fetcher) run(ctx context.Context, current *fetch, blob image.LayerBlob,
 	return layer.DiffID, err
 }
 
+// fetchInSlot fetches a layer when a slot is free.
 func (f *fetcher) fetchInSlot(ctx context.Context, current *fetch, blob image.LayerBlob, from origin) (Layer, error) {
 	if err := f.slots.Acquire(ctx, 1); err != nil {
 		return Layer{}, err
@@ -93,7 +94,7 @@ func (f *fetcher) fetchInSlot(ctx context.Context, current *fetch, blob image.La
 	return from.fetch(ctx, blob, &current.received)
 }
 
-// received returns how many bytes of a blob have been received.
+// received returns the number of bytes received of a blob whose fetch is in progress. Otherwise it returns 0.
 func (f *fetcher) received(blob image.LayerBlob) int64 {
 	f.mu.Lock()
 	defer f.mu.Unlock()

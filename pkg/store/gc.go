@@ -16,32 +16,34 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
-// GCConfig says when layers that no volume uses are removed. It works as kubelet's image garbage collection.
+// GCConfig configures the removal of unused layers. It has the meaning of kubelet's image garbage collection.
 type GCConfig struct {
-	// HighThreshold is the percentage of the disk in use at which garbage collection begins, LowThreshold that at which it
-	// ends.
-	HighThreshold, LowThreshold int
-	// MinAge is how long a layer must have been unused.
+	// HighThreshold is the percentage of disk usage that starts garbage collection.
+	HighThreshold int
+	// LowThreshold is the percentage of disk usage that garbage collection stops at.
+	LowThreshold int
+	// MinAge is the minimum time since the last use of a removed layer.
 	MinAge time.Duration
-	// Interval is the time between two checks of the disk.
+	// Interval is the time between two checks of the disk usage.
 	Interval time.Duration
 }
 
-// GCRequest asks for a garbage collection. Without All and Bytes it removes layers down to the low threshold if the disk
-// is above the high threshold.
+// GCRequest is a request for garbage collection. If All and Bytes are zero, the request removes layers only if disk usage is
+// above the high threshold, and stops at the low threshold.
 type GCRequest struct {
-	// DryRun removes nothing.
+	// DryRun reports the layers without removing them.
 	DryRun bool
-	// All removes every unused layer that is old enough, however full the disk is.
+	// All removes every unused layer that is older than GCConfig.MinAge.
 	All bool
-	// Bytes removes layers until this much is removed.
+	// Bytes is the number of bytes to remove.
 	Bytes int64
 }
 
-// GCResult is what a garbage collection removed, or with DryRun would remove.
+// GCResult has the layers that garbage collection removed or, with GCRequest.DryRun, would remove.
 type GCResult struct {
 	Layers []LayerStatus `json:"layers"`
-	Bytes  int64         `json:"bytes"`
+	// Bytes is the total size of the layers.
+	Bytes int64 `json:"bytes"`
 }
 
 // collector is the garbage collection of the store.
@@ -51,11 +53,11 @@ type collector struct {
 	workDirs   *workDirs
 	prefetcher *prefetcher
 	records    records
-	// mu lets one collection at a time work.
+	// mu serializes collections.
 	mu sync.Mutex
 }
 
-// run collects garbage at intervals until ctx is done.
+// run collects garbage at the configured interval until ctx is done.
 func (c *collector) run(ctx context.Context) {
 	ticker := time.NewTicker(c.config.Interval)
 	defer ticker.Stop()
@@ -71,13 +73,13 @@ func (c *collector) run(ctx context.Context) {
 	}
 }
 
-// collect removes layers that no volume uses, the least recently used first, and the images that had them.
+// collect removes unused layers, the least recently used first, and the images that contain them.
 func (c *collector) collect(ctx context.Context, request GCRequest) (GCResult, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.catalogue.beginGC()
 	defer c.catalogue.endGC()
-	// Only now: a volume whose layers have no lease any more has its record on disk.
+	// This comes after beginGC: a volume saves its record before it releases the lease on its layers.
 	used, err := c.records.LayersInUse()
 	if err != nil {
 		return GCResult{}, fmt.Errorf("find the layers in use: %w", err)
@@ -95,7 +97,7 @@ func (c *collector) collect(ctx context.Context, request GCRequest) (GCResult, e
 	return c.sweep(ctx, used, target, request.DryRun)
 }
 
-// target returns how many bytes to remove.
+// target returns the number of bytes to remove.
 func (c *collector) target(request GCRequest) (int64, error) {
 	if request.All {
 		return math.MaxInt64, nil
@@ -114,7 +116,7 @@ func (c *collector) target(request GCRequest) (int64, error) {
 	return used - usable*int64(c.config.LowThreshold)/100, nil
 }
 
-// sweep removes layers until enough is removed.
+// sweep removes unused layers until it has removed target bytes.
 func (c *collector) sweep(ctx context.Context, used map[digest.Digest][]string, target int64, dryRun bool) (GCResult, error) {
 	var result GCResult
 	prefetched := c.prefetcher.layers()
@@ -139,7 +141,8 @@ func (c *collector) sweep(ctx context.Context, used map[digest.Digest][]string, 
 		}
 	}
 	if len(result.Layers) > 0 && !dryRun {
-		klog.FromContext(ctx).Info("Unused layers removed", keyLayers, len(result.Layers), keyBytes, humanize.IBytes(uint64(result.Bytes)))
+		klog.FromContext(ctx).Info("Unused layers removed",
+			keyLayers, len(result.Layers), keyBytes, humanize.IBytes(uint64(result.Bytes)))
 	}
 	return result, ctx.Err()
 }

@@ -184,7 +184,7 @@ func TestCollectsWhileLayersAreUsed(t *testing.T) {
 			for unfinished() {
 				use, err := n.pull(pinned[rand.IntN(len(pinned))], "", registry.Credentials{})
 				if err != nil {
-					if !strings.Contains(err.Error(), "was removed again") {
+					if !strings.Contains(err.Error(), "was removed after its pull") {
 						t.Error(err)
 					}
 					continue

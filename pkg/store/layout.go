@@ -14,15 +14,15 @@ import (
 
 // In the data root:
 //
-//	layers/sha256/<diff ID>/tree/        an unpacked layer, whiteouts and opaque directories as overlayfs has them
+//	layers/sha256/<diff ID>/tree/        an unpacked layer, with whiteouts and opaque directories of overlayfs
 //	layers/sha256/<diff ID>/layer.json   its description (Layer)
-//	layers/incoming/<key>/blob           what has been downloaded of a layer, found again after a crash
-//	layers/incoming/<key>/tree/          what has been unpacked of it, deleted after a crash
-//	layers/incoming/<key>/scratch/       what the unpacker needs meanwhile
-//	images/<digest>.json                 the layers of an image (Image)
+//	layers/incoming/<key>/blob           the download of a layer, resumed after a crash
+//	layers/incoming/<key>/tree/          the layer while it is unpacked, deleted after a crash
+//	layers/incoming/<key>/scratch/       temporary files of the unpacker
+//	images/<digest>.json                 the description of an image (Image)
 //
-// A layer is unpacked in incoming, verified, synced with all of its content, and only then renamed to its diff ID: it is
-// either whole or absent. What is in layers/sha256 is never written again. An image is written after its layers.
+// A layer is unpacked in incoming, verified, and synced. Then its directory is renamed to its diff ID. It is therefore
+// either complete or absent. Layers in layers/sha256 are not modified. An image is written after its layers.
 const (
 	layersName   = "layers"
 	sha256Name   = "sha256"
@@ -34,15 +34,17 @@ const (
 	blobName     = "blob"
 )
 
-// formatVersion is raised when a driver of an earlier version could misread what this one writes.
+// formatVersion is the version of layer.json and of the files of images. A change that earlier drivers would misread
+// increments it.
 const formatVersion = 1
 
-// layout knows the names of everything in the store.
+// layout provides the paths of the store.
 type layout struct {
-	// root is the data root. Layers are opened through it, on the mount that it is on.
+	// root is the open data root. Layers are opened relative to it.
 	root *os.File
+	// path is the path of the data root.
 	path string
-	// discard moves a file or directory of the data root out of the way at once, to be deleted later.
+	// discard moves a file or directory of the data root to the trash.
 	discard func(path string) error
 }
 
@@ -54,7 +56,7 @@ func (l layout) imagePath(id digest.Digest) string {
 	return filepath.Join(l.imagesDir(), id.Encoded()+".json")
 }
 
-// create makes the directories of an empty store.
+// create creates the directories of the store.
 func (l layout) create() error {
 	for _, dir := range []string{l.layersDir(), l.incomingDir(), l.imagesDir()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -69,11 +71,12 @@ func (l layout) openTree(id digest.Digest) (*os.File, error) {
 	name := filepath.Join(layersName, sha256Name, id.Encoded(), treeName)
 	dir, err := linux.Open(l.root, name, linux.O_PATH|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
 	if err != nil {
-		return nil, fmt.Errorf("open layer: %w", err)
+		return nil, fmt.Errorf("open layer %s: %w", id, err)
 	}
 	return dir, nil
 }
 
+// dirNames returns the names of the entries of a directory.
 func dirNames(path string) ([]string, error) {
 	entries, err := os.ReadDir(path)
 	names := make([]string, len(entries))
@@ -83,7 +86,7 @@ func dirNames(path string) ([]string, error) {
 	return names, err
 }
 
-// readJSON reads a file that the store wrote, and its modification time, which markUsed sets.
+// readJSON reads a file that writeJSON wrote. It returns the modification time of the file, which markUsed sets.
 func readJSON(path string, into any) (time.Time, error) {
 	info, err := os.Stat(path)
 	if err != nil {
@@ -96,7 +99,7 @@ func readJSON(path string, into any) (time.Time, error) {
 	return info.ModTime(), json.Unmarshal(data, into)
 }
 
-// writeJSON writes a file whole or not at all, and syncs it.
+// writeJSON writes a file atomically, and syncs it.
 func writeJSON(path string, value any) error {
 	data, err := json.Marshal(value)
 	if err != nil {

@@ -7,23 +7,24 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Lease holds the layers of an image, open and safe from garbage collection, until Release.
+// Lease protects the layers of an image from garbage collection until Release.
 type Lease struct {
 	Image Image
-	// Dirs are the directories of the layers, the topmost first. They belong to the Lease.
+	// Dirs are the open directories of the layers, the topmost first. Release closes them.
 	Dirs []*os.File
 
 	catalogue *catalogue
 	layers    []digest.Digest
 }
 
-// Release closes the directories and gives up the hold on the layers.
+// Release closes the directories and ends the protection of the layers.
 func (l *Lease) Release() {
 	closeAll(l.Dirs)
 	l.catalogue.unref(l.layers)
 }
 
-// openLease opens the layers of an image at path in it. It takes over the references on the layers that the caller holds.
+// openLease opens the layers of an image at a path in the image. The Lease takes over the caller's references on the layers.
+// openLease releases them after an error.
 func openLease(c *catalogue, image *Image, path string) (*Lease, error) {
 	l := &Lease{Image: *image, catalogue: c, layers: image.diffIDs()}
 	for _, id := range c.visible(l.layers) {
@@ -50,8 +51,8 @@ func openLease(c *catalogue, image *Image, path string) (*Lease, error) {
 // leaseTable counts the references on each layer. The catalogue's lock guards it.
 type leaseTable struct {
 	counts map[digest.Digest]int
-	// protected has the layers that were referenced since a garbage collection began, nil when there is none. The volume
-	// that a reference was for may have saved its record too late for the collection to see it.
+	// protected has the layers that were referenced at any time since beginGC. It is nil outside of garbage collection. A
+	// volume may have saved its record after the collector read the records.
 	protected map[digest.Digest]bool
 }
 

@@ -16,22 +16,22 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 )
 
-// origin is where an image comes from.
+// origin is the source of an image.
 type origin interface {
-	// describe returns the image, without its layers, and the blobs of its layers.
+	// describe returns the image without its layers, and the blobs of its layers.
 	describe(ctx context.Context) (Image, []image.LayerBlob, error)
-	// fetch makes the layer of one of the blobs.
+	// fetch adds the layer of one of the blobs to the store.
 	fetch(ctx context.Context, blob image.LayerBlob, progress *progressCounter) (Layer, error)
-	// close ends the use of the origin, whether or not it was used.
+	// close frees the resources of the origin.
 	close() error
 }
 
-// progressCounter is how many bytes of a blob were received.
+// progressCounter counts the received bytes of a blob.
 type progressCounter struct{ received atomic.Int64 }
 
 func (p *progressCounter) load() int64 { return p.received.Load() }
 
-// reader counts what is read through it.
+// reader returns a reader that counts the bytes that are read from from.
 func (p *progressCounter) reader(from io.Reader) io.Reader {
 	return readerFunc(func(buffer []byte) (int, error) {
 		n, err := from.Read(buffer)
@@ -67,12 +67,13 @@ func (o *registryOrigin) describe(ctx context.Context) (Image, []image.LayerBlob
 	return newImage(description, registry.DisplayName(named)), description.Layers, nil
 }
 
+// newImage returns an image without its layers.
 func newImage(description image.Description, name string) Image {
 	return Image{Digest: description.Digest, Manifest: description.Manifest, Platform: description.Platform, Names: []string{name}}
 }
 
-// fetch downloads and unpacks a layer. After an error that may be gone later the download stays for the next try, and
-// nothing else.
+// fetch downloads and unpacks a layer. After a transient error it leaves the partial download for the next attempt. After
+// any other error it removes everything.
 func (o *registryOrigin) fetch(ctx context.Context, blob image.LayerBlob, progress *progressCounter) (Layer, error) {
 	dir, err := o.workDirs.acquire(layerWorkDirName(blob))
 	if err != nil {
@@ -81,7 +82,7 @@ func (o *registryOrigin) fetch(ctx context.Context, blob image.LayerBlob, progre
 	defer dir.release()
 	layer, resumed, err := o.fetchInto(ctx, dir, blob, progress)
 	if resumed && errors.Is(err, image.ErrContentMismatch) {
-		// What an earlier try has left may be what is wrong.
+		// The partial download of an earlier attempt may be corrupt.
 		if err = dir.recreate(); err == nil {
 			layer, _, err = o.fetchInto(ctx, dir, blob, progress)
 		}
@@ -99,19 +100,21 @@ func (o *registryOrigin) fetch(ctx context.Context, blob image.LayerBlob, progre
 	return Layer{}, errors.Join(o.builder.explainDiskFull(blob, err), dir.discard())
 }
 
-// fetchInto downloads and unpacks a layer in dir. resumed says that a part of the blob was there already.
-func (o *registryOrigin) fetchInto(ctx context.Context, dir *workDir, blob image.LayerBlob, progress *progressCounter) (_ Layer, resumed bool, _ error) {
+// fetchInto downloads and unpacks a layer in dir. resumed reports whether a part of the blob was already downloaded.
+func (o *registryOrigin) fetchInto(
+	ctx context.Context, dir *workDir, blob image.LayerBlob, progress *progressCounter,
+) (_ Layer, resumed bool, _ error) {
 	if err := dir.clear(); err != nil {
 		return Layer{}, false, err
 	}
 	spool, err := registry.OpenSpool(dir.join(blobName))
 	if err != nil {
-		return Layer{}, false, fmt.Errorf("open the download: %w", err)
+		return Layer{}, false, fmt.Errorf("open the download of layer %s: %w", blob.Descriptor.Digest, err)
 	}
 	defer spool.Close()
 	if spool.Len() > blob.Descriptor.Size {
 		if err := spool.Reset(); err != nil {
-			return Layer{}, false, fmt.Errorf("empty the download: %w", err)
+			return Layer{}, false, fmt.Errorf("reset the download of layer %s: %w", blob.Descriptor.Digest, err)
 		}
 	}
 	resumed = spool.Len() > 0
@@ -125,13 +128,13 @@ func (o *registryOrigin) fetchInto(ctx context.Context, dir *workDir, blob image
 	layer, err := o.builder.build(ctx, dir, blob, spool.Reader())
 	cancel()
 	if failed := group.Wait(); failed != nil && err != nil && !errors.Is(failed, context.Canceled) {
-		// Why the download ended is why the unpacking did.
+		// The failed download is the reason why unpacking failed.
 		err = failed
 	}
 	return layer, resumed, err
 }
 
-// archiveOrigin is an archive in a file: of an image, or the tar of a root file system.
+// archiveOrigin is an archive of an image, or the tar of a root file system.
 type archiveOrigin struct {
 	identity image.ArchiveFile
 	file     *os.File
@@ -162,7 +165,7 @@ func (o *archiveOrigin) describe(ctx context.Context) (Image, []image.LayerBlob,
 	}
 	o.archive, err = image.OpenArchive(ctx, o.file, o.dir.path(), o.platform)
 	if errors.Is(err, image.ErrNoImage) {
-		// The image gets its digest, the layer's diff ID, when the layer is there.
+		// The digest of the image is the diff ID of the layer, which is known after unpacking.
 		img := newImage(image.Description{}, o.identity.Reference)
 		img.Archive = &o.identity
 		return img, []image.LayerBlob{o.identity.Blob()}, nil
@@ -197,6 +200,7 @@ func (o *archiveOrigin) fetch(ctx context.Context, blob image.LayerBlob, progres
 	return layer, o.checkUnchanged()
 }
 
+// openBlob opens the blob of a layer. The blob is the whole file if it is the tar of a root file system.
 func (o *archiveOrigin) openBlob(blob image.LayerBlob) (io.ReadCloser, error) {
 	if o.archive == nil {
 		return io.NopCloser(io.NewSectionReader(o.file, 0, o.identity.Size)), nil
@@ -204,15 +208,15 @@ func (o *archiveOrigin) openBlob(blob image.LayerBlob) (io.ReadCloser, error) {
 	return o.archive.OpenBlob(blob)
 }
 
-// checkUnchanged refuses the tar of a root file system that was written to while it was read. The blobs of an image have
-// digests.
+// checkUnchanged returns ErrUnavailable if the tar of a root file system changed while it was read. Images need no check,
+// because their blobs have digests.
 func (o *archiveOrigin) checkUnchanged() error {
 	if o.archive != nil {
 		return nil
 	}
 	after, err := image.IdentifyArchive(o.identity.Reference, o.file)
 	if err == nil && after != o.identity {
-		return fmt.Errorf("%w: the archive changed while it was read; it will be read again", errdefs.ErrUnavailable)
+		return fmt.Errorf("%w: archive %s changed while it was read; retry", errdefs.ErrUnavailable, o.identity.Reference)
 	}
 	return nil
 }

@@ -15,12 +15,12 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/unpack"
 )
 
-// maxLinks is how many symbolic links a path may lead through (the kernel's MAXSYMLINKS).
+// maxLinks is the maximum number of symbolic links that are followed in a path (MAXSYMLINKS of the kernel).
 const maxLinks = 40
 
-// openInLayers opens a directory of an image: in each of the layers' directories, the topmost first, the directory of that
-// path, from the first layer that has it down to the one that hides what is below. It looks a path up as overlayfs does in
-// a mounted view, so that no view has to be mounted for it. Links are followed with the image as their root.
+// openInLayers opens a directory of an image in each of its layers that contribute to it. layers are the directories of the
+// layers, the topmost first, and the result has the same order. openInLayers resolves name like overlayfs, but without a
+// mount. It resolves links with the image as their root.
 func openInLayers(layers []*os.File, name string) ([]*os.File, error) {
 	current, err := duplicate(layers)
 	if err != nil {
@@ -35,7 +35,7 @@ func openInLayers(layers []*os.File, name string) ([]*os.File, error) {
 		found, err := lookUp(current, component)
 		closeAll(current)
 		if err != nil {
-			return nil, fmt.Errorf("%q in the image: %w", path.Join(append(walked, component)...), err)
+			return nil, fmt.Errorf("open %q in the image: %w", path.Join(append(walked, component)...), err)
 		}
 		if found.link == "" {
 			current = found.dirs
@@ -43,9 +43,9 @@ func openInLayers(layers []*os.File, name string) ([]*os.File, error) {
 			continue
 		}
 		if links++; links > maxLinks {
-			return nil, fmt.Errorf("%w: %q in the image leads through more than %d links", errdefs.ErrInvalidArgument, name, maxLinks)
+			return nil, fmt.Errorf("%w: open %q in the image: more than %d symbolic links", errdefs.ErrInvalidArgument, name, maxLinks)
 		}
-		// The walk begins again at the root, with the link's target in place of the link: `..` at the root is the root.
+		// Restart at the root with the target in place of the link. The parent of the root is the root.
 		if !path.IsAbs(found.link) {
 			found.link = path.Join("/", path.Join(walked...), found.link)
 		}
@@ -59,13 +59,13 @@ func openInLayers(layers []*os.File, name string) ([]*os.File, error) {
 	return current, nil
 }
 
-// lookedUp is what a name in a merged directory is: a merged directory, or a link.
+// lookedUp is the result of a lookup in a merged directory: a merged directory or the target of a link.
 type lookedUp struct {
 	dirs []*os.File
 	link string
 }
 
-// lookUp looks up one name in a merged directory.
+// lookUp looks up one name in a merged directory. It returns ErrNotFound if there is neither a directory nor a link.
 func lookUp(layers []*os.File, name string) (lookedUp, error) {
 	var found []*os.File
 	for _, dir := range layers {
@@ -97,19 +97,20 @@ func lookUp(layers []*os.File, name string) (lookedUp, error) {
 	return lookedUp{dirs: found}, nil
 }
 
-// effectOnLower is what an entry does to the entries of the same name in lower layers.
+// effectOnLower is the effect of an entry on entries of the same name in lower layers.
 type effectOnLower int
 
 const (
-	// showsLower is a directory that is merged with lower ones.
+	// showsLower is the effect of a directory that is merged with lower directories.
 	showsLower effectOnLower = iota
-	// opaque is a directory that is not.
+	// opaque is the effect of an opaque directory: it hides lower entries.
 	opaque
-	// hidesLower is no directory.
+	// hidesLower is the effect of all other entries, which also hide lower entries.
 	hidesLower
 )
 
-// classify returns the effect of an entry and, if it is a link, its target. The topmost entry may not be a file.
+// classify returns the effect of an entry and, if the entry is a link, its target. It returns an error if the topmost entry
+// is a file.
 func classify(entry *os.File, topmost bool) (effectOnLower, string, error) {
 	stat, err := linux.StatFile(entry)
 	if err != nil {
@@ -128,9 +129,10 @@ func classify(entry *os.File, topmost bool) (effectOnLower, string, error) {
 		target, err := linux.Readlinkat(entry, "")
 		return hidesLower, target, err
 	}
-	return hidesLower, "", fmt.Errorf("%w: it is a file, and a layer is a directory", errdefs.ErrInvalidArgument)
+	return hidesLower, "", fmt.Errorf("%w: it is a file; want a directory", errdefs.ErrInvalidArgument)
 }
 
+// duplicate duplicates open directories.
 func duplicate(dirs []*os.File) ([]*os.File, error) {
 	copies := make([]*os.File, 0, len(dirs))
 	for _, dir := range dirs {

@@ -16,16 +16,16 @@ import (
 // prefetchRetry is the pause after a failed prefetch.
 const prefetchRetry = time.Minute
 
-// prefetcher pulls images at start, and knows their layers, which are never removed.
+// prefetcher pulls images at start, and protects their layers from garbage collection.
 type prefetcher struct {
 	catalogue *catalogue
 	names     []string
 	mu        sync.Mutex
-	// resolved has what the names stood for at start.
+	// resolved maps names to the digests that they resolved to at start.
 	resolved map[string]digest.Digest
 }
 
-// run pulls an image, however long that takes.
+// run pulls an image. It retries until it succeeds or ctx is done.
 func (p *prefetcher) run(ctx context.Context, store *Store, name string) {
 	for {
 		err := p.prefetch(ctx, store, name)
@@ -65,8 +65,8 @@ func (p *prefetcher) prefetch(ctx context.Context, store *Store, name string) er
 	return nil
 }
 
-// layers returns the layers of the prefetched images: of what their names stood for at start or, while that is not known,
-// of all images that ever had the names.
+// layers returns the layers of the prefetched images. If the name of an image is not yet resolved, these are the layers of
+// all present images that were pulled by that name.
 func (p *prefetcher) layers() map[digest.Digest]bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

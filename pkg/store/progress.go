@@ -12,24 +12,24 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
 
-// Progress is how far a pull is.
+// Progress is the progress of a pull.
 type Progress struct {
 	Image  string          `json:"image"`
 	Layers []LayerProgress `json:"layers"`
 }
 
-// LayerProgress is how far a layer is, in bytes of its blob.
+// LayerProgress is the progress of a layer. Sizes are in bytes of its blob.
 type LayerProgress struct {
 	Digest   digest.Digest `json:"digest"`
 	FileName string        `json:"fileName,omitempty"`
 	Size     int64         `json:"size"`
 	Done     int64         `json:"done"`
-	// Present says that the layer is in the store. One that is not, although all bytes are done, is being unpacked and
-	// synced.
+	// Present reports whether the layer is in the store. A layer with all bytes done is not present before it is unpacked
+	// and synced.
 	Present bool `json:"present"`
 }
 
-// String returns the progress in a line for logs and messages.
+// String returns the progress in one line for logs and errors.
 func (p Progress) String() string {
 	var present int
 	var done, size int64
@@ -46,7 +46,7 @@ func (p Progress) String() string {
 	return fmt.Sprintf("%d of %d layers, %s of %s", present, len(p.Layers), humanize.IBytes(uint64(done)), humanize.IBytes(uint64(size)))
 }
 
-// find returns a pull of an image that is in progress.
+// find returns a pull of an image in progress.
 func (p *puller) find(id digest.Digest) (*pull, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -78,7 +78,7 @@ func (p *puller) blobs(current *pull) []image.LayerBlob {
 	return slices.Clone(current.blobs)
 }
 
-// progressInterval is the time between two log lines about a pull's progress.
+// progressInterval is the time between two log messages about the progress of a pull.
 const progressInterval = 10 * time.Second
 
 // logProgress logs the progress of a pull until the returned function is called.

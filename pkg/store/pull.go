@@ -17,59 +17,60 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
-// puller brings images to the node. Its pulls outlive the requests that began them.
+// puller pulls images. A pull continues after the request that started it has ended.
 type puller struct {
 	catalogue *catalogue
 	fetcher   *fetcher
 	collector *collector
-	// parallel is how many layers of one image are in progress at once.
-	parallel       int
+	// parallel is the maximum number of layers of one image in progress.
+	parallel int
+	// minFreePercent is the percentage of the disk that must stay free.
 	minFreePercent int
 
-	// ctx ends the pulls, and work waits for them.
+	// ctx cancels the pulls. work waits for them.
 	ctx  context.Context
 	work *sync.WaitGroup
 
 	mu sync.Mutex
-	// pulls are those in progress. The lock is taken before the catalogue's.
+	// pulls are the pulls in progress. mu is locked before the lock of the catalogue.
 	pulls map[pullKey]*pull
 }
 
-// pullKey identifies a pull. Volumes with other credentials do not share one.
+// pullKey identifies a pull. Volumes with different credentials do not share a pull.
 type pullKey struct {
 	image       digest.Digest
 	repository  string
 	credentials string
 }
 
-// pull is an image in progress.
+// pull is a pull in progress.
 type pull struct {
 	name  string
 	began time.Time
 	done  chan struct{}
 
-	// The puller's lock guards these.
+	// The lock of the puller guards waiters, blobs and ended.
 	waiters int
 	blobs   []image.LayerBlob
 	ended   bool
 
-	// held are references on layers, until the pull has ended and everybody who waited has their own.
 	heldMu sync.Mutex
-	held   []digest.Digest
+	// held are the references of the pull on layers. They are released after all waiters have their own.
+	held []digest.Digest
 
-	// These may be read when done is closed.
+	// image and err may be read after done is closed.
 	image *Image
 	err   error
 }
 
-// acquire returns an image with references on its layers held: from the catalogue with present or, if that returns an
-// error, by a pull from an origin. It closes the origin. If ctx ends before the pull does, acquire returns Unavailable.
+// acquire acquires references on the layers of an image. It calls present, and pulls the image from an origin if that returns
+// an error. It closes the origin. It returns ErrUnavailable if ctx is done before the pull is.
 func (p *puller) acquire(ctx context.Context, key pullKey, name string, present func() (*Image, error), from origin) (*Image, error) {
 	image, current, isNew := p.join(key, name, present)
 	if isNew {
 		p.work.Go(func() { p.run(key, current, from) })
 	} else if err := from.close(); err != nil {
-		klog.FromContext(ctx).Error(err, "Could not close an image that is not pulled", keyImage, name)
+		klog.FromContext(ctx).Error(err, "Could not close unused image source", keyImage, name)
 	}
 	if current == nil {
 		return image, nil
@@ -77,7 +78,8 @@ func (p *puller) acquire(ctx context.Context, key pullKey, name string, present 
 	return p.wait(ctx, current)
 }
 
-// join returns a present image, or else a pull: one in progress or, with isNew, one that the caller runs.
+// join returns the image if it is present. Otherwise it joins the pull in progress. isNew reports whether the pull is new, so
+// that the caller must run it.
 func (p *puller) join(key pullKey, name string, present func() (*Image, error)) (_ *Image, current *pull, isNew bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -93,10 +95,10 @@ func (p *puller) join(key pullKey, name string, present func() (*Image, error)) 
 	return nil, current, true
 }
 
-// answerBefore is how long before its deadline a request is answered, so that the caller learns what it waits for.
+// answerBefore is the time between the answer to a request and its deadline. It leaves time for the answer to arrive.
 const answerBefore = 2 * time.Second
 
-// wait waits for a pull that was joined, and returns its image with references on its layers held.
+// wait waits for a joined pull, and acquires references on the layers of its image.
 func (p *puller) wait(ctx context.Context, current *pull) (*Image, error) {
 	defer p.leave(current)
 	if deadline, ok := ctx.Deadline(); ok {
@@ -108,18 +110,19 @@ func (p *puller) wait(ctx context.Context, current *pull) (*Image, error) {
 	select {
 	case <-current.done:
 	case <-ctx.Done():
-		return nil, fmt.Errorf("%w: image %s is still being pulled (%s); the pull goes on", errdefs.ErrUnavailable, current.name, p.progress(current))
+		return nil, fmt.Errorf("%w: image %s is still being pulled (%s); retry",
+			errdefs.ErrUnavailable, current.name, p.progress(current))
 	}
 	if current.err != nil {
 		return nil, current.err
 	}
 	if err := p.catalogue.acquire(current.image.diffIDs()); err != nil {
-		return nil, fmt.Errorf("%w: image %s was removed again; retry", errdefs.ErrUnavailable, current.name)
+		return nil, fmt.Errorf("%w: image %s was removed after its pull; retry", errdefs.ErrUnavailable, current.name)
 	}
 	return current.image, nil
 }
 
-// leave ends a wait.
+// leave ends the wait of one request. The last one releases the references of a pull that has ended.
 func (p *puller) leave(current *pull) {
 	p.mu.Lock()
 	current.waiters--
@@ -160,7 +163,7 @@ func (p *puller) run(key pullKey, current *pull, from origin) {
 	p.end(key, current, image, err)
 }
 
-// pull brings all layers of an image to the node, and saves the image.
+// pull adds all layers of an image to the store, and saves the image.
 func (p *puller) pull(ctx context.Context, current *pull, from origin) (*Image, error) {
 	img, blobs, err := from.describe(ctx)
 	if err != nil {
@@ -183,7 +186,9 @@ func (p *puller) pull(ctx context.Context, current *pull, from origin) (*Image, 
 			}
 			current.hold(id)
 			descriptor := blob.Descriptor
-			img.Layers[i] = ImageLayer{DiffID: id, Digest: descriptor.Digest, MediaType: descriptor.MediaType, Size: descriptor.Size, FileName: blob.FileName}
+			img.Layers[i] = ImageLayer{
+				DiffID: id, Digest: descriptor.Digest, MediaType: descriptor.MediaType, Size: descriptor.Size, FileName: blob.FileName,
+			}
 			return nil
 		})
 	}
@@ -191,7 +196,7 @@ func (p *puller) pull(ctx context.Context, current *pull, from origin) (*Image, 
 		return nil, err
 	}
 	if img.Digest == "" {
-		// The tar of a root file system: it is its layer.
+		// The digest of the tar of a root file system is its diff ID.
 		img.Digest = img.Layers[0].DiffID
 	}
 	return p.catalogue.saveImage(img)
@@ -204,7 +209,8 @@ func (p *pull) hold(id digest.Digest) {
 	p.held = append(p.held, id)
 }
 
-// makeRoom runs garbage collection if the blobs that are still to come do not fit, and refuses those that cannot.
+// makeRoom runs garbage collection if there is not enough disk space for the missing blobs. It returns ErrResourceExhausted
+// if there is still not enough.
 func (p *puller) makeRoom(ctx context.Context, blobs []image.LayerBlob) error {
 	var required int64
 	for _, blob := range blobs {
@@ -226,11 +232,12 @@ func (p *puller) makeRoom(ctx context.Context, blobs []image.LayerBlob) error {
 	if available, err = p.available(); err != nil || required <= available {
 		return err
 	}
-	return fmt.Errorf("%w: the layers have %s to download, and %s has %s available for pulls (%d %% stay free for the volumes, --min-free-disk-percent)",
-		errdefs.ErrResourceExhausted, humanize.IBytes(uint64(required)), p.catalogue.path, humanize.IBytes(uint64(max(available, 0))), p.minFreePercent)
+	return fmt.Errorf("%w: the image has %s to download, but the disk of %s has only %s available and must stay %d %% free; "+
+		"free disk space or lower --min-free-disk-percent", errdefs.ErrResourceExhausted,
+		humanize.IBytes(uint64(required)), p.catalogue.path, humanize.IBytes(uint64(max(available, 0))), p.minFreePercent)
 }
 
-// available returns how much of the disk pulls may take.
+// available returns the number of bytes that pulls may take.
 func (p *puller) available() (int64, error) {
 	usage, err := linux.FileSystemUsage(p.catalogue.root)
 	return usage.Bytes.Available - usage.Bytes.Total*int64(p.minFreePercent)/100, err

@@ -16,22 +16,23 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/unpack"
 )
 
-// Config is what an operator sets.
+// Config is the configuration of a Store.
 type Config struct {
-	// MaxConcurrentLayerPulls is how many layers are downloaded and unpacked at the same time.
+	// MaxConcurrentLayerPulls is the maximum number of layers that are downloaded and unpacked at the same time.
 	MaxConcurrentLayerPulls int
-	// MaxLayerBytes and MaxLayerEntries bound the content of one layer: the size of its files, holes included, and their
-	// number. Zero is no limit.
-	MaxLayerBytes, MaxLayerEntries int64
-	// MinFreeDiskPercent of the data root's disk stay free: a pull that would take more of it fails.
+	// MaxLayerBytes is the maximum total size of the files of one layer in bytes, holes included. Zero is no limit.
+	MaxLayerBytes int64
+	// MaxLayerEntries is the maximum number of entries of one layer. Zero is no limit.
+	MaxLayerEntries int64
+	// MinFreeDiskPercent is the percentage of the disk of the data root that pulls must leave free.
 	MinFreeDiskPercent int
-	// GC says when layers that no volume uses are removed.
+	// GC configures garbage collection.
 	GC GCConfig
-	// Prefetch are the names of images that are pulled at start and never removed.
+	// Prefetch are the names of images that are pulled at start. Their layers are not removed.
 	Prefetch []string
 }
 
-// Store is the layer store of one node. One process uses it at a time.
+// Store is the layer store of one node. Only one process may use it at a time.
 type Store struct {
 	catalogue  *catalogue
 	workDirs   *workDirs
@@ -46,20 +47,20 @@ type Store struct {
 	work sync.WaitGroup
 }
 
-// dataRoot is the directory that the store is in, a dataroot.Root.
+// dataRoot is the directory of the store. It is a dataroot.Root outside of tests.
 type dataRoot interface {
 	Dir() *os.File
-	// Discard moves a file or directory of the data root out of the way at once, to be deleted later.
+	// Discard moves a file or directory of the data root to the trash.
 	Discard(path string) error
 }
 
-// records are the volumes' records, a record.Store. They say which layers volumes use.
+// records provides the layers that volumes use. It is a record.Store outside of tests.
 type records interface {
 	LayersInUse() (map[digest.Digest][]string, error)
 }
 
-// New opens the store in a data root, and removes what a crash left unfinished. ctx ends everything that the store does in
-// the background; Close waits for that.
+// New opens the store in a data root. It removes incomplete layers of an earlier process. The background work of the store
+// ends when ctx is done, and Close waits for it.
 func New(ctx context.Context, root dataRoot, records records, registries *registry.Client, config Config) (*Store, error) {
 	layout := layout{root: root.Dir(), path: root.Dir().Name(), discard: root.Discard}
 	if err := layout.create(); err != nil {
@@ -97,20 +98,20 @@ func (s *Store) Run(ctx context.Context) {
 	s.collector.run(ctx)
 }
 
-// Close ends the pulls. A later store finds what they have downloaded.
+// Close cancels the pulls and waits for them. A new Store resumes their downloads.
 func (s *Store) Close() {
 	s.stop()
 	s.work.Wait()
 }
 
-// Resolve asks the registry which image a reference stands for at the moment.
+// Resolve returns the digest that the registry currently has for a reference.
 func (s *Store) Resolve(ctx context.Context, named reference.Named, credentials registry.Credentials) (digest.Digest, error) {
 	descriptor, err := s.registries.Repository(named, credentials).Resolve(ctx)
 	return descriptor.Digest, err
 }
 
-// Acquire leases an image at path in it (relative and clean, "" for the whole image) without asking any registry. It
-// returns ErrNotFound if the image is not present with all of its layers.
+// Acquire leases an image without accessing a registry. path is the path of a directory in the image. It is relative and
+// clean, or "" for the whole image. Acquire returns ErrNotFound if the image or one of its layers is not present.
 func (s *Store) Acquire(id digest.Digest, path string) (*Lease, error) {
 	image, err := s.catalogue.acquireImage(id)
 	if err != nil {
@@ -119,9 +120,9 @@ func (s *Store) Acquire(id digest.Digest, path string) (*Lease, error) {
 	return openLease(s.catalogue, image, path)
 }
 
-// Pull leases an image at path in it, and pulls it first if it is not present. Concurrent calls share the pull of an image
-// and of a layer. A pull goes on when ctx is done: Pull then returns Unavailable with the progress, and the next call finds
-// the pull further on.
+// Pull leases an image at path, and pulls it first if it is not present. path is as in Acquire. Concurrent calls share the
+// pull of an image and of a layer. If ctx is done, Pull returns ErrUnavailable with the progress. The pull continues, and
+// another call joins it.
 func (s *Store) Pull(ctx context.Context, named reference.Canonical, credentials registry.Credentials, path string) (*Lease, error) {
 	key := pullKey{named.Digest(), named.Name(), credentials.ID()}
 	present := func() (*Image, error) { return s.catalogue.acquireImage(named.Digest()) }
@@ -134,15 +135,15 @@ func (s *Store) Pull(ctx context.Context, named reference.Canonical, credentials
 	return openLease(s.catalogue, image, path)
 }
 
-// Import leases the image in an archive, which file is opened for reading, and unpacks it first if it is not present: a
-// docker archive, an OCI archive, the directory of an OCI layout, or the tar of a root file system. name is the archive's
-// in messages. wanted is the digest that the archive had before, or "". As with Pull, the work goes on when ctx is done.
-// Import closes the file.
+// Import leases the image in an archive, and unpacks it first if it is not present. file is a docker archive, an OCI archive,
+// the directory of an OCI layout, or the tar of a root file system. name is the layer reference of the archive. Import
+// returns ErrFailedPrecondition if wanted is not empty and not the digest of the image. As with Pull, the work continues if
+// ctx is done. Import closes file.
 func (s *Store) Import(ctx context.Context, name string, file *os.File, wanted digest.Digest) (*Lease, error) {
 	identity, err := image.IdentifyArchive(name, file)
 	if err != nil {
 		file.Close()
-		return nil, fmt.Errorf("archive %s: %w", name, err)
+		return nil, fmt.Errorf("identify archive %s: %w", name, err)
 	}
 	present := func() (*Image, error) { return s.catalogue.acquireArchive(identity) }
 	imported, err := s.puller.acquire(ctx, pullKey{image: identity.Key()}, name, present, &archiveOrigin{
@@ -154,13 +155,13 @@ func (s *Store) Import(ctx context.Context, name string, file *os.File, wanted d
 	lease, err := openLease(s.catalogue, imported, "")
 	if err == nil && wanted != "" && lease.Image.Digest != wanted {
 		lease.Release()
-		return nil, fmt.Errorf("%w: archive %s was changed: the volume was made on %s, and the archive is %s now; restore the former file or use another volume",
-			errdefs.ErrFailedPrecondition, name, wanted, lease.Image.Digest)
+		return nil, fmt.Errorf("%w: archive %s was changed: it has digest %s, but the volume needs %s; "+
+			"restore the original file or create another volume", errdefs.ErrFailedPrecondition, name, lease.Image.Digest, wanted)
 	}
 	return lease, err
 }
 
-// Progress returns how far the pull of an image is. It returns ErrNotFound if there is none in progress.
+// Progress returns the progress of the pull of an image. It returns ErrNotFound if no pull of it is in progress.
 func (s *Store) Progress(id digest.Digest) (Progress, error) {
 	current, ok := s.puller.find(id)
 	if !ok {
@@ -169,13 +170,13 @@ func (s *Store) Progress(id digest.Digest) (Progress, error) {
 	return s.puller.progress(current), nil
 }
 
-// Layers returns the layers of the store, by diff ID.
+// Layers returns the layers of the store, sorted by diff ID.
 func (s *Store) Layers() []LayerStatus { return s.catalogue.listLayers() }
 
-// Images returns the images whose layers are all present, by name.
+// Images returns the images whose layers are all present, sorted by name.
 func (s *Store) Images() []Image { return s.catalogue.listImages() }
 
-// GC removes layers that no volume uses, the least recently used first, and the images that had them.
+// GC removes unused layers, the least recently used first, and the images that contain them.
 func (s *Store) GC(ctx context.Context, request GCRequest) (GCResult, error) {
 	return s.collector.collect(ctx, request)
 }

@@ -7,8 +7,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
-// syncer syncs a file system. Calls during a sync share the next one: layers that are finished at about the same time are
-// synced together.
+// syncer syncs a file system. All calls during a sync share the next one, because each sync writes the whole file system.
 type syncer struct {
 	dir     *os.File
 	mu      sync.Mutex
@@ -16,14 +15,16 @@ type syncer struct {
 	next    *round
 }
 
+// round is one sync of the file system.
 type round struct {
 	done chan struct{}
-	err  error
+	// err may be read after done is closed.
+	err error
 }
 
 func newSyncer(dir *os.File) *syncer { return &syncer{dir: dir} }
 
-// sync returns when everything that was written before the call is on the disk.
+// sync returns after everything that was written before the call is on the disk.
 func (s *syncer) sync() error {
 	s.mu.Lock()
 	if s.next == nil {
@@ -39,6 +40,7 @@ func (s *syncer) sync() error {
 	return mine.err
 }
 
+// run syncs until no call waits.
 func (s *syncer) run() {
 	for {
 		s.mu.Lock()

@@ -13,17 +13,18 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
 
-// maxBlobAge is how long the download of a layer that nobody goes on with stays.
+// maxBlobAge is the age at which an abandoned download is removed.
 const maxBlobAge = 24 * time.Hour
 
-// workDirs are the directories in incoming: one for each layer that is being made or archive that is being read.
+// workDirs manages the directories in incoming, one for each layer or archive in progress.
 type workDirs struct {
 	layout
 	mu   sync.Mutex
 	open map[string]bool
 }
 
-// openWorkDirs removes everything but blobs: a pull that is asked for again goes on where it was.
+// openWorkDirs returns the work directories of a store. It removes everything in them except for downloads, which later pulls
+// resume.
 func openWorkDirs(layout layout) (*workDirs, error) {
 	w := &workDirs{layout: layout, open: map[string]bool{}}
 	names, err := dirNames(w.incomingDir())
@@ -34,13 +35,13 @@ func openWorkDirs(layout layout) (*workDirs, error) {
 	return w, err
 }
 
-// workDir is one of them, in the hands of one fetch or import.
+// workDir is a work directory. One fetch or import owns it from acquire to release.
 type workDir struct {
 	dirs *workDirs
 	name string
 }
 
-// layerWorkDirName is the name of the directory in which a layer is made.
+// layerWorkDirName returns the name of the work directory for a layer.
 func layerWorkDirName(blob image.LayerBlob) string {
 	if blob.FileName == "" {
 		return blob.Descriptor.Digest.Encoded()
@@ -48,24 +49,24 @@ func layerWorkDirName(blob image.LayerBlob) string {
 	return blob.Descriptor.Digest.Encoded() + "-" + digest.FromString(blob.FileName).Encoded()[:16]
 }
 
-// archiveWorkDirName is the name of the directory in which an archive is decompressed.
+// archiveWorkDirName returns the name of the work directory for an archive.
 func archiveWorkDirName(archive image.ArchiveFile) string {
 	return "archive-" + archive.Key().Encoded()
 }
 
-// acquire makes the directory if it is missing. No garbage collection removes it before it is released.
+// acquire creates a work directory if it does not exist, and protects it from garbage collection until release.
 func (w *workDirs) acquire(name string) (*workDir, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	dir := &workDir{w, name}
 	if err := os.MkdirAll(dir.path(), 0o700); err != nil {
-		return nil, fmt.Errorf("make a work directory: %w", err)
+		return nil, fmt.Errorf("create a work directory: %w", err)
 	}
 	w.open[name] = true
 	return dir, nil
 }
 
-// removeAbandoned removes the directories that nobody works in, but for downloads that are not old yet.
+// removeAbandoned removes the directories that are not acquired, except for those with recent downloads.
 func (w *workDirs) removeAbandoned() error {
 	names, err := dirNames(w.incomingDir())
 	if err != nil {
@@ -80,7 +81,7 @@ func (w *workDirs) removeAbandoned() error {
 			continue
 		}
 		if err := dir.discard(); err != nil {
-			return fmt.Errorf("remove a download: %w", err)
+			return fmt.Errorf("remove download %s: %w", name, err)
 		}
 	}
 	return nil
@@ -90,7 +91,7 @@ func (d *workDir) path() string            { return filepath.Join(d.dirs.incomin
 func (d *workDir) join(name string) string { return filepath.Join(d.path(), name) }
 func (d *workDir) discard() error          { return d.dirs.layout.discard(d.path()) }
 
-// release leaves the directory to the next one, or to garbage collection.
+// release ends the protection of the directory.
 func (d *workDir) release() {
 	d.dirs.mu.Lock()
 	defer d.dirs.mu.Unlock()
@@ -105,14 +106,14 @@ func (d *workDir) recreate() error {
 	return os.MkdirAll(d.path(), 0o700)
 }
 
-// clear removes everything but the blob.
+// clear removes everything in the directory except for the download.
 func (d *workDir) clear() error { return d.removeExcept(blobName) }
 
-// removeExcept removes everything in the directory but one name.
-func (d *workDir) removeExcept(kept string) error {
+// removeExcept removes everything in the directory except for one entry.
+func (d *workDir) removeExcept(exception string) error {
 	names, err := dirNames(d.path())
 	for _, name := range names {
-		if name != kept {
+		if name != exception {
 			err = errors.Join(err, d.dirs.layout.discard(d.join(name)))
 		}
 	}
