@@ -145,8 +145,8 @@ func newMounter(dataRoot string, features overlay.Features) (*overlay.Mounter, e
 }
 
 func newManager(
-	root *dataroot.Root, records *record.Store, mounter *overlay.Mounter, detached *overlay.DetachedRoot, api kubeapi.Reader, layers *store.Store,
-	opts options,
+	root *dataroot.Root, records *record.Store, mounter *overlay.Mounter, detached *overlay.DetachedRoot, api kubeapi.Reader,
+	layers *store.Store, opts options,
 ) (*volume.Manager, error) {
 	protected, err := layer.NewProtectedDir(root.Path())
 	if err != nil {

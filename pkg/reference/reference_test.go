@@ -25,7 +25,9 @@ func TestParse(t *testing.T) {
 		"oci://debian:12":                     {OCI, "docker.io/library/debian:12", ""},
 		"oci://example.com:5000/a/b:1":        {OCI, "example.com:5000/a/b:1", ""},
 		"oci://example.com/a?path=/usr/share": {OCI, "example.com/a:latest", "usr/share"},
-		"oci://example.com/a@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef": {OCI, "example.com/a@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef", ""},
+		"oci://example.com/a@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef": {
+			OCI, "example.com/a@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef", "",
+		},
 	} {
 		t.Run(text, func(t *testing.T) {
 			got, err := Parse(text)
@@ -118,7 +120,9 @@ func TestWithDigest(t *testing.T) {
 }
 
 func FuzzParseList(f *testing.F) {
-	for _, seed := range []string{"dir://m/a%2Cb\nvolume://data", "oci://example.com:5000/a/b:1?path=/usr", "archive://r/x.tar", "dir://m/%ff", ",,\n", "dir://m/\u0085"} {
+	for _, seed := range []string{"dir://m/a%2Cb\nvolume://data", "oci://example.com:5000/a/b:1?path=/usr",
+		"archive://r/x.tar", "dir://m/%ff", ",,\n", "dir://m/\u0085",
+	} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {

@@ -102,12 +102,24 @@ func TestParseLimits(t *testing.T) {
 		"small inline":       {map[string]string{KeySizeLimit: "2Mi"}, Scope{Inline: true}, Spec{Upper: UpperPod, Size: 2 << 20}, ""},
 		"size in a sibling":  {map[string]string{KeySizeLimit: "1Gi", KeyUpper: "volume://x"}, Scope{Inline: true}, Spec{}, "another volume"},
 		"size of nothing":    {map[string]string{KeySizeLimit: "1Gi", KeyUpper: "none"}, Scope{Inline: true}, Spec{}, "read-only"},
-		"memory":             {map[string]string{KeySizeLimit: "1Gi", KeyMedium: "memory"}, Scope{Inline: true}, Spec{Upper: UpperPod, Size: 1 << 30, Medium: MediumMemory}, ""},
-		"kept in memory":     {map[string]string{KeyMedium: "memory"}, Scope{Create: true, Access: ReadWriteOnce}, Spec{}, "does not outlive"},
-		"memory for a class": {map[string]string{KeyMedium: "memory", KeyUpper: "pod"}, Scope{Create: true, Access: ReadWriteOnce}, Spec{Upper: UpperPod, Medium: MediumMemory}, ""},
-		"memory with quota":  {map[string]string{KeySizeLimit: "1Gi", KeyMedium: "memory", KeySizeEnforcement: "quota"}, Scope{Inline: true}, Spec{}, "its own limit"},
-		"limit of nothing":   {map[string]string{KeySizeEnforcement: "quota", KeyUpper: "none"}, Scope{Inline: true}, Spec{}, "no upper"},
-		"owner":              {map[string]string{KeyLayerOwner: "0:4294967294"}, Scope{Inline: true}, Spec{Upper: UpperPod, LayerOwner: &IDs{0, 4294967294}}, ""},
+		"memory": {
+			map[string]string{KeySizeLimit: "1Gi", KeyMedium: "memory"},
+			Scope{Inline: true}, Spec{Upper: UpperPod, Size: 1 << 30, Medium: MediumMemory}, "",
+		},
+		"kept in memory": {map[string]string{KeyMedium: "memory"}, Scope{Create: true, Access: ReadWriteOnce}, Spec{}, "does not outlive"},
+		"memory for a class": {
+			map[string]string{KeyMedium: "memory", KeyUpper: "pod"},
+			Scope{Create: true, Access: ReadWriteOnce}, Spec{Upper: UpperPod, Medium: MediumMemory}, "",
+		},
+		"memory with quota": {
+			map[string]string{KeySizeLimit: "1Gi", KeyMedium: "memory", KeySizeEnforcement: "quota"},
+			Scope{Inline: true}, Spec{}, "its own limit",
+		},
+		"limit of nothing": {map[string]string{KeySizeEnforcement: "quota", KeyUpper: "none"}, Scope{Inline: true}, Spec{}, "no upper"},
+		"owner": {
+			map[string]string{KeyLayerOwner: "0:4294967294"},
+			Scope{Inline: true}, Spec{Upper: UpperPod, LayerOwner: &IDs{0, 4294967294}}, "",
+		},
 		"owner of no layers": {map[string]string{KeyLayerOwner: "1:1", KeyOwnership: "none"}, Scope{Inline: true}, Spec{}, "leaves the layers"},
 		"walk over nothing":  {map[string]string{KeyOwnership: "chown", KeyUpper: "none"}, Scope{Inline: true}, Spec{}, "read-only"},
 	} {

@@ -117,7 +117,8 @@ func newBenchNode(b *testing.B) *benchNode {
 	kubeletDir := kubelet.Dir(filepath.Join(dir, "kubelet"))
 	podVolumes := layer.NewPodVolumes(kubelet.NewPodVolumes(kubeletDir, kubeapi.None{}, 0), protected)
 	backends := upper.NewBackends(upper.Config{
-		Root: root.Dir(), MountDir: filepath.Join(dir, "mounts"), Discard: root.Discard, Commands: exec.New(), Mounter: mounter, InUse: volume.UpperInUse(records),
+		Root: root.Dir(), MountDir: filepath.Join(dir, "mounts"), Discard: root.Discard, Commands: exec.New(),
+		Mounter: mounter, InUse: volume.UpperInUse(records),
 	})
 	klog.SetLogger(logr.Discard())
 	return &benchNode{b: b, dir: dir, certs: certs, manager: volume.NewManager(volume.Config{
@@ -181,7 +182,9 @@ func (n *benchNode) publish(made spec.Spec) (publish, unpublish time.Duration) {
 	n.count++
 	id, target := fmt.Sprint("v", n.count), filepath.Join(n.dir, "target")
 	begin := time.Now()
-	err := n.manager.Publish(n.b.Context(), volume.PublishRequest{VolumeID: id, Target: target, Spec: made, Inline: true, Attributes: overlay.Attributes{NoSUID: true, NoDev: true}})
+	err := n.manager.Publish(n.b.Context(), volume.PublishRequest{
+		VolumeID: id, Target: target, Spec: made, Inline: true, Attributes: overlay.Attributes{NoSUID: true, NoDev: true},
+	})
 	publish = time.Since(begin)
 	if err != nil {
 		n.b.Fatal(err)

@@ -106,7 +106,8 @@ func (l *ledger) choose(r *record.Record) (upper.Backend, error) {
 		return "", err
 	}
 	if most := l.allocatable(disk.Bytes.Total); need.Backend != upper.Tmpfs && !need.Unenforced && r.Size > most {
-		return "", fmt.Errorf("%w: the size is %d bytes, and the disk of node %s has %d for volumes", errdefs.ErrResourceExhausted, r.Size, l.node, most)
+		return "", fmt.Errorf("%w: the size is %d bytes, and the disk of node %s has %d for volumes",
+			errdefs.ErrResourceExhausted, r.Size, l.node, most)
 	}
 	return l.uppers.backends.Choose(need)
 }

@@ -58,7 +58,7 @@ func (m *Manager) Describe(ctx context.Context, id string) (Description, error) 
 			return Description{}, err
 		}
 		d.Publications = append(d.Publications, Publication{
-			Target: p.Target, Pod: p.Pod, Mounted: mounted, Options: p.Attributes.String(), Data: m.graphDriverData(r, p),
+			Target: p.Target, Pod: p.Pod, Mounted: mounted, Options: p.Attributes.String(), Data: m.uppers.graphDriverData(r, p),
 		})
 	}
 	d.Conditions = m.health(ctx, r, "")
@@ -66,10 +66,10 @@ func (m *Manager) Describe(ctx context.Context, id string) (Description, error) 
 }
 
 // graphDriverData returns the directories of a view.
-func (m *Manager) graphDriverData(r *record.Record, p *record.Publication) map[string]string {
+func (u uppers) graphDriverData(r *record.Record, p *record.Publication) map[string]string {
 	data := map[string]string{"LowerDir": strings.Join(p.LowerDirs, ":"), "MergedDir": p.Target}
 	if hasUpper(r) {
-		data["UpperDir"], data["WorkDir"] = m.uppers.open(r, p).Paths()
+		data["UpperDir"], data["WorkDir"] = u.open(r, p).Paths()
 	}
 	return data
 }

@@ -76,11 +76,31 @@ type verdicts struct{ notFound, failedPrecondition, other verdict }
 
 // What the checks of a volume and of its node mean.
 var (
-	mountedLayer    = verdicts{verdict{Degraded, reasonLayerMissing}, verdict{Degraded, reasonLayerChanged}, verdict{Degraded, reasonLayerFails}}
-	neededLayer     = verdicts{verdict{Inaccessible, reasonLayerMissing}, verdict{Inaccessible, reasonLayerFails}, verdict{Inaccessible, reasonLayerFails}}
-	mountedUpper    = verdicts{verdict{Lost, reasonUpperLost}, verdict{Degraded, reasonUpperReadOnly}, verdict{Inaccessible, reasonUpperFails}}
-	persistentUpper = verdicts{verdict{Lost, reasonUpperLost}, verdict{Inaccessible, reasonUpperFails}, verdict{Inaccessible, reasonUpperFails}}
-	dataRootState   = verdicts{verdict{Inaccessible, reasonDataRootFails}, verdict{Degraded, reasonDataRootReadOnly}, verdict{Inaccessible, reasonDataRootFails}}
+	mountedLayer = verdicts{
+		notFound:           verdict{Degraded, reasonLayerMissing},
+		failedPrecondition: verdict{Degraded, reasonLayerChanged},
+		other:              verdict{Degraded, reasonLayerFails},
+	}
+	neededLayer = verdicts{
+		notFound:           verdict{Inaccessible, reasonLayerMissing},
+		failedPrecondition: verdict{Inaccessible, reasonLayerFails},
+		other:              verdict{Inaccessible, reasonLayerFails},
+	}
+	mountedUpper = verdicts{
+		notFound:           verdict{Lost, reasonUpperLost},
+		failedPrecondition: verdict{Degraded, reasonUpperReadOnly},
+		other:              verdict{Inaccessible, reasonUpperFails},
+	}
+	persistentUpper = verdicts{
+		notFound:           verdict{Lost, reasonUpperLost},
+		failedPrecondition: verdict{Inaccessible, reasonUpperFails},
+		other:              verdict{Inaccessible, reasonUpperFails},
+	}
+	dataRootState = verdicts{
+		notFound:           verdict{Inaccessible, reasonDataRootFails},
+		failedPrecondition: verdict{Degraded, reasonDataRootReadOnly},
+		other:              verdict{Inaccessible, reasonDataRootFails},
+	}
 )
 
 // addError adds an error of a check. It adds nothing for nil.
@@ -135,7 +155,8 @@ func (m *Manager) health(ctx context.Context, r *record.Record, target string) [
 			continue
 		}
 		if !live {
-			found.add(Inaccessible, reasonNotMounted, fmt.Sprintf("nothing is mounted at %s; kubelet mounts it when it starts the pod again", p.Target))
+			found.add(Inaccessible, reasonNotMounted,
+				fmt.Sprintf("nothing is mounted at %s; kubelet mounts it when it starts the pod again", p.Target))
 			continue
 		}
 		mounted = true

@@ -127,22 +127,22 @@ func (m *Manager) Delete(ctx context.Context, id string) error {
 	if !errdefs.IsNotFound(err) {
 		return err
 	}
-	if err := m.releaseAll(ctx, r); err != nil {
+	if err := m.uppers.releaseAll(ctx, r); err != nil {
 		return err
 	}
 	return m.discard(id)
 }
 
 // releaseAll releases all uppers of a volume.
-func (m *Manager) releaseAll(ctx context.Context, r *record.Record) error {
+func (u uppers) releaseAll(ctx context.Context, r *record.Record) error {
 	if sharesUpper(r) && r.Backend != "" {
-		return m.uppers.open(r, nil).Release(ctx)
+		return u.open(r, nil).Release(ctx)
 	}
 	if sharesUpper(r) || !hasUpper(r) {
 		return nil
 	}
 	for i := range r.Publications {
-		if err := m.uppers.open(r, &r.Publications[i]).Release(ctx); err != nil {
+		if err := u.open(r, &r.Publications[i]).Release(ctx); err != nil {
 			return err
 		}
 	}
@@ -201,7 +201,8 @@ func checkCreated(r *record.Record, req CreateRequest) error {
 	case created == nil || created.Name != req.Name:
 		return fmt.Errorf("%w: another volume has the ID %s of volume %q", errdefs.ErrAlreadyExists, r.ID, req.Name)
 	case !r.Spec.Equal(req.Spec) || created.Access != req.Access:
-		return fmt.Errorf("%w: volume %q exists with other layers, another upper policy or another access mode", errdefs.ErrAlreadyExists, req.Name)
+		return fmt.Errorf("%w: volume %q exists with other layers, another upper policy or another access mode",
+			errdefs.ErrAlreadyExists, req.Name)
 	case r.Size < req.Required || (req.Limit > 0 && r.Size > req.Limit):
 		return fmt.Errorf("%w: volume %q exists with %d bytes", errdefs.ErrAlreadyExists, req.Name, r.Size)
 	}

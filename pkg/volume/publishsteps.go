@@ -37,7 +37,8 @@ func (p *publishing) loadRecord(context.Context) error {
 			errdefs.ErrDataLoss, dir, dataroot.Record)
 	}
 	if p.req.Spec.Persistent() && p.req.Provisioned {
-		return fmt.Errorf("%w: node %s does not have the volume; its upper was made here or elsewhere and is lost, and an empty one does not replace it",
+		return fmt.Errorf("%w: node %s does not have the volume; its upper was made here or elsewhere and is lost, and "+
+			"an empty one does not replace it",
 			errdefs.ErrNotFound, m.config.Node)
 	}
 	if !exists(dir) {
@@ -264,7 +265,8 @@ func (p *publishing) checkNotLost() error {
 		return fmt.Errorf("find the upper: %w", err)
 	}
 	if !there {
-		return fmt.Errorf("%w: the upper in %s is gone, with what was written to it, and an empty one does not replace it; restore it, or delete the claim",
+		return fmt.Errorf("%w: the upper in %s is gone, with what was written to it, and an empty one does not replace it; "+
+			"restore it, or delete the claim",
 			errdefs.ErrDataLoss, p.m.records.Dir(p.after.ID))
 	}
 	return nil

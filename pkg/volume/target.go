@@ -43,7 +43,8 @@ func openTarget(path string) (target *os.File, made bool, err error) {
 	made = err == nil
 	target, err = linux.OpenDirAt(parent, name)
 	if errors.Is(err, syscall.ENOTDIR) || errors.Is(err, syscall.ELOOP) {
-		return nil, false, fmt.Errorf("%w: target path %s is a file or a link; it must be a directory or not exist", errdefs.ErrInvalidArgument, path)
+		return nil, false, fmt.Errorf("%w: target path %s is a file or a link; it must be a directory or not exist",
+			errdefs.ErrInvalidArgument, path)
 	}
 	return target, made, err
 }
@@ -58,7 +59,8 @@ func removeTarget(path string) error {
 		return fmt.Errorf("%w: target path %s is not empty, although nothing is mounted on it; move its content away, kubelet will retry",
 			errdefs.ErrFailedPrecondition, path)
 	case errors.Is(err, syscall.ENOTDIR):
-		return fmt.Errorf("%w: target path %s is not a directory; the driver did not make it and does not remove it", errdefs.ErrFailedPrecondition, path)
+		return fmt.Errorf("%w: target path %s is not a directory; the driver did not make it and does not remove it",
+			errdefs.ErrFailedPrecondition, path)
 	}
 	return err
 }

@@ -68,7 +68,8 @@ func (m *Manager) dropPublication(ctx context.Context, r *record.Record, target 
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		// The view is gone, and a pod must not stay Terminating because the disk is full: often the end of pods makes room. The
 		// extra publication does no harm until reconcile finds that its pod is gone.
-		klog.FromContext(ctx).Error(err, "Unpublished; could not update the record because the disk is full, reconcile will retry", keyVolume, r.ID)
+		klog.FromContext(ctx).Error(err, "Unpublished; could not update the record because the disk is full, reconcile will retry",
+			keyVolume, r.ID)
 		return nil
 	}
 	return err

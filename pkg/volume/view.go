@@ -55,7 +55,8 @@ func (v views) unmount(target string) error {
 		case mounted == overlay.Nothing:
 			return nil
 		case mounted == overlay.Other:
-			return fmt.Errorf("%w: the mount at %s is not an overlay, and not of this driver; unmount it by hand", errdefs.ErrFailedPrecondition, target)
+			return fmt.Errorf("%w: the mount at %s is not an overlay, and not of this driver; unmount it by hand",
+				errdefs.ErrFailedPrecondition, target)
 		}
 		err = v.Unmount(target)
 		if errors.Is(err, syscall.EBUSY) {
@@ -66,5 +67,6 @@ func (v views) unmount(target string) error {
 			return fmt.Errorf("unmount: %w", err)
 		}
 	}
-	return fmt.Errorf("%w: %s is still a mount point after %d unmounts; find out what mounts there", errdefs.ErrFailedPrecondition, target, maxStacked)
+	return fmt.Errorf("%w: %s is still a mount point after %d unmounts; find out what mounts there",
+		errdefs.ErrFailedPrecondition, target, maxStacked)
 }
