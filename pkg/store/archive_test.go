@@ -28,7 +28,7 @@ func (n *node) importFile(path string, wanted digest.Digest) (*store.Lease, erro
 	return n.Import(n.t.Context(), "archive://root/"+filepath.Base(path), file, wanted)
 }
 
-// archives writes an image in every form that there is.
+// archives writes an image in each supported format. It returns the paths by format.
 func archives(t *testing.T, dir string, img v1.Image) map[string]string {
 	t.Helper()
 	tag, err := name.NewTag("example.com/a:1")
@@ -53,9 +53,12 @@ func archives(t *testing.T, dir string, img v1.Image) map[string]string {
 	return paths
 }
 
+// TestImport imports an image from each supported format.
 func TestImport(t *testing.T) {
 	dir := t.TempDir()
-	img := image(t, layer(t, registrytest.File("f", "bottom"), registrytest.File("g", "g")), layer(t, registrytest.File("f", "top"), registrytest.File(".wh.g", "")))
+	img := image(t,
+		layer(t, registrytest.File("f", "bottom"), registrytest.File("g", "g")),
+		layer(t, registrytest.File("f", "top"), registrytest.File(".wh.g", "")))
 	for name, path := range archives(t, dir, img) {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
@@ -77,11 +80,18 @@ func TestImport(t *testing.T) {
 	}
 }
 
-// TestImportOfRootFileSystems are tars that are no images, though some have names as images have.
+// TestImportOfRootFileSystems imports tars of root file systems. Some have file names of image archives.
 func TestImportOfRootFileSystems(t *testing.T) {
 	data := mustTar(t, registrytest.Dir("etc"), registrytest.File("etc/hostname", "x"), registrytest.File("manifest.json", "[]"))
-	tricky := mustTar(t, registrytest.File("manifest.json", "[]"), registrytest.File("blobs/sha256/00", "x"), registrytest.File("etc/hostname", "x"))
-	for name, content := range map[string][]byte{"plain": data, "gzip": registrytest.Gzip(data), "zstd": registrytest.Zstd(data), "tricky": tricky, "tricky in gzip": registrytest.Gzip(tricky)} {
+	tricky := mustTar(t,
+		registrytest.File("manifest.json", "[]"), registrytest.File("blobs/sha256/00", "x"), registrytest.File("etc/hostname", "x"))
+	for name, content := range map[string][]byte{
+		"plain":          data,
+		"gzip":           registrytest.Gzip(data),
+		"zstd":           registrytest.Zstd(data),
+		"tricky":         tricky,
+		"tricky in gzip": registrytest.Gzip(tricky),
+	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
 			path := filepath.Join(t.TempDir(), "rootfs.tar")
@@ -102,7 +112,7 @@ func TestImportOfRootFileSystems(t *testing.T) {
 			use, err = n.importFile(path, pin)
 			must(t, err)
 			use.Release()
-			// Another file in its place is not what the volume was made on.
+			// A volume refuses another file at the same path.
 			must(t, os.WriteFile(path, mustTar(t, registrytest.File("other", "x")), 0o644))
 			_, err = n.importFile(path, pin)
 			wantError(t, err, "was changed", pin.String())
@@ -110,6 +120,7 @@ func TestImportOfRootFileSystems(t *testing.T) {
 	}
 }
 
+// TestImportRefuses checks the errors for invalid archives.
 func TestImportRefuses(t *testing.T) {
 	dir := t.TempDir()
 	one, two := image(t, layer(t, registrytest.File("f", "1"))), image(t, layer(t, registrytest.File("f", "2")))
@@ -127,7 +138,8 @@ func TestImportRefuses(t *testing.T) {
 	must(t, os.Mkdir(filepath.Join(dir, "empty"), 0o755))
 	whole := mustTar(t, registrytest.File("f", strings.Repeat("x", 100_000)))
 	evil := mustTar(t, registrytest.File("manifest.json", `[{"Config":"../../etc/passwd","Layers":["/etc/passwd"]}]`))
-	escape := mustTar(t, registrytest.File("manifest.json", `[{"Config":"x.json","Layers":["x"]}]`), registrytest.Entry{Header: tar.Header{Typeflag: tar.TypeSymlink, Name: strings.Repeat("a", 64) + ".json", Linkname: "/etc/passwd"}})
+	link := tar.Header{Typeflag: tar.TypeSymlink, Name: strings.Repeat("a", 64) + ".json", Linkname: "/etc/passwd"}
+	escape := mustTar(t, registrytest.File("manifest.json", `[{"Config":"x.json","Layers":["x"]}]`), registrytest.Entry{Header: link})
 	for name, c := range map[string]struct {
 		path  string
 		words []string
@@ -151,6 +163,7 @@ func TestImportRefuses(t *testing.T) {
 	}
 }
 
+// TestLayoutThatWasTamperedWith checks that a replaced blob of a layout is refused.
 func TestLayoutThatWasTamperedWith(t *testing.T) {
 	dir := t.TempDir()
 	l := layer(t, registrytest.File("f", "x"))

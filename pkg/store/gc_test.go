@@ -26,6 +26,7 @@ func (n *node) collectGarbage(request store.GCRequest) store.GCResult {
 	return collected
 }
 
+// TestCollect checks that garbage collection removes unused layers only.
 func TestCollect(t *testing.T) {
 	n := newNode(t)
 	r := n.startRegistry(registrytest.Options{})
@@ -72,7 +73,7 @@ func TestCollect(t *testing.T) {
 	n.mustPull(pinned[3])
 }
 
-// TestCollectsTheLeastRecentlyUsed also after a restart, which remembers what a collection saw.
+// TestCollectsTheLeastRecentlyUsed checks the order of garbage collection, also after a restart.
 func TestCollectsTheLeastRecentlyUsed(t *testing.T) {
 	n := newNode(t)
 	r := n.startRegistry(registrytest.Options{})
@@ -104,7 +105,8 @@ func TestCollectsTheLeastRecentlyUsed(t *testing.T) {
 	}
 }
 
-func TestCollectByMarksAndAge(t *testing.T) {
+// TestCollectByThresholdsAndAge checks the thresholds of disk usage and the minimum age.
+func TestCollectByThresholdsAndAge(t *testing.T) {
 	dir := newDisk(t, 64<<20)
 	n := newNodeIn(t, dir, func(n *node) {
 		n.config.GC = store.GCConfig{HighThreshold: 50, LowThreshold: 30, MinAge: time.Hour, Interval: time.Hour}
@@ -124,13 +126,14 @@ func TestCollectByMarksAndAge(t *testing.T) {
 	}
 	n.config.GC.MinAge = 0
 	n.restart()
-	// 40 of 64 MiB are taken: three layers go before less than 30 % are.
+	// 40 of 64 MiB are used. Three layers must be removed to use less than 30 %.
 	if collected := n.collectGarbage(store.GCRequest{}); len(collected.Layers) != 3 {
 		t.Errorf("%d layers were collected", len(collected.Layers))
 	}
 }
 
-func TestPrefetchedIsKept(t *testing.T) {
+// TestPrefetchedIsNotCollected checks that garbage collection does not remove prefetched images.
+func TestPrefetchedIsNotCollected(t *testing.T) {
 	n := newNode(t)
 	r := n.startRegistry(registrytest.Options{})
 	push(t, r, "kept:1", image(t, layer(t, registrytest.File("f", "kept"))))
@@ -144,7 +147,7 @@ func TestPrefetchedIsKept(t *testing.T) {
 	if images := n.Images(); len(images) != 1 || images[0].Names[0] != r.Host+"/kept:1" {
 		t.Errorf("these are left: %+v", images)
 	}
-	// As long as the registry does not say what the name stands for, what it stood for is kept.
+	// Until the name is resolved, images that were pulled by it are protected.
 	r.Close()
 	n.restart()
 	n.collectGarbage(store.GCRequest{All: true})
@@ -153,13 +156,15 @@ func TestPrefetchedIsKept(t *testing.T) {
 	}
 }
 
-// TestCollectsWhileLayersAreUsed has layers taken, let go of and collected at once: one that is held is there.
+// TestCollectsWhileLayersAreUsed checks that garbage collection does not remove leased layers while others lease and release
+// them.
 func TestCollectsWhileLayersAreUsed(t *testing.T) {
 	n := newNode(t)
 	r := n.startRegistry(registrytest.Options{})
 	var pinned []string
 	for i := range 6 {
-		pinned = append(pinned, push(t, r, fmt.Sprint("i", i, ":1"), image(t, layer(t, registrytest.File("f", "content")), layer(t, registrytest.File("own", fmt.Sprint(i))))))
+		own := layer(t, registrytest.File("own", fmt.Sprint(i)))
+		pinned = append(pinned, push(t, r, fmt.Sprint("i", i, ":1"), image(t, layer(t, registrytest.File("f", "content")), own)))
 	}
 	// So often, however fast the disk is.
 	const enough = 100
@@ -203,6 +208,7 @@ func TestCollectsWhileLayersAreUsed(t *testing.T) {
 	}
 }
 
+// TestStateThatCannotBeReadCollectsNothing checks that a new store removes invalid layers and images.
 func TestStateThatCannotBeReadCollectsNothing(t *testing.T) {
 	n := newNode(t)
 	must(t, os.MkdirAll(filepath.Join(n.dir, "layers/sha256/junk/tree"), 0o755))

@@ -17,7 +17,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
 
-// index is an index of these images, by platform.
+// index returns an index of images by platform.
 func index(t *testing.T, images map[string]v1.Image) v1.ImageIndex {
 	t.Helper()
 	made := mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
@@ -29,29 +29,36 @@ func index(t *testing.T, images map[string]v1.Image) v1.ImageIndex {
 	return made
 }
 
+// TestIndex checks which manifest of an index is pulled.
 func TestIndex(t *testing.T) {
 	n := newNode(t)
 	r := n.startRegistry(registrytest.Options{})
 	here := platforms.Format(platforms.DefaultSpec())
 	other := "linux/s390x"
 	of := func(content string) v1.Image { return image(t, layer(t, registrytest.File("f", content))) }
-	// What BuildKit adds to an index has a platform that is none.
-	pinned := push(t, r, "many:1", index(t, map[string]v1.Image{here: of("here"), other: of("other"), "unknown/unknown": of("attestation")}))
+	// BuildKit adds attestations with the platform unknown/unknown to an index.
+	many := index(t, map[string]v1.Image{here: of("here"), other: of("other"), "unknown/unknown": of("attestation")})
+	pinned := push(t, r, "many:1", many)
 	use, err := n.pull(r.Host+"/many:1", "", registry.Credentials{})
 	must(t, err)
 	defer use.Release()
 	wantFile(t, filepath.Join(use.Dirs[0].Name(), "f"), "here")
-	if !strings.HasSuffix(pinned, use.Image.Digest.String()) || use.Image.Manifest == use.Image.Digest || !strings.HasPrefix(use.Image.Platform, "linux/") {
+	if !strings.HasSuffix(pinned, use.Image.Digest.String()) || use.Image.Manifest == use.Image.Digest ||
+		!strings.HasPrefix(use.Image.Platform, "linux/") {
 		t.Errorf("of the index %s: %+v", pinned, use.Image)
 	}
-	_, err = n.pull(push(t, r, "other:1", index(t, map[string]v1.Image{other: of("other"), "windows/amd64": of("w")})), "", registry.Credentials{})
+	others := index(t, map[string]v1.Image{other: of("other"), "windows/amd64": of("w")})
+	_, err = n.pull(push(t, r, "other:1", others), "", registry.Credentials{})
 	wantError(t, err, "platform", other, "windows/amd64")
-	use, err = n.pull(push(t, r, "nested:1", mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), mutate.IndexAddendum{Add: index(t, map[string]v1.Image{here: of("nested")})})), "", registry.Credentials{})
+	inner := mutate.IndexAddendum{Add: index(t, map[string]v1.Image{here: of("nested")})}
+	nested := mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), inner)
+	use, err = n.pull(push(t, r, "nested:1", nested), "", registry.Credentials{})
 	must(t, err)
 	wantFile(t, filepath.Join(use.Dirs[0].Name(), "f"), "nested")
 	use.Release()
 }
 
+// TestDockerManifest pulls an image with a Docker manifest.
 func TestDockerManifest(t *testing.T) {
 	n := newNode(t)
 	r := n.startRegistry(registrytest.Options{})
@@ -65,7 +72,7 @@ func TestDockerManifest(t *testing.T) {
 	wantFile(t, filepath.Join(n.mustPull(push(t, r, "docker:1", docker)).Dirs[0].Name(), "f"), "docker")
 }
 
-// TestTokens has a registry that hands out tokens, to everybody for what is public.
+// TestTokens pulls from a registry with a token server.
 func TestTokens(t *testing.T) {
 	for name, c := range map[string]struct{ user, password, word string }{
 		"anonymous": {"", "", ""},

@@ -38,25 +38,36 @@ func mustGlob(t *testing.T, pattern string) []string {
 	return found
 }
 
+// TestOpaqueRootHidesLowerLayers checks that layers below an opaque root are left out.
 func TestOpaqueRootHidesLowerLayers(t *testing.T) {
 	n := newNode(t)
 	r := n.startRegistry(registrytest.Options{})
-	use := n.mustPull(push(t, r, "a:1", image(t, layer(t, registrytest.File("bottom", "x")), layer(t, registrytest.File(".wh..wh..opq", ""), registrytest.File("f", "x")), layer(t, registrytest.File("top", "x")))))
+	use := n.mustPull(push(t, r, "a:1", image(t,
+		layer(t, registrytest.File("bottom", "x")),
+		layer(t, registrytest.File(".wh..wh..opq", ""), registrytest.File("f", "x")),
+		layer(t, registrytest.File("top", "x")),
+	)))
 	if len(use.Dirs) != 2 {
 		t.Errorf("%d layers are mounted, of which the lower of two hides what is below", len(use.Dirs))
 	}
 }
 
+// TestPathInImage resolves paths through links, whiteouts and opaque directories.
 func TestPathInImage(t *testing.T) {
 	link := func(name, target string) registrytest.Entry {
 		return registrytest.Entry{Header: tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: target, Mode: 0o777}}
 	}
 	n := newNode(t)
 	r := n.startRegistry(registrytest.Options{})
-	bottom := layer(t, registrytest.Dir("usr"), registrytest.Dir("usr/share"), registrytest.File("usr/share/bottom", "x"), registrytest.Dir("gone"), registrytest.File("gone/f", "x"),
-		registrytest.Dir("opaque"), registrytest.Dir("opaque/d"), registrytest.File("opaque/d/bottom", "x"), registrytest.File("was-file", "x"), link("loop", "loop"))
-	middle := layer(t, registrytest.Dir("usr"), registrytest.Dir("usr/share"), registrytest.File("usr/share/middle", "x"), registrytest.File(".wh.gone", ""),
-		registrytest.Dir("opaque"), registrytest.File("opaque/.wh..wh..opq", ""), registrytest.Dir("opaque/d"), registrytest.File("opaque/d/middle", "x"), registrytest.Dir("was-file"), registrytest.File("was-file/f", "x"))
+	bottom := layer(t, registrytest.Dir("usr"), registrytest.Dir("usr/share"), registrytest.File("usr/share/bottom", "x"),
+		registrytest.Dir("gone"), registrytest.File("gone/f", "x"),
+		registrytest.Dir("opaque"), registrytest.Dir("opaque/d"), registrytest.File("opaque/d/bottom", "x"),
+		registrytest.File("was-file", "x"), link("loop", "loop"))
+	middle := layer(t, registrytest.Dir("usr"), registrytest.Dir("usr/share"), registrytest.File("usr/share/middle", "x"),
+		registrytest.File(".wh.gone", ""),
+		registrytest.Dir("opaque"), registrytest.File("opaque/.wh..wh..opq", ""),
+		registrytest.Dir("opaque/d"), registrytest.File("opaque/d/middle", "x"),
+		registrytest.Dir("was-file"), registrytest.File("was-file/f", "x"))
 	top := layer(t, link("share", "/usr/share"), link("up", "../../usr/./share/"), registrytest.Dir("a"), link("a/relative", "../share"))
 	pinned := push(t, r, "a:1", image(t, bottom, middle, top))
 	for path, want := range map[string]string{
@@ -68,33 +79,43 @@ func TestPathInImage(t *testing.T) {
 		"opaque/d":   "middle",
 		"was-file":   "f",
 	} {
-		use, err := n.pull(pinned, path, registry.Credentials{})
-		must(t, err)
-		names := map[string]bool{}
-		for _, dir := range use.Dirs {
-			entries, err := os.ReadDir(dir.Name())
+		t.Run(path, func(t *testing.T) {
+			lease, err := n.pull(pinned, path, registry.Credentials{})
 			must(t, err)
-			for _, entry := range entries {
-				names[entry.Name()] = true
+			defer lease.Release()
+			names := map[string]bool{}
+			for _, dir := range lease.Dirs {
+				entries, err := os.ReadDir(dir.Name())
+				must(t, err)
+				for _, entry := range entries {
+					names[entry.Name()] = true
+				}
 			}
-		}
-		for name := range strings.FieldsSeq(want) {
-			if !names[name] {
-				t.Errorf("%s does not have %s", path, name)
+			for name := range strings.FieldsSeq(want) {
+				if !names[name] {
+					t.Errorf("%s is missing", name)
+				}
+				delete(names, name)
 			}
-			delete(names, name)
-		}
-		if len(names) > 0 {
-			t.Errorf("%s has %v too", path, names)
-		}
-		use.Release()
+			if len(names) > 0 {
+				t.Errorf("unexpected entries %v", names)
+			}
+		})
 	}
-	for path, word := range map[string]string{"gone": "no such directory", "nowhere": "no such directory", "usr/share/middle": "is a file", "loop": "links"} {
-		_, err := n.pull(pinned, path, registry.Credentials{})
-		wantError(t, err, word, path)
+	for path, word := range map[string]string{
+		"gone":             "no such directory",
+		"nowhere":          "no such directory",
+		"usr/share/middle": "is a file",
+		"loop":             "links",
+	} {
+		t.Run(path, func(t *testing.T) {
+			_, err := n.pull(pinned, path, registry.Credentials{})
+			wantError(t, err, word, path)
+		})
 	}
 }
 
+// TestLimits checks the error of each limit.
 func TestLimits(t *testing.T) {
 	many := []registrytest.Entry{}
 	for i := range 50 {
@@ -125,7 +146,7 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// TestDiskFull is on a disk that is really full.
+// TestDiskFull pulls to a full disk.
 func TestDiskFull(t *testing.T) {
 	dir := newDisk(t, 64<<20)
 	n := newNodeIn(t, dir)
@@ -136,7 +157,7 @@ func TestDiskFull(t *testing.T) {
 	for i := range random {
 		random[i] = byte(rand.Uint32())
 	}
-	// It compresses well, so that it is the unpacking that the disk is too small for.
+	// The layer compresses well: the disk has space for the download, but not for the files.
 	l := layer(t, registrytest.File("small", "x"), registrytest.File("big", strings.Repeat(string(random[:1000]), 30_000)))
 	pinned := push(t, r, "a:1", image(t, l))
 	_, err := n.pull(pinned, "", registry.Credentials{})
@@ -148,7 +169,7 @@ func TestDiskFull(t *testing.T) {
 	must(t, os.Remove(filler))
 	use := n.mustPull(pinned)
 	wantFileSize(t, filepath.Join(use.Dirs[0].Name(), "big"), 30_000_000)
-	// One whose download alone is too large is refused before it begins.
+	// A download that is too large is refused before it starts.
 	incompressible := layer(t, registrytest.File("big", string(bytes.Repeat(random, 4))))
 	r.Requests()
 	_, err = n.pull(push(t, r, "b:1", image(t, incompressible)), "", registry.Credentials{})
@@ -183,7 +204,7 @@ func wantFileSize(t *testing.T, path string, size int64) {
 	}
 }
 
-// newDisk is a disk of this size.
+// newDisk returns a directory on a file system of size bytes.
 func newDisk(t *testing.T, size int64) string {
 	t.Helper()
 	needs.Root(t)

@@ -27,7 +27,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
 
-// node is a store and what is around it.
+// node is a store with its environment.
 type node struct {
 	*store.Store
 	t        *testing.T
@@ -43,7 +43,7 @@ type node struct {
 
 func (n *node) LayersInUse() (map[digest.Digest][]string, error) { return n.used, nil }
 
-// newNode makes a store in a directory of its own, on a file system that can hold layers.
+// newNode returns a node with a store in a new directory.
 func newNode(t *testing.T, change ...func(*node)) *node {
 	t.Helper()
 	needs.Root(t)
@@ -72,7 +72,7 @@ func newNodeIn(t *testing.T, dir string, change ...func(*node)) *node {
 	return n
 }
 
-// Dir, Discard and LayersInUse are those of the data root and of the records.
+// Dir implements the interface of the data root.
 func (n *node) Dir() *os.File { return n.root }
 
 func (n *node) Discard(path string) error {
@@ -83,7 +83,7 @@ func (n *node) Discard(path string) error {
 	return err
 }
 
-// start opens the store, and has it run.
+// start opens the store and runs it.
 func (n *node) start() {
 	n.t.Helper()
 	ctx, stop := context.WithCancel(n.t.Context())
@@ -93,7 +93,7 @@ func (n *node) start() {
 	go s.Run(ctx)
 }
 
-// restart closes the store and opens it again, as a new driver does.
+// restart closes the store and opens it again.
 func (n *node) restart() {
 	n.t.Helper()
 	n.stop()
@@ -101,7 +101,7 @@ func (n *node) restart() {
 	n.start()
 }
 
-// startRegistry starts a registry that the node knows how to reach.
+// startRegistry starts a registry and configures the node for it.
 func (n *node) startRegistry(options registrytest.Options) *registrytest.Registry {
 	n.t.Helper()
 	r, err := registrytest.Start(options)
@@ -111,7 +111,7 @@ func (n *node) startRegistry(options registrytest.Options) *registrytest.Registr
 	return r
 }
 
-// pull pulls by tag or digest.
+// pull pulls an image by tag or digest.
 func (n *node) pull(image, path string, credentials registry.Credentials) (*store.Lease, error) {
 	named, err := registry.ParseName(image)
 	must(n.t, err)
@@ -143,7 +143,7 @@ func (n *node) mustPull(image string) *store.Lease {
 	return use
 }
 
-// wantNothing checks that the store has no layer, and nothing half done.
+// wantNothing checks that the store has neither layers nor partial downloads. If blobs is true it allows partial downloads.
 func (n *node) wantNothing(blobs bool) {
 	n.t.Helper()
 	for _, dir := range []string{"layers/sha256", "layers/incoming", "images"} {
@@ -192,11 +192,11 @@ func must(t *testing.T, err error) {
 func wantError(t *testing.T, err error, words ...string) {
 	t.Helper()
 	if err == nil {
-		t.Fatalf("no error, where one with %q should be", words)
+		t.Fatalf("no error; want one with %q", words)
 	}
 	for _, word := range words {
 		if !strings.Contains(err.Error(), word) {
-			t.Errorf("the error %q does not say %q", err, word)
+			t.Errorf("the error %q does not contain %q", err, word)
 		}
 	}
 }
@@ -221,6 +221,7 @@ func wantFile(t *testing.T, path, want string) {
 	}
 }
 
+// TestPull pulls from registries with and without TLS and passwords.
 func TestPull(t *testing.T) {
 	plain, err := registrytest.Tar(registrytest.File("a", "plain"))
 	must(t, err)
@@ -264,7 +265,8 @@ func TestPull(t *testing.T) {
 	}
 }
 
-func TestLayersAreKeptOnce(t *testing.T) {
+// TestLayersAreStoredOnce checks that images share layers.
+func TestLayersAreStoredOnce(t *testing.T) {
 	n := newNode(t)
 	r := n.startRegistry(registrytest.Options{})
 	shared := layer(t, registrytest.File("shared", "shared"))
@@ -288,6 +290,7 @@ func TestLayersAreKeptOnce(t *testing.T) {
 	}
 }
 
+// TestArtifacts pulls an artifact with each format of blobs.
 func TestArtifacts(t *testing.T) {
 	n := newNode(t)
 	r := n.startRegistry(registrytest.Options{})
@@ -297,12 +300,24 @@ func TestArtifacts(t *testing.T) {
 	weights := bytes.Repeat([]byte("weights"), 100_000)
 	artifact, err := registrytest.Artifact(
 		registrytest.ArtifactFile{Data: weights, MediaType: "application/octet-stream", Annotations: title("model/weights.bin")},
-		// What ORAS makes of a file that is a tar, and of a directory.
+		// ORAS pushes a tar as a file, and a directory as a tar to unpack.
 		registrytest.ArtifactFile{Data: registrytest.Gzip(dir), Annotations: title("data.tar.gz")},
-		registrytest.ArtifactFile{Data: registrytest.Gzip(dir), Annotations: map[string]string{"org.opencontainers.image.title": "conf", "io.deis.oras.content.unpack": "true"}},
-		registrytest.ArtifactFile{Data: []byte("config"), MediaType: "application/vnd.cncf.model.weight.config.v1.raw", Annotations: map[string]string{"org.cncf.model.filepath": "config.json"}},
-		// A Helm chart, and a blob that says nothing of itself.
-		registrytest.ArtifactFile{Data: registrytest.Zstd(mustTar(t, registrytest.File("Chart.yaml", "chart"))), MediaType: "application/vnd.cncf.helm.chart.content.v1.tar+gzip"},
+		registrytest.ArtifactFile{
+			Data: registrytest.Gzip(dir),
+			Annotations: map[string]string{
+				"org.opencontainers.image.title": "conf",
+				"io.deis.oras.content.unpack":    "true",
+			},
+		},
+		registrytest.ArtifactFile{
+			Data: []byte("config"), MediaType: "application/vnd.cncf.model.weight.config.v1.raw",
+			Annotations: map[string]string{"org.cncf.model.filepath": "config.json"},
+		},
+		// A Helm chart, and a blob without annotations.
+		registrytest.ArtifactFile{
+			Data:      registrytest.Zstd(mustTar(t, registrytest.File("Chart.yaml", "chart"))),
+			MediaType: "application/vnd.cncf.helm.chart.content.v1.tar+gzip",
+		},
 		registrytest.ArtifactFile{Data: []byte("unnamed"), MediaType: "application/vnd.example"},
 	)
 	must(t, err)
@@ -319,7 +334,14 @@ func TestArtifacts(t *testing.T) {
 		}))
 	}
 	unnamed := "sha256-" + digest.FromString("unnamed").Encoded()
-	want := map[string]string{"model/weights.bin": string(weights), "data.tar.gz": string(registrytest.Gzip(dir)), "conf/x": "x", "config.json": "config", "Chart.yaml": "chart", unnamed: "unnamed"}
+	want := map[string]string{
+		"model/weights.bin": string(weights),
+		"data.tar.gz":       string(registrytest.Gzip(dir)),
+		"conf/x":            "x",
+		"config.json":       "config",
+		"Chart.yaml":        "chart",
+		unnamed:             "unnamed",
+	}
 	for name, content := range want {
 		if found[name] != content {
 			t.Errorf("%s: %d bytes instead of %d", name, len(found[name]), len(content))
