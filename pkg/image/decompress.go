@@ -27,8 +27,8 @@ var (
 	}
 )
 
-// decompress returns the uncompressed content of a stream. It recognizes gzip and zstd by their magic bytes. Media types are
-// often wrong.
+// decompress returns the uncompressed content of a stream. It recognizes gzip and zstd by their magic bytes, because
+// media types are often wrong.
 func decompress(from io.Reader) (io.ReadCloser, error) {
 	buffered := bufio.NewReaderSize(from, 128<<10)
 	magic, err := buffered.Peek(magicSize)

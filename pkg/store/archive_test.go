@@ -62,15 +62,15 @@ func TestImport(t *testing.T) {
 	for name, path := range archives(t, dir, img) {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
-			use, err := n.importFile(path, "")
+			lease, err := n.importFile(path, "")
 			must(t, err)
-			defer use.Release()
-			if len(use.Dirs) != 2 {
-				t.Fatalf("%d layers", len(use.Dirs))
+			defer lease.Release()
+			if len(lease.Dirs) != 2 {
+				t.Fatalf("%d layers", len(lease.Dirs))
 			}
-			wantFile(t, filepath.Join(use.Dirs[0].Name(), "f"), "top")
-			wantFile(t, filepath.Join(use.Dirs[1].Name(), "f"), "bottom")
-			again, err := n.importFile(path, use.Image.Digest)
+			wantFile(t, filepath.Join(lease.Dirs[0].Name(), "f"), "top")
+			wantFile(t, filepath.Join(lease.Dirs[1].Name(), "f"), "bottom")
+			again, err := n.importFile(path, lease.Image.Digest)
 			must(t, err)
 			again.Release()
 			if left := mustGlob(t, filepath.Join(n.dir, "layers/incoming/*")); len(left) > 0 {
@@ -96,26 +96,26 @@ func TestImportOfRootFileSystems(t *testing.T) {
 			n := newNode(t)
 			path := filepath.Join(t.TempDir(), "rootfs.tar")
 			must(t, os.WriteFile(path, content, 0o644))
-			use, err := n.importFile(path, "")
+			lease, err := n.importFile(path, "")
 			must(t, err)
-			wantFile(t, filepath.Join(use.Dirs[0].Name(), "etc/hostname"), "x")
+			wantFile(t, filepath.Join(lease.Dirs[0].Name(), "etc/hostname"), "x")
 			want := digest.FromBytes(data)
 			if strings.HasPrefix(name, "tricky") {
 				want = digest.FromBytes(tricky)
 			}
-			if use.Image.Digest != want {
-				t.Errorf("digest %s instead of %s", use.Image.Digest, want)
+			if lease.Image.Digest != want {
+				t.Errorf("digest %s instead of %s", lease.Image.Digest, want)
 			}
-			pin := use.Image.Digest
-			use.Release()
+			resolved := lease.Image.Digest
+			lease.Release()
 			n.restart()
-			use, err = n.importFile(path, pin)
+			lease, err = n.importFile(path, resolved)
 			must(t, err)
-			use.Release()
+			lease.Release()
 			// A volume refuses another file at the same path.
 			must(t, os.WriteFile(path, mustTar(t, registrytest.File("other", "x")), 0o644))
-			_, err = n.importFile(path, pin)
-			wantError(t, err, "was changed", pin.String())
+			_, err = n.importFile(path, resolved)
+			wantError(t, err, "was changed", resolved.String())
 		})
 	}
 }

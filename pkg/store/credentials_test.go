@@ -41,7 +41,7 @@ func TestCredentials(t *testing.T) {
 			}
 			credentials, err := registry.ParseCredentials(data)
 			must(t, err)
-			use, err := n.pull(pinned, "", credentials)
+			lease, err := n.pull(pinned, "", credentials)
 			if c.words != nil {
 				wantError(t, err, append(c.words, r.Host, "team/data")...)
 				if !errdefs.IsUnauthorized(err) {
@@ -50,7 +50,7 @@ func TestCredentials(t *testing.T) {
 				return
 			}
 			must(t, err)
-			use.Release()
+			lease.Release()
 			if _, err := n.GC(t.Context(), store.GCRequest{All: true}); err != nil {
 				t.Error(err)
 			}

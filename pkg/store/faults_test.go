@@ -87,8 +87,8 @@ func TestRegistryFails(t *testing.T) {
 				}
 				return fault(int(count.Add(1)), w, request)
 			})
-			use := n.mustPull(pinned)
-			wantFileSize(t, filepath.Join(use.Dirs[0].Name(), "random"), size)
+			lease := n.mustPull(pinned)
+			wantFileSize(t, filepath.Join(lease.Dirs[0].Name(), "random"), size)
 		})
 	}
 }

@@ -37,9 +37,9 @@ func TestCollect(t *testing.T) {
 	}
 	held := n.mustPull(pinned[0])
 	for _, name := range pinned[1:] {
-		use, err := n.pull(name, "", registry.Credentials{})
+		lease, err := n.pull(name, "", registry.Credentials{})
 		must(t, err)
-		use.Release()
+		lease.Release()
 	}
 	used, err := n.pull(pinned[1], "", registry.Credentials{})
 	must(t, err)
@@ -81,10 +81,10 @@ func TestCollectsTheLeastRecentlyUsed(t *testing.T) {
 	for i := range 4 {
 		name := push(t, r, fmt.Sprint("i", i, ":1"), image(t, layer(t, registrytest.File("own", fmt.Sprint(i)))))
 		pinned = append(pinned, name)
-		use, err := n.pull(name, "", registry.Credentials{})
+		lease, err := n.pull(name, "", registry.Credentials{})
 		must(t, err)
-		use.Release()
-		layerFile := filepath.Join(n.dir, "layers/sha256", use.Image.Layers[0].DiffID.Encoded(), "layer.json")
+		lease.Release()
+		layerFile := filepath.Join(n.dir, "layers/sha256", lease.Image.Layers[0].DiffID.Encoded(), "layer.json")
 		at := time.Now().Add(time.Duration(i-10) * time.Hour)
 		must(t, os.Chtimes(layerFile, at, at))
 	}
@@ -115,9 +115,9 @@ func TestCollectByThresholdsAndAge(t *testing.T) {
 	for i := range 5 {
 		entry := incompressible(8 << 20)
 		entry.Content = fmt.Sprint(i) + entry.Content
-		use, err := n.pull(push(t, r, fmt.Sprint("i", i, ":1"), image(t, layer(t, entry))), "", registry.Credentials{})
+		lease, err := n.pull(push(t, r, fmt.Sprint("i", i, ":1"), image(t, layer(t, entry))), "", registry.Credentials{})
 		must(t, err)
-		use.Release()
+		lease.Release()
 		must(t, os.RemoveAll(filepath.Join(dir, "trash")))
 		must(t, os.Mkdir(filepath.Join(dir, "trash"), 0o700))
 	}
@@ -137,9 +137,9 @@ func TestPrefetchedIsNotCollected(t *testing.T) {
 	n := newNode(t)
 	r := n.startRegistry(registrytest.Options{})
 	push(t, r, "kept:1", image(t, layer(t, registrytest.File("f", "kept"))))
-	use, err := n.pull(push(t, r, "other:1", image(t, layer(t, registrytest.File("f", "other")))), "", registry.Credentials{})
+	lease, err := n.pull(push(t, r, "other:1", image(t, layer(t, registrytest.File("f", "other")))), "", registry.Credentials{})
 	must(t, err)
-	use.Release()
+	lease.Release()
 	n.config.Prefetch = []string{r.Host + "/kept:1"}
 	n.restart()
 	eventually(t, func() bool { return len(n.Images()) == 2 })
@@ -187,7 +187,7 @@ func TestCollectsWhileLayersAreUsed(t *testing.T) {
 	for range 4 {
 		workers.Go(func() {
 			for unfinished() {
-				use, err := n.pull(pinned[rand.IntN(len(pinned))], "", registry.Credentials{})
+				lease, err := n.pull(pinned[rand.IntN(len(pinned))], "", registry.Credentials{})
 				if err != nil {
 					if !strings.Contains(err.Error(), "was removed after its pull") {
 						t.Error(err)
@@ -195,10 +195,10 @@ func TestCollectsWhileLayersAreUsed(t *testing.T) {
 					continue
 				}
 				uses.Add(1)
-				if content, err := os.ReadFile(filepath.Join(use.Dirs[1].Name(), "f")); string(content) != "content" {
+				if content, err := os.ReadFile(filepath.Join(lease.Dirs[1].Name(), "f")); string(content) != "content" {
 					t.Errorf("a layer that is held lost its file: %v", err)
 				}
-				use.Release()
+				lease.Release()
 			}
 		})
 	}

@@ -39,23 +39,23 @@ func TestIndex(t *testing.T) {
 	// BuildKit adds attestations with the platform unknown/unknown to an index.
 	many := index(t, map[string]v1.Image{here: of("here"), other: of("other"), "unknown/unknown": of("attestation")})
 	pinned := push(t, r, "many:1", many)
-	use, err := n.pull(r.Host+"/many:1", "", registry.Credentials{})
+	lease, err := n.pull(r.Host+"/many:1", "", registry.Credentials{})
 	must(t, err)
-	defer use.Release()
-	wantFile(t, filepath.Join(use.Dirs[0].Name(), "f"), "here")
-	if !strings.HasSuffix(pinned, use.Image.Digest.String()) || use.Image.Manifest == use.Image.Digest ||
-		!strings.HasPrefix(use.Image.Platform, "linux/") {
-		t.Errorf("of the index %s: %+v", pinned, use.Image)
+	defer lease.Release()
+	wantFile(t, filepath.Join(lease.Dirs[0].Name(), "f"), "here")
+	if !strings.HasSuffix(pinned, lease.Image.Digest.String()) || lease.Image.Manifest == lease.Image.Digest ||
+		!strings.HasPrefix(lease.Image.Platform, "linux/") {
+		t.Errorf("of the index %s: %+v", pinned, lease.Image)
 	}
 	others := index(t, map[string]v1.Image{other: of("other"), "windows/amd64": of("w")})
 	_, err = n.pull(push(t, r, "other:1", others), "", registry.Credentials{})
 	wantError(t, err, "platform", other, "windows/amd64")
 	inner := mutate.IndexAddendum{Add: index(t, map[string]v1.Image{here: of("nested")})}
 	nested := mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), inner)
-	use, err = n.pull(push(t, r, "nested:1", nested), "", registry.Credentials{})
+	lease, err = n.pull(push(t, r, "nested:1", nested), "", registry.Credentials{})
 	must(t, err)
-	wantFile(t, filepath.Join(use.Dirs[0].Name(), "f"), "nested")
-	use.Release()
+	wantFile(t, filepath.Join(lease.Dirs[0].Name(), "f"), "nested")
+	lease.Release()
 }
 
 // TestDockerManifest pulls an image with a Docker manifest.
@@ -109,13 +109,13 @@ func TestTokens(t *testing.T) {
 			}
 			credentials, err := registry.ParseCredentials(data)
 			must(t, err)
-			use, err := n.pull(pinned, "", credentials)
+			lease, err := n.pull(pinned, "", credentials)
 			if c.word != "" {
 				wantError(t, err, c.word, r.Host)
 				return
 			}
 			must(t, err)
-			use.Release()
+			lease.Release()
 		})
 	}
 }

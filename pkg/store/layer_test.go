@@ -42,13 +42,13 @@ func mustGlob(t *testing.T, pattern string) []string {
 func TestOpaqueRootHidesLowerLayers(t *testing.T) {
 	n := newNode(t)
 	r := n.startRegistry(registrytest.Options{})
-	use := n.mustPull(push(t, r, "a:1", image(t,
+	lease := n.mustPull(push(t, r, "a:1", image(t,
 		layer(t, registrytest.File("bottom", "x")),
 		layer(t, registrytest.File(".wh..wh..opq", ""), registrytest.File("f", "x")),
 		layer(t, registrytest.File("top", "x")),
 	)))
-	if len(use.Dirs) != 2 {
-		t.Errorf("%d layers are mounted, of which the lower of two hides what is below", len(use.Dirs))
+	if len(lease.Dirs) != 2 {
+		t.Errorf("%d layers are mounted, of which the lower of two hides what is below", len(lease.Dirs))
 	}
 }
 
@@ -167,8 +167,8 @@ func TestDiskFull(t *testing.T) {
 	must(t, os.RemoveAll(filepath.Join(dir, "trash")))
 	must(t, os.Mkdir(filepath.Join(dir, "trash"), 0o700))
 	must(t, os.Remove(filler))
-	use := n.mustPull(pinned)
-	wantFileSize(t, filepath.Join(use.Dirs[0].Name(), "big"), 30_000_000)
+	lease := n.mustPull(pinned)
+	wantFileSize(t, filepath.Join(lease.Dirs[0].Name(), "big"), 30_000_000)
 	// A download that is too large is refused before it starts.
 	incompressible := layer(t, registrytest.File("big", string(bytes.Repeat(random, 4))))
 	r.Requests()

@@ -27,9 +27,9 @@ func TestMirror(t *testing.T) {
 	must(t, os.WriteFile(hosts, []byte(text), 0o644))
 	_, id, _ := strings.Cut(pinned, "@")
 	n.mustPull("registry.example/team/data@" + id)
-	use, err := n.pull("registry.example/team/data:1", "", registry.Credentials{})
+	lease, err := n.pull("registry.example/team/data:1", "", registry.Credentials{})
 	must(t, err)
-	use.Release()
+	lease.Release()
 	for name, text := range map[string]string{
 		"no TOML":            "server = [",
 		"no such capability": "[host.\"http://x\"]\ncapabilities=[\"fly\"]",

@@ -133,7 +133,7 @@ func (p *puller) leave(current *pull) {
 	}
 }
 
-// end ends a pull.
+// end removes a pull from the pulls in progress and wakes its waiters. It releases the references of the pull if nobody waits.
 func (p *puller) end(key pullKey, current *pull, image *Image, err error) {
 	p.mu.Lock()
 	delete(p.pulls, key)
@@ -146,7 +146,7 @@ func (p *puller) end(key pullKey, current *pull, image *Image, err error) {
 	}
 }
 
-// run is the goroutine of a pull.
+// run runs a pull and logs its result.
 func (p *puller) run(key pullKey, current *pull, from origin) {
 	logger := klog.FromContext(p.ctx).WithValues(keyImage, current.name)
 	logger.Info("Pulling image")
@@ -202,7 +202,7 @@ func (p *puller) pull(ctx context.Context, current *pull, from origin) (*Image, 
 	return p.catalogue.saveImage(img)
 }
 
-// hold takes over a reference on a layer.
+// hold takes over the caller's reference on a layer.
 func (p *pull) hold(id digest.Digest) {
 	p.heldMu.Lock()
 	defer p.heldMu.Unlock()

@@ -33,12 +33,12 @@ func TestManyAskForOneImage(t *testing.T) {
 			if i%5 == 0 {
 				name = other
 			}
-			use, err := n.pull(name, "", registry.Credentials{})
+			lease, err := n.pull(name, "", registry.Credentials{})
 			if err != nil {
 				t.Error(err)
 				return
 			}
-			use.Release()
+			lease.Release()
 		})
 	}
 	group.Wait()
@@ -144,8 +144,8 @@ func TestDownloadGoesOnAfterRestart(t *testing.T) {
 		return false
 	})
 	n.restart()
-	use := n.mustPull(pinned)
-	wantFileSize(t, filepath.Join(use.Dirs[0].Name(), "random"), size)
+	lease := n.mustPull(pinned)
+	wantFileSize(t, filepath.Join(lease.Dirs[0].Name(), "random"), size)
 	if len(ranges) != 1 || !strings.HasPrefix(ranges[0], "bytes=") || ranges[0] == "bytes=0-" {
 		t.Errorf("the rest was asked for with %q", ranges)
 	}

@@ -135,12 +135,12 @@ func (n *node) pullWith(ctx context.Context, pinned string) (*store.Lease, error
 
 func (n *node) mustPull(image string) *store.Lease {
 	n.t.Helper()
-	use, err := n.pull(image, "", registry.Credentials{})
+	lease, err := n.pull(image, "", registry.Credentials{})
 	if err != nil {
 		n.t.Fatalf("pull %s: %v", image, err)
 	}
-	n.t.Cleanup(use.Release)
-	return use
+	n.t.Cleanup(lease.Release)
+	return lease
 }
 
 // wantNothing checks that the store has neither layers nor partial downloads. If blobs is true it allows partial downloads.
@@ -244,15 +244,15 @@ func TestPull(t *testing.T) {
 			pinned := push(t, r, "team/data:1", image(t, bottom, middle, top))
 			credentials, err := registry.ParseCredentials(map[string]string{".dockerconfigjson": r.DockerConfig(options.User, options.Password)})
 			must(t, err)
-			use, err := n.pull(r.Host+"/team/data:1", "", credentials)
+			lease, err := n.pull(r.Host+"/team/data:1", "", credentials)
 			must(t, err)
-			defer use.Release()
-			if len(use.Dirs) != 3 || !strings.HasSuffix(pinned, use.Image.Digest.String()) {
-				t.Fatalf("%d layers of %s: %+v", len(use.Dirs), pinned, use.Image)
+			defer lease.Release()
+			if len(lease.Dirs) != 3 || !strings.HasSuffix(pinned, lease.Image.Digest.String()) {
+				t.Fatalf("%d layers of %s: %+v", len(lease.Dirs), pinned, lease.Image)
 			}
-			wantFile(t, filepath.Join(use.Dirs[0].Name(), "a"), "gzip")
-			wantFile(t, filepath.Join(use.Dirs[1].Name(), "d/c"), "c")
-			wantFile(t, filepath.Join(use.Dirs[2].Name(), "a"), "plain")
+			wantFile(t, filepath.Join(lease.Dirs[0].Name(), "a"), "gzip")
+			wantFile(t, filepath.Join(lease.Dirs[1].Name(), "d/c"), "c")
+			wantFile(t, filepath.Join(lease.Dirs[2].Name(), "a"), "plain")
 			r.Close()
 			again, err := n.pull(pinned, "", registry.Credentials{})
 			must(t, err)
@@ -274,7 +274,7 @@ func TestLayersAreStoredOnce(t *testing.T) {
 	two := push(t, r, "b:1", image(t, shared, layer(t, registrytest.File("two", "2")), shared))
 	n.mustPull(one)
 	r.Requests()
-	use := n.mustPull(two)
+	lease := n.mustPull(two)
 	blob, err := shared.Digest()
 	must(t, err)
 	for _, request := range r.Requests() {
@@ -285,8 +285,8 @@ func TestLayersAreStoredOnce(t *testing.T) {
 	if layers := n.Layers(); len(layers) != 3 {
 		t.Errorf("%d layers instead of 3", len(layers))
 	}
-	if len(use.Dirs) != 2 {
-		t.Errorf("a layer that is there twice is mounted twice: %d directories", len(use.Dirs))
+	if len(lease.Dirs) != 2 {
+		t.Errorf("a layer that is there twice is mounted twice: %d directories", len(lease.Dirs))
 	}
 }
 
@@ -321,9 +321,9 @@ func TestArtifacts(t *testing.T) {
 		registrytest.ArtifactFile{Data: []byte("unnamed"), MediaType: "application/vnd.example"},
 	)
 	must(t, err)
-	use := n.mustPull(push(t, r, "model:1", artifact))
+	lease := n.mustPull(push(t, r, "model:1", artifact))
 	found := map[string]string{}
-	for _, dir := range use.Dirs {
+	for _, dir := range lease.Dirs {
 		must(t, filepath.WalkDir(dir.Name(), func(path string, entry fs.DirEntry, err error) error {
 			if err != nil || !entry.Type().IsRegular() {
 				return err
