@@ -17,7 +17,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
-// provisioner is what the controller service needs of the volumes of a node.
+// provisioner is the part of volume.Manager that the controller service calls.
 type provisioner interface {
 	Create(ctx context.Context, req volume.CreateRequest) (volume.Volume, error)
 	Delete(ctx context.Context, id string) error
@@ -27,8 +27,8 @@ type provisioner interface {
 	Health(ctx context.Context, id, target string) ([]volume.Condition, error)
 }
 
-// Controller is the CSI Controller service (CSI spec, "Controller Service RPC"). It is made for external-provisioner's
-// --node-deployment: it runs on the node that a volume's upper will live on, and answers for that node alone.
+// Controller is the CSI Controller service (CSI spec, "Controller Service RPC"). It runs on every node, for
+// external-provisioner's --node-deployment, and creates volumes on that node alone.
 type Controller struct {
 	csi.UnimplementedControllerServer
 	volumes    provisioner
@@ -48,14 +48,15 @@ func NewController(driverName, nodeID string, volumes provisioner, claims claims
 	return &Controller{volumes: volumes, claims: claims, annotation: driverName + "/layers", topology: nodeTopology(driverName, nodeID), health: health}
 }
 
-// CreateVolume makes a volume on this node.
+// CreateVolume creates a volume on this node.
 func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
 	request, err := createRequest(req)
 	if err != nil {
 		return nil, err
 	}
-	if request.Spec.Upper == spec.UpperClaim && !c.isWanted(req.GetAccessibilityRequirements()) {
-		return nil, fmt.Errorf("%w: the volume is wanted on other nodes than this one (%v)", errdefs.ErrResourceExhausted, c.topology.GetSegments())
+	if request.Spec.Upper == spec.UpperClaim && !c.servesTopology(req.GetAccessibilityRequirements()) {
+		return nil, fmt.Errorf("%w: the accessibility requirements do not include this node (%v)",
+			errdefs.ErrResourceExhausted, c.topology.GetSegments())
 	}
 	if req.GetParameters()[spec.KeyLayersFrom] == spec.LayersFromClaim {
 		request.ClaimLayers = func(ctx context.Context) ([]reference.Reference, error) {
@@ -66,13 +67,13 @@ func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	if err != nil {
 		return nil, err
 	}
-	return &csi.CreateVolumeResponse{Volume: c.describe(created)}, nil
+	return &csi.CreateVolumeResponse{Volume: c.toCSIVolume(created)}, nil
 }
 
-// claimLayers reads the layers that a claim names in its annotation.
+// claimLayers returns the layers that a claim names in its annotation.
 func (c *Controller) claimLayers(ctx context.Context, namespace, name string) ([]reference.Reference, error) {
 	if namespace == "" || name == "" {
-		return nil, fmt.Errorf("%w: key %q: the request does not name its claim; start external-provisioner with --extra-create-metadata",
+		return nil, fmt.Errorf("%w: key %q: the request does not name the claim; start external-provisioner with --extra-create-metadata",
 			errdefs.ErrFailedPrecondition, spec.KeyLayersFrom)
 	}
 	annotations, err := c.claims.ClaimAnnotations(ctx, namespace, name)
@@ -81,7 +82,8 @@ func (c *Controller) claimLayers(ctx context.Context, namespace, name string) ([
 	}
 	text, ok := annotations[c.annotation]
 	if !ok {
-		return nil, fmt.Errorf("%w: claim %s/%s has no annotation %s: its StorageClass has each claim name its layers there", errdefs.ErrInvalidArgument, namespace, name, c.annotation)
+		return nil, fmt.Errorf("%w: claim %s/%s has no annotation %s; its StorageClass requires each claim to name its layers there",
+			errdefs.ErrInvalidArgument, namespace, name, c.annotation)
 	}
 	layers, err := reference.ParseList(text)
 	if err != nil {
@@ -90,31 +92,32 @@ func (c *Controller) claimLayers(ctx context.Context, namespace, name string) ([
 	return layers, nil
 }
 
-// isWanted reports whether this node is among those that a volume may live on.
-func (c *Controller) isWanted(requirement *csi.TopologyRequirement) bool {
+// servesTopology reports whether this node meets a volume's topology requirement.
+func (c *Controller) servesTopology(requirement *csi.TopologyRequirement) bool {
 	requisite := requirement.GetRequisite()
-	return len(requisite) == 0 || slices.ContainsFunc(requisite, c.isHere)
+	return len(requisite) == 0 || slices.ContainsFunc(requisite, c.matchesNode)
 }
 
-// isHere reports whether a topology includes this node. Segments of other keys are not the driver's to judge.
-func (c *Controller) isHere(topology *csi.Topology) bool {
+// matchesNode reports whether a topology includes this node. It ignores segments that the driver did not define.
+func (c *Controller) matchesNode(topology *csi.Topology) bool {
 	for key, value := range c.topology.GetSegments() {
-		if wanted, ok := topology.GetSegments()[key]; ok && wanted != value {
+		if required, ok := topology.GetSegments()[key]; ok && required != value {
 			return false
 		}
 	}
 	return true
 }
 
-func (c *Controller) describe(v volume.Volume) *csi.Volume {
-	described := &csi.Volume{VolumeId: v.ID, CapacityBytes: v.Capacity, VolumeContext: v.Spec.Parameters()}
+// toCSIVolume converts a volume into its CSI form.
+func (c *Controller) toCSIVolume(v volume.Volume) *csi.Volume {
+	converted := &csi.Volume{VolumeId: v.ID, CapacityBytes: v.Capacity, VolumeContext: v.Spec.Parameters()}
 	if v.OnThisNode {
-		described.AccessibleTopology = []*csi.Topology{c.topology}
+		converted.AccessibleTopology = []*csi.Topology{c.topology}
 	}
-	return described
+	return converted
 }
 
-// DeleteVolume removes a volume and what was written to it.
+// DeleteVolume deletes a volume and the data written to it.
 func (c *Controller) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequest) (*csi.DeleteVolumeResponse, error) {
 	if err := record.CheckID(req.GetVolumeId()); err != nil {
 		return nil, err
@@ -125,8 +128,9 @@ func (c *Controller) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequ
 	return &csi.DeleteVolumeResponse{}, nil
 }
 
-// ValidateVolumeCapabilities tells whether a volume could be used so.
-func (c *Controller) ValidateVolumeCapabilities(ctx context.Context, req *csi.ValidateVolumeCapabilitiesRequest) (*csi.ValidateVolumeCapabilitiesResponse, error) {
+// ValidateVolumeCapabilities reports whether a volume supports the requested capabilities.
+func (c *Controller) ValidateVolumeCapabilities(ctx context.Context, req *csi.ValidateVolumeCapabilitiesRequest,
+) (*csi.ValidateVolumeCapabilitiesResponse, error) {
 	if err := record.CheckID(req.GetVolumeId()); err != nil {
 		return nil, err
 	}
@@ -141,7 +145,7 @@ func (c *Controller) ValidateVolumeCapabilities(ctx context.Context, req *csi.Va
 		return &csi.ValidateVolumeCapabilitiesResponse{Message: err.Error()}, nil
 	}
 	if given := userKeys(req.GetVolumeContext()); len(given) > 0 && !maps.Equal(given, v.Spec.Parameters()) {
-		return &csi.ValidateVolumeCapabilitiesResponse{Message: "the volume context is not that of the volume"}, nil
+		return &csi.ValidateVolumeCapabilitiesResponse{Message: "the volume context differs from the volume's"}, nil
 	}
 	return &csi.ValidateVolumeCapabilitiesResponse{Confirmed: &csi.ValidateVolumeCapabilitiesResponse_Confirmed{
 		VolumeContext:      req.GetVolumeContext(),
@@ -150,23 +154,25 @@ func (c *Controller) ValidateVolumeCapabilities(ctx context.Context, req *csi.Va
 	}}, nil
 }
 
-// tokenPrefix begins a token of ListVolumes; the ID of the last volume that was listed follows.
+// tokenPrefix begins a pagination token. The ID of the last volume on the page follows.
 const tokenPrefix = "after:"
 
-// pageRequest asks for a part of a list.
+// pageRequest is a request for one page of a list.
 type pageRequest interface {
 	GetMaxEntries() int32
 	GetStartingToken() string
 }
 
-// parsePage reads behind which volume a part of a list begins.
+// parsePage returns the ID of the volume that the page begins after. It returns ErrAborted if the token is not one of this
+// driver's.
 func parsePage(req pageRequest) (after string, err error) {
 	if req.GetMaxEntries() < 0 {
-		return "", fmt.Errorf("%w: max_entries is %d", errdefs.ErrInvalidArgument, req.GetMaxEntries())
+		return "", fmt.Errorf("%w: max_entries is %d; it must not be negative", errdefs.ErrInvalidArgument, req.GetMaxEntries())
 	}
 	after, isToken := strings.CutPrefix(req.GetStartingToken(), tokenPrefix)
 	if req.GetStartingToken() != "" && !isToken {
-		return "", fmt.Errorf("%w: starting token %q is none of this driver's: list again from the beginning", errdefs.ErrAborted, req.GetStartingToken())
+		return "", fmt.Errorf("%w: starting token %q was not issued by this driver; list again from the beginning",
+			errdefs.ErrAborted, req.GetStartingToken())
 	}
 	return after, nil
 }
@@ -183,7 +189,7 @@ func (c *Controller) ListVolumes(ctx context.Context, req *csi.ListVolumesReques
 	}
 	response := &csi.ListVolumesResponse{}
 	for _, v := range volumes {
-		response.Entries = append(response.Entries, &csi.ListVolumesResponse_Entry{Volume: c.describe(v)})
+		response.Entries = append(response.Entries, &csi.ListVolumesResponse_Entry{Volume: c.toCSIVolume(v)})
 	}
 	if more {
 		response.NextToken = tokenPrefix + volumes[len(volumes)-1].ID
@@ -191,20 +197,21 @@ func (c *Controller) ListVolumes(ctx context.Context, req *csi.ListVolumesReques
 	return response, nil
 }
 
-// GetCapacity tells how much this node can still promise to uppers.
+// GetCapacity returns how many bytes this node can still reserve for uppers.
 func (c *Controller) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest) (*csi.GetCapacityResponse, error) {
-	if topology := req.GetAccessibleTopology(); topology != nil && !c.isHere(topology) {
+	if topology := req.GetAccessibleTopology(); topology != nil && !c.matchesNode(topology) {
 		return &csi.GetCapacityResponse{}, nil
 	}
-	left, err := c.volumes.Capacity(ctx)
+	available, err := c.volumes.Capacity(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return &csi.GetCapacityResponse{AvailableCapacity: left, MinimumVolumeSize: wrapperspb.Int64(spec.MinPersistentSize)}, nil
+	return &csi.GetCapacityResponse{AvailableCapacity: available, MinimumVolumeSize: wrapperspb.Int64(spec.MinPersistentSize)}, nil
 }
 
-// ControllerGetCapabilities tells what the service can do.
-func (c *Controller) ControllerGetCapabilities(context.Context, *csi.ControllerGetCapabilitiesRequest) (*csi.ControllerGetCapabilitiesResponse, error) {
+// ControllerGetCapabilities returns the capabilities of the service.
+func (c *Controller) ControllerGetCapabilities(context.Context, *csi.ControllerGetCapabilitiesRequest,
+) (*csi.ControllerGetCapabilitiesResponse, error) {
 	response := &csi.ControllerGetCapabilitiesResponse{}
 	rpcs := []csi.ControllerServiceCapability_RPC_Type{
 		csi.ControllerServiceCapability_RPC_CREATE_DELETE_VOLUME,

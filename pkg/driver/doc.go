@@ -1,9 +1,8 @@
 // Package driver serves the CSI services of one node: Identity, Controller and Node.
 //
-// A handler validates its request, converts it into a value of package volume, makes one call, and answers. What holds for
-// all RPCs is in interceptors: the log line, the redaction of secrets, the recovery from panics, and the conversion of
-// errors. Packages below this one wrap kinds of containerd/errdefs; toStatus is the one function that makes a gRPC code of
-// them.
+// A handler validates its request, converts it into a value of package volume, makes one call, and answers. Interceptors do
+// what all RPCs need: they log, redact secrets, recover from panics, and convert errors. Packages below this one wrap kinds
+// of containerd/errdefs. Only toStatus converts them into gRPC codes.
 //
 // Only this package and kubelet's registration import gRPC.
 package driver

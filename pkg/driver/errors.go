@@ -10,9 +10,9 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// kinds are the meanings of errors below this package and the codes that the CSI specification has for them ("Error
-// Scheme"). The first that fits counts. Kubelet takes Aborted, Canceled, DeadlineExceeded, ResourceExhausted and
-// Unavailable for an operation that may be going on, and everything else for one that did nothing.
+// kinds maps errors to the codes that the CSI specification has for them ("Error Scheme"). The first row that matches
+// applies. Kubelet assumes that an operation may still be running after Aborted, Canceled, DeadlineExceeded,
+// ResourceExhausted and Unavailable, and that it did nothing after any other code.
 var kinds = []struct {
 	is   func(error) bool
 	code codes.Code
@@ -29,7 +29,7 @@ var kinds = []struct {
 	{is: isA(syscall.ENOSPC), code: codes.ResourceExhausted, hint: "free space or inodes there"},
 	{is: isA(syscall.EDQUOT), code: codes.ResourceExhausted, hint: "raise the quota there"},
 	{is: errdefs.IsResourceExhausted, code: codes.ResourceExhausted},
-	{is: isA(syscall.EROFS), code: codes.FailedPrecondition, hint: "it is mounted read-only: the kernel log says why, if nobody meant it"},
+	{is: isA(syscall.EROFS), code: codes.FailedPrecondition, hint: "it is mounted read-only; if that is not intended, see the kernel log"},
 	{is: errdefs.IsFailedPrecondition, code: codes.FailedPrecondition},
 	{is: errdefs.IsUnauthorized, code: codes.Unauthenticated},
 	{is: errdefs.IsPermissionDenied, code: codes.PermissionDenied},
@@ -41,8 +41,7 @@ func isA(target error) func(error) bool {
 	return func(err error) bool { return errors.Is(err, target) }
 }
 
-// toStatus turns an error into a gRPC status: the one place where that is done. An error that already is a status, of
-// gRPC itself, stays what it is.
+// toStatus converts an error into a gRPC status. No other function does that. It returns a status of gRPC itself unchanged.
 func toStatus(err error) error {
 	if err == nil {
 		return nil
@@ -56,7 +55,7 @@ func toStatus(err error) error {
 		}
 		message := err.Error()
 		if kind.hint != "" {
-			message += ": " + kind.hint
+			message += "; " + kind.hint
 		}
 		return status.Error(kind.code, message)
 	}

@@ -15,14 +15,15 @@ import (
 )
 
 func TestToStatus(t *testing.T) {
+	invalid := fmt.Errorf("%w: unknown key", errdefs.ErrInvalidArgument)
 	disk := &os.PathError{Op: "mkdir", Path: "/data", Err: unix.ENOSPC}
 	for name, c := range map[string]struct {
 		err  error
 		code codes.Code
 		word string
 	}{
-		"wrapped kind":        {fmt.Errorf("publish: %w", fmt.Errorf("%w: unknown key", errdefs.ErrInvalidArgument)), codes.InvalidArgument, "unknown key"},
-		"not in this build":   {fmt.Errorf("%w: oci", errdefs.ErrNotImplemented), codes.InvalidArgument, "oci"},
+		"wrapped kind":        {fmt.Errorf("publish: %w", invalid), codes.InvalidArgument, "unknown key"},
+		"not implemented":     {fmt.Errorf("%w: oci", errdefs.ErrNotImplemented), codes.InvalidArgument, "oci"},
 		"full disk":           {fmt.Errorf("write the state: %w", disk), codes.ResourceExhausted, "free space"},
 		"quota":               {fmt.Errorf("x: %w", unix.EDQUOT), codes.ResourceExhausted, "quota"},
 		"read-only":           {fmt.Errorf("x: %w", unix.EROFS), codes.FailedPrecondition, "read-only"},
@@ -35,20 +36,17 @@ func TestToStatus(t *testing.T) {
 		"a status":            {status.Error(codes.Unimplemented, "no such method"), codes.Unimplemented, "no such method"},
 		"I/O error of a disk": {fmt.Errorf("x: %w", unix.EIO), codes.Internal, "input/output error"},
 	} {
-		got := status.Convert(toStatus(c.err))
-		if got.Code() != c.code || !strings.Contains(got.Message(), c.word) {
-			t.Errorf("%s: %s %q; want %s with %q", name, got.Code(), got.Message(), c.code, c.word)
-		}
+		t.Run(name, func(t *testing.T) { wantStatus(t, c.err, c.code, c.word) })
 	}
 	if toStatus(nil) != nil {
-		t.Error("no error became one")
+		t.Error("toStatus(nil) is an error")
 	}
 }
 
 func TestNodeTopology(t *testing.T) {
 	long := strings.Repeat("n", 100)
 	if got := nodeTopology("d", "node-1.example").GetSegments()["d/node"]; got != "node-1.example" {
-		t.Errorf("%q", got)
+		t.Errorf("the topology value is %q; want the node's name", got)
 	}
 	if got := nodeTopology("d", long).GetSegments()["d/node"]; len(got) != 40 || got == nodeTopology("d", long+"x").GetSegments()["d/node"] {
 		t.Errorf("a name too long for a label is %q", got)

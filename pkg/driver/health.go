@@ -11,8 +11,8 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
-// severities are the CSI names of what is wrong with a volume. The RPCs that tell it are alpha in CSI 1.13, and answered
-// where they are switched on.
+// severities maps the severity of a condition to its CSI error type. The health RPCs are alpha in CSI 1.13, and disabled by
+// default.
 var severities = map[volume.Severity]csi.VolumeHealthErrorType{
 	volume.Degraded:     csi.VolumeHealthErrorType_DEGRADED,
 	volume.Inaccessible: csi.VolumeHealthErrorType_INACCESSIBLE,
@@ -30,7 +30,7 @@ func volumeHealth(id string, conditions []volume.Condition) *csi.VolumeHealth {
 	return health
 }
 
-// NodeGetVolumeHealth tells what is wrong with a volume on this node (CSI spec, "NodeGetVolumeHealth").
+// NodeGetVolumeHealth reports the problems of a volume on this node (CSI spec, "NodeGetVolumeHealth").
 func (n *Node) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVolumeHealthRequest) (*csi.NodeGetVolumeHealthResponse, error) {
 	if !n.health {
 		return n.UnimplementedNodeServer.NodeGetVolumeHealth(ctx, req)
@@ -50,7 +50,7 @@ func (n *Node) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVolumeHe
 	return &csi.NodeGetVolumeHealthResponse{VolumeHealth: volumeHealth(req.GetVolumeId(), conditions)}, nil
 }
 
-// NodeGetStorageHealth tells what is wrong with what all volumes of this node need (CSI spec, "NodeGetStorageHealth").
+// NodeGetStorageHealth reports the problems that concern all volumes of this node (CSI spec, "NodeGetStorageHealth").
 func (n *Node) NodeGetStorageHealth(ctx context.Context, req *csi.NodeGetStorageHealthRequest) (*csi.NodeGetStorageHealthResponse, error) {
 	if !n.health {
 		return n.UnimplementedNodeServer.NodeGetStorageHealth(ctx, req)
@@ -69,8 +69,8 @@ func (n *Node) NodeGetStorageHealth(ctx context.Context, req *csi.NodeGetStorage
 	return response, nil
 }
 
-// ControllerGetVolumeHealth tells what is wrong with a volume whose upper is kept on this node (CSI spec,
-// "ControllerGetVolumeHealth"): it can be used nowhere else.
+// ControllerGetVolumeHealth reports the problems of a volume whose persistent upper is on this node (CSI spec,
+// "ControllerGetVolumeHealth"). Such a volume cannot be used on another node.
 func (c *Controller) ControllerGetVolumeHealth(ctx context.Context, req *csi.ControllerGetVolumeHealthRequest,
 ) (*csi.ControllerGetVolumeHealthResponse, error) {
 	if !c.health {
@@ -86,8 +86,8 @@ func (c *Controller) ControllerGetVolumeHealth(ctx context.Context, req *csi.Con
 	return &csi.ControllerGetVolumeHealthResponse{VolumeHealth: volumeHealth(req.GetVolumeId(), conditions)}, nil
 }
 
-// ControllerListVolumeHealth lists the volumes whose upper is kept on this node and with which something is wrong (CSI
-// spec, "ControllerListVolumeHealth").
+// ControllerListVolumeHealth lists the volumes that have problems and whose persistent upper is on this node (CSI spec,
+// "ControllerListVolumeHealth").
 func (c *Controller) ControllerListVolumeHealth(ctx context.Context, req *csi.ControllerListVolumeHealthRequest,
 ) (*csi.ControllerListVolumeHealthResponse, error) {
 	if !c.health {
@@ -105,11 +105,11 @@ func (c *Controller) ControllerListVolumeHealth(ctx context.Context, req *csi.Co
 	for _, v := range volumes {
 		conditions, err := c.volumes.Health(ctx, v.ID, "")
 		if errdefs.IsNotFound(err) {
-			// It was deleted meanwhile.
+			// It was deleted after the list was made.
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("look at volume %s: %w", v.ID, err)
+			return nil, fmt.Errorf("check the health of volume %s: %w", v.ID, err)
 		}
 		if len(conditions) == 0 {
 			continue

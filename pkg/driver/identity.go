@@ -14,17 +14,18 @@ type Identity struct {
 	ready         func() bool
 }
 
-// NewIdentity returns the service of a driver of that name and version.
+// NewIdentity returns the service of a driver with this name and version. ready reports whether the driver serves volumes.
 func NewIdentity(name, version string, ready func() bool) *Identity {
 	return &Identity{name: name, version: version, ready: ready}
 }
 
-// GetPluginInfo tells the driver's name and version.
+// GetPluginInfo returns the driver's name and version.
 func (i *Identity) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
 	return &csi.GetPluginInfoResponse{Name: i.name, VendorVersion: i.version}, nil
 }
 
-// GetPluginCapabilities tells that there is a controller service and that volumes are bound to nodes.
+// GetPluginCapabilities reports that there is a controller service, that volumes are bound to nodes, and that they can be
+// expanded while they are mounted.
 func (i *Identity) GetPluginCapabilities(context.Context, *csi.GetPluginCapabilitiesRequest) (*csi.GetPluginCapabilitiesResponse, error) {
 	response := &csi.GetPluginCapabilitiesResponse{}
 	for _, service := range []csi.PluginCapability_Service_Type{
@@ -43,7 +44,7 @@ func (i *Identity) GetPluginCapabilities(context.Context, *csi.GetPluginCapabili
 	return response, nil
 }
 
-// Probe tells whether what an earlier process left has been made good.
+// Probe reports whether the driver has cleaned up after an earlier process.
 func (i *Identity) Probe(context.Context, *csi.ProbeRequest) (*csi.ProbeResponse, error) {
 	return &csi.ProbeResponse{Ready: wrapperspb.Bool(i.ready())}, nil
 }

@@ -13,7 +13,7 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// Keys of the line that is logged for each RPC.
+// Keys of log messages.
 const (
 	logMethod   = "method"
 	logVolume   = "volume"
@@ -22,32 +22,33 @@ const (
 	logDuration = "duration"
 	logCode     = "code"
 	logRequest  = "request"
+	logStack    = "stack"
 )
 
-// Verbosity: an RPC that changes something is logged always, one that only asks from 4 on, the request's text, with
-// secrets left out, from 6 on.
+// An RPC that changes something is always logged. A read-only RPC and the text of a request, without its secrets, are
+// logged from these verbosities on.
 const (
-	verbosityAsking  = 4
-	verbosityRequest = 6
+	verbosityReadOnly = 4
+	verbosityRequest  = 6
 )
 
-// withStatus turns the errors of handlers into statuses, and a panic into an error.
+// withStatus converts the errors and panics of handlers into statuses.
 func withStatus(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (response any, err error) {
 	defer func() {
 		if cause := recover(); cause != nil {
-			klog.FromContext(ctx).Error(fmt.Errorf("%v", cause), "A handler panicked", "stack", string(debug.Stack()))
-			err = toStatus(fmt.Errorf("the driver failed in itself (%v): its log has the place: report it", cause))
+			klog.FromContext(ctx).Error(fmt.Errorf("%v", cause), "A handler panicked", logStack, string(debug.Stack()))
+			err = toStatus(fmt.Errorf("internal error: handler panicked: %v (see driver log)", cause))
 		}
 	}()
 	response, err = handler(ctx, req)
 	return response, toStatus(err)
 }
 
-// withLog logs one line for each RPC, and gives the handler a logger that names the volume and the pod.
+// withLog logs each RPC. The handler's context has a logger with the request's volume, pod and target.
 func withLog(logger klog.Logger) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 		begin := time.Now()
-		logger := logger.WithValues(about(req)...)
+		logger := logger.WithValues(requestLogValues(req)...)
 		if v := logger.V(verbosityRequest); v.Enabled() {
 			v.Info("Request", logMethod, info.FullMethod, logRequest, protosanitizer.StripSecrets(req).String())
 		}
@@ -56,20 +57,20 @@ func withLog(logger klog.Logger) grpc.UnaryServerInterceptor {
 		switch {
 		case err != nil:
 			logger.Error(err, "RPC", values...)
-		case !asking.MatchString(info.FullMethod):
+		case !readOnlyRPC.MatchString(info.FullMethod):
 			logger.Info("RPC", values...)
 		default:
-			logger.V(verbosityAsking).Info("RPC", values...)
+			logger.V(verbosityReadOnly).Info("RPC", values...)
 		}
 		return response, err
 	}
 }
 
-// asking begins the names of RPCs that change nothing, behind the name of their service.
-var asking = regexp.MustCompile(`/(Get|NodeGet|ControllerGet|Validate|List|ControllerList|Probe)[^/]*$`)
+// readOnlyRPC matches the full method names of RPCs that change nothing.
+var readOnlyRPC = regexp.MustCompile(`/(Get|NodeGet|ControllerGet|Validate|List|ControllerList|Probe)[^/]*$`)
 
-// about is what a request says of volume, pod and target, as log values.
-func about(req any) []any {
+// requestLogValues returns the volume, the pod and the target of a request as log values.
+func requestLogValues(req any) []any {
 	var values []any
 	if r, ok := req.(interface{ GetVolumeId() string }); ok {
 		values = append(values, logVolume, r.GetVolumeId())

@@ -14,7 +14,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
-// publisher is what the node service needs of the volumes of a node.
+// publisher is the part of volume.Manager that the node service calls.
 type publisher interface {
 	Publish(ctx context.Context, req volume.PublishRequest) error
 	Unpublish(ctx context.Context, id, target string) error
@@ -68,7 +68,7 @@ func (n *Node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVo
 	return &csi.NodeUnpublishVolumeResponse{}, nil
 }
 
-// NodeGetVolumeStats measures the volume's upper, in bytes and inodes.
+// NodeGetVolumeStats returns the usage of the volume's upper, in bytes and inodes.
 func (n *Node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
 	if err := record.CheckID(req.GetVolumeId()); err != nil {
 		return nil, err
@@ -86,7 +86,7 @@ func (n *Node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeSta
 	}}, nil
 }
 
-// NodeExpandVolume makes the limit of a volume larger, while pods write to it.
+// NodeExpandVolume raises the size limit of a volume. Pods may write to the volume at the same time.
 func (n *Node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRequest) (*csi.NodeExpandVolumeResponse, error) {
 	if err := record.CheckID(req.GetVolumeId()); err != nil {
 		return nil, err
@@ -95,7 +95,7 @@ func (n *Node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRe
 		return nil, fmt.Errorf("%w: the volume path is missing", errdefs.ErrInvalidArgument)
 	}
 	if req.GetVolumeCapability() != nil {
-		if _, err := accessOf(req.GetVolumeCapability()); err != nil {
+		if _, err := accessModeOf(req.GetVolumeCapability()); err != nil {
 			return nil, err
 		}
 	}
@@ -110,7 +110,8 @@ func (n *Node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRe
 	return &csi.NodeExpandVolumeResponse{CapacityBytes: size}, nil
 }
 
-// NodeGetCapabilities tells what the service can do. There is no staging: a view is made for the pod in one step.
+// NodeGetCapabilities returns the capabilities of the service. There is no staging: NodePublishVolume mounts a view in one
+// step.
 func (n *Node) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRequest) (*csi.NodeGetCapabilitiesResponse, error) {
 	response := &csi.NodeGetCapabilitiesResponse{}
 	rpcs := []csi.NodeServiceCapability_RPC_Type{
@@ -130,15 +131,15 @@ func (n *Node) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRequ
 	return response, nil
 }
 
-// NodeGetInfo tells the node's ID and where it lies: every node is a topology segment of its own.
+// NodeGetInfo returns the node's ID and its topology. Every node is a topology segment of its own.
 func (n *Node) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi.NodeGetInfoResponse, error) {
 	return &csi.NodeGetInfoResponse{NodeId: n.nodeID, AccessibleTopology: n.topology}, nil
 }
 
-// labelValue is what Kubernetes takes as the value of a label, which a topology segment becomes.
+// labelValue matches what Kubernetes accepts as a label's value. A topology segment becomes a label.
 var labelValue = regexp.MustCompile(`^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$`)
 
-// nodeTopology is the segment of one node. A name that is too long for a label stands there as its digest.
+// nodeTopology returns the topology of one node. A node ID that is not a valid label value is replaced by its digest.
 func nodeTopology(driverName, nodeID string) *csi.Topology {
 	value := nodeID
 	if !labelValue.MatchString(value) {

@@ -23,17 +23,17 @@ const (
 	keyPodUID       = "csi.storage.k8s.io/pod.uid"
 	keyPodName      = "csi.storage.k8s.io/pod.name"
 	keyPodNamespace = "csi.storage.k8s.io/pod.namespace"
-	// keyClaimName and keyClaimNamespace are there where external-provisioner runs with --extra-create-metadata.
+	// keyClaimName and keyClaimNamespace are set if external-provisioner runs with --extra-create-metadata.
 	keyClaimName      = "csi.storage.k8s.io/pvc/name"
 	keyClaimNamespace = "csi.storage.k8s.io/pvc/namespace"
-	// keyProvisioner is put into the context of every volume that external-provisioner had made.
+	// keyProvisioner is in the context of every volume that external-provisioner created.
 	keyProvisioner = "storage.kubernetes.io/csiProvisionerIdentity"
 )
 
-// addedPrefixes begin the keys that are not the user's.
+// addedPrefixes are the prefixes of the keys that users do not write.
 var addedPrefixes = []string{"csi.storage.k8s.io/", "storage.kubernetes.io/"}
 
-// accessModes are the CSI access modes that an overlay volume can have.
+// accessModes maps the CSI access modes that the driver supports to Kubernetes' access modes.
 var accessModes = map[csi.VolumeCapability_AccessMode_Mode]spec.AccessMode{
 	csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER:        spec.ReadWriteOnce,
 	csi.VolumeCapability_AccessMode_SINGLE_NODE_MULTI_WRITER:  spec.ReadWriteOnce,
@@ -43,7 +43,7 @@ var accessModes = map[csi.VolumeCapability_AccessMode_Mode]spec.AccessMode{
 	csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER:   spec.ReadWriteMany,
 }
 
-// publishRequest turns kubelet's request into the driver's own. It looks at nothing but the request.
+// publishRequest validates kubelet's request and converts it. It reads nothing but its arguments.
 func publishRequest(req *csi.NodePublishVolumeRequest, allowedMountOptions []string) (volume.PublishRequest, error) {
 	if err := record.CheckID(req.GetVolumeId()); err != nil {
 		return volume.PublishRequest{}, err
@@ -51,7 +51,7 @@ func publishRequest(req *csi.NodePublishVolumeRequest, allowedMountOptions []str
 	if err := volume.CheckTarget(req.GetTargetPath()); err != nil {
 		return volume.PublishRequest{}, err
 	}
-	access, err := accessOf(req.GetVolumeCapability())
+	access, err := accessModeOf(req.GetVolumeCapability())
 	if err != nil {
 		return volume.PublishRequest{}, err
 	}
@@ -91,7 +91,7 @@ func publishRequest(req *csi.NodePublishVolumeRequest, allowedMountOptions []str
 	}, nil
 }
 
-// createRequest turns the provisioner's request into the driver's own.
+// createRequest validates the provisioner's request and converts it. It reads nothing but its argument.
 func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 	required, limit, err := capacityRange(req.GetCapacityRange())
 	if err != nil {
@@ -101,12 +101,13 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 	case req.GetName() == "":
 		return volume.CreateRequest{}, fmt.Errorf("%w: the volume name is missing", errdefs.ErrInvalidArgument)
 	case len(req.GetName()) > 128:
-		return volume.CreateRequest{}, fmt.Errorf("%w: volume name of %d bytes: at most 128", errdefs.ErrInvalidArgument, len(req.GetName()))
+		return volume.CreateRequest{}, fmt.Errorf("%w: the volume name has %d bytes, the maximum is 128",
+			errdefs.ErrInvalidArgument, len(req.GetName()))
 	case req.GetVolumeContentSource() != nil:
-		return volume.CreateRequest{}, fmt.Errorf(
-			"%w: a volume is not made from a snapshot or another volume: name what it is to contain as layers", errdefs.ErrInvalidArgument)
+		return volume.CreateRequest{}, fmt.Errorf("%w: snapshots and clones are not supported; name the content as layers",
+			errdefs.ErrInvalidArgument)
 	case len(req.GetMutableParameters()) > 0:
-		return volume.CreateRequest{}, fmt.Errorf("%w: the driver has no mutable parameters: leave the VolumeAttributesClass out",
+		return volume.CreateRequest{}, fmt.Errorf("%w: the driver has no mutable parameters; leave the VolumeAttributesClass out",
 			errdefs.ErrInvalidArgument)
 	}
 	access, parsed, err := parseCapabilities(userKeys(req.GetParameters()), spec.Scope{Create: true}, req.GetVolumeCapabilities())
@@ -117,7 +118,7 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 		parsed.Size = max(required, spec.MinPersistentSize)
 	}
 	if limit > 0 && parsed.Size > limit {
-		return volume.CreateRequest{}, fmt.Errorf("%w: capacity of at most %d bytes: a volume has at least %d",
+		return volume.CreateRequest{}, fmt.Errorf("%w: the capacity limit is %d bytes, the volume has at least %d",
 			errdefs.ErrOutOfRange, limit, parsed.Size)
 	}
 	if err := parsed.CheckSized(); err != nil {
@@ -128,16 +129,17 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 	}, nil
 }
 
-// capacityRange reads the bounds of a volume's size. Zero is no bound.
+// capacityRange returns the bounds of a volume's size in bytes. Zero is no bound. It returns ErrInvalidArgument if a bound is
+// negative, or if they exclude each other.
 func capacityRange(capacity *csi.CapacityRange) (required, limit int64, err error) {
 	required, limit = capacity.GetRequiredBytes(), capacity.GetLimitBytes()
 	if required < 0 || limit < 0 || (limit > 0 && required > limit) {
-		return 0, 0, fmt.Errorf("%w: capacity of at least %d and at most %d bytes", errdefs.ErrInvalidArgument, required, limit)
+		return 0, 0, fmt.Errorf("%w: invalid capacity range: at least %d bytes and at most %d", errdefs.ErrInvalidArgument, required, limit)
 	}
 	return required, limit, nil
 }
 
-// accessModeOrder has the access modes in the order of how many may use a volume; the last of several counts.
+// accessModeOrder has the access modes from the narrowest to the widest. A volume with several has the widest.
 var accessModeOrder = []spec.AccessMode{
 	spec.ReadWriteOncePod,
 	spec.SingleNodeReaderOnly,
@@ -156,7 +158,7 @@ func parseCapabilities(parameters map[string]string, scope spec.Scope, capabilit
 	var widest spec.AccessMode
 	var first spec.Spec
 	for i, capability := range capabilities {
-		access, err := accessOf(capability)
+		access, err := accessModeOf(capability)
 		if err != nil {
 			return "", spec.Spec{}, err
 		}
@@ -171,7 +173,7 @@ func parseCapabilities(parameters map[string]string, scope spec.Scope, capabilit
 		if i == 0 {
 			first = parsed
 		} else if !first.Equal(parsed) {
-			return "", spec.Spec{}, fmt.Errorf("%w: the access modes of the claim ask for different uppers: name one access mode, or say upper",
+			return "", spec.Spec{}, fmt.Errorf("%w: the claim's access modes have different default uppers; use one access mode, or set upper",
 				errdefs.ErrInvalidArgument)
 		}
 		if slices.Index(accessModeOrder, access) > slices.Index(accessModeOrder, widest) {
@@ -181,29 +183,31 @@ func parseCapabilities(parameters map[string]string, scope spec.Scope, capabilit
 	return widest, first, nil
 }
 
-func accessOf(capability *csi.VolumeCapability) (spec.AccessMode, error) {
+// accessModeOf returns the access mode of a capability. It returns ErrInvalidArgument if the driver does not support the
+// capability.
+func accessModeOf(capability *csi.VolumeCapability) (spec.AccessMode, error) {
 	switch {
 	case capability == nil:
 		return "", fmt.Errorf("%w: the volume capability is missing", errdefs.ErrInvalidArgument)
 	case capability.GetBlock() != nil:
-		return "", fmt.Errorf("%w: an overlay is a file system: volumeMode must be Filesystem", errdefs.ErrInvalidArgument)
+		return "", fmt.Errorf("%w: block volumes are not supported; volumeMode must be Filesystem", errdefs.ErrInvalidArgument)
 	case capability.GetMount() == nil:
 		return "", fmt.Errorf("%w: the access type of the volume capability is missing", errdefs.ErrInvalidArgument)
 	case capability.GetMount().GetFsType() != "" && capability.GetMount().GetFsType() != "overlay":
-		return "", fmt.Errorf("%w: fsType %q: a view is an overlay: leave fsType out",
+		return "", fmt.Errorf("%w: fsType %q is not supported; leave fsType out",
 			errdefs.ErrInvalidArgument, capability.GetMount().GetFsType())
 	}
 	mode := capability.GetAccessMode().GetMode()
 	access, ok := accessModes[mode]
 	if !ok {
-		return "", fmt.Errorf("%w: access mode %s: use ReadWriteOnce, ReadWriteOncePod, ReadOnlyMany or ReadWriteMany",
+		return "", fmt.Errorf("%w: access mode %s is not supported; use ReadWriteOnce, ReadWriteOncePod, ReadOnlyMany or ReadWriteMany",
 			errdefs.ErrInvalidArgument, mode)
 	}
 	return access, nil
 }
 
-// groupOf reads the pod's fsGroup, which kubelet hands to drivers with the capability VOLUME_MOUNT_GROUP. It is nil where
-// there is none.
+// groupOf parses the pod's fsGroup, which kubelet passes to drivers with the capability VOLUME_MOUNT_GROUP. It returns nil
+// if the pod has none.
 func groupOf(text string) (*uint32, error) {
 	if text == "" {
 		return nil, nil
@@ -212,18 +216,19 @@ func groupOf(text string) (*uint32, error) {
 	return &group, err
 }
 
+// parseEphemeral parses the value of keyEphemeral, which is missing for a volume that is not inline.
 func parseEphemeral(value string) (bool, error) {
 	if value == "" {
 		return false, nil
 	}
 	inline, err := strconv.ParseBool(value)
 	if err != nil {
-		return false, fmt.Errorf("%w: %s is %q: it is true or false", errdefs.ErrInvalidArgument, keyEphemeral, value)
+		return false, fmt.Errorf("%w: %s is %q; it must be true or false", errdefs.ErrInvalidArgument, keyEphemeral, value)
 	}
 	return inline, nil
 }
 
-// userKeys are the keys of a volume less those that kubelet and the sidecars added.
+// userKeys returns parameters without the keys that kubelet and the sidecars added.
 func userKeys(parameters map[string]string) map[string]string {
 	keys := make(map[string]string, len(parameters))
 	for key, value := range parameters {

@@ -232,7 +232,7 @@ func TestCreateRequestRefuses(t *testing.T) {
 		}, codes.InvalidArgument, "volume name is missing"},
 		"long name": {func(r *csi.CreateVolumeRequest) {
 			r.Name = strings.Repeat("n", 129)
-		}, codes.InvalidArgument, "at most 128"},
+		}, codes.InvalidArgument, "maximum is 128"},
 		"source": {func(r *csi.CreateVolumeRequest) {
 			r.VolumeContentSource = &csi.VolumeContentSource{}
 		}, codes.InvalidArgument, "snapshot"},
@@ -259,7 +259,7 @@ func TestCreateRequestRefuses(t *testing.T) {
 		}, codes.InvalidArgument, "needs a size"},
 		"access modes with different uppers": {func(r *csi.CreateVolumeRequest) {
 			r.VolumeCapabilities = []*csi.VolumeCapability{capability(nodeWriter), capability(manyReaders)}
-		}, codes.InvalidArgument, "different uppers"},
+		}, codes.InvalidArgument, "different default uppers"},
 		"unknown option": {func(r *csi.CreateVolumeRequest) {
 			r.VolumeCapabilities[0] = capability(nodeWriter, "sync")
 		}, codes.InvalidArgument, `"sync"`},
@@ -283,7 +283,7 @@ func TestAccessMode(t *testing.T) {
 		manyWriters:      spec.ReadWriteMany,
 	} {
 		t.Run(mode.String(), func(t *testing.T) {
-			if got, err := accessOf(capability(mode)); err != nil || got != want {
+			if got, err := accessModeOf(capability(mode)); err != nil || got != want {
 				t.Errorf("%q, %v; want %q", got, err, want)
 			}
 			if !slices.Contains(accessModeOrder, want) {
@@ -308,7 +308,7 @@ func TestAccessMode(t *testing.T) {
 		"fsType overlay, no access mode":       {&csi.VolumeCapability{AccessType: overlayType()}, "UNKNOWN"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := accessOf(c.capability)
+			_, err := accessModeOf(c.capability)
 			wantStatus(t, err, codes.InvalidArgument, c.word)
 		})
 	}

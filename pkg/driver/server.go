@@ -15,7 +15,7 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// stopTimeout is how long RPCs that are under way when the server is stopped may take to end.
+// stopTimeout is how long a stopping server waits for RPCs that have begun.
 const stopTimeout = 20 * time.Second
 
 const (
@@ -30,8 +30,8 @@ type Server struct {
 	path string
 }
 
-// NewServer returns a server on the socket that endpoint names (unix:///path or /path), which logs to logger. Services
-// are registered on it before Serve.
+// NewServer returns a server on the socket that endpoint names (unix:///path or /path). It logs to logger. Services must be
+// registered before Serve.
 func NewServer(endpoint string, logger klog.Logger) (*Server, error) {
 	path, err := SocketPath(endpoint)
 	if err != nil {
@@ -39,8 +39,8 @@ func NewServer(endpoint string, logger klog.Logger) (*Server, error) {
 	}
 	server := grpc.NewServer(
 		grpc.ChainUnaryInterceptor(withLog(logger), withStatus),
-		// Workers keep their stacks, and windows of a fixed size need no pings to measure the socket: together an
-		// eighth of what an RPC takes here. More RPCs at once than workers get a goroutine each, as without them.
+		// Workers reuse their stacks, and windows of a fixed size need no pings that measure the socket. Together they
+		// save an eighth of an RPC's time. If all workers are busy, an RPC gets a goroutine of its own.
 		grpc.NumStreamWorkers(streamWorkers),
 		grpc.StaticStreamWindowSize(windowSize),
 		grpc.StaticConnWindowSize(windowSize),
@@ -48,16 +48,16 @@ func NewServer(endpoint string, logger klog.Logger) (*Server, error) {
 	return &Server{Server: server, path: path}, nil
 }
 
-// SocketPath is the path of the socket that an endpoint names.
+// SocketPath returns the path of the socket that an endpoint names.
 func SocketPath(endpoint string) (string, error) {
 	path := strings.TrimPrefix(endpoint, "unix://")
 	if !filepath.IsAbs(path) {
-		return "", fmt.Errorf("endpoint %q: it is unix:// and an absolute path", endpoint)
+		return "", fmt.Errorf("endpoint %q is not unix:// and an absolute path", endpoint)
 	}
 	return path, nil
 }
 
-// Serve answers until ctx is done, lets what is under way end, and removes the socket.
+// Serve serves RPCs until ctx is done. It then waits for RPCs that have begun, and removes the socket.
 func (s *Server) Serve(ctx context.Context) error {
 	listener, err := listen(s.path)
 	if err != nil {
@@ -78,12 +78,12 @@ func (s *Server) Serve(ctx context.Context) error {
 	return fmt.Errorf("serve on %s: %w", s.path, err)
 }
 
-// listen makes the socket. One that a crash left is in the way, and anything else there is not the driver's to remove.
+// listen creates the socket. It replaces a socket that a crash left, and refuses to replace any other file.
 func listen(path string) (net.Listener, error) {
 	info, err := os.Lstat(path)
 	switch {
 	case err == nil && info.Mode().Type() != fs.ModeSocket:
-		return nil, fmt.Errorf("listen on %s: there is something that is no socket", path)
+		return nil, fmt.Errorf("listen on %s: the file exists and is not a socket", path)
 	case err == nil:
 		if err := os.Remove(path); err != nil {
 			return nil, fmt.Errorf("remove the socket of an earlier process: %w", err)
@@ -92,7 +92,7 @@ func listen(path string) (net.Listener, error) {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
-		return nil, fmt.Errorf("make the directory of the socket: %w", err)
+		return nil, fmt.Errorf("create the directory of the socket: %w", err)
 	}
 	listener, err := net.Listen("unix", path)
 	if err != nil {
@@ -101,7 +101,7 @@ func listen(path string) (net.Listener, error) {
 	// Whoever can write to the socket can have directories mounted.
 	if err := os.Chmod(path, 0o600); err != nil {
 		listener.Close()
-		return nil, fmt.Errorf("protect the socket: %w", err)
+		return nil, fmt.Errorf("restrict access to the socket: %w", err)
 	}
 	return listener, nil
 }
