@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"time"
@@ -83,8 +82,20 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 	csi.RegisterIdentityServer(server, driver.NewIdentity(opts.driverName, version, manager.Ready))
-	csi.RegisterControllerServer(server, driver.NewController(opts.driverName, opts.nodeID, manager, api, opts.volumeHealth))
-	csi.RegisterNodeServer(server, driver.NewNode(opts.driverName, opts.nodeID, manager, opts.allowedMountOptions, opts.volumeHealth))
+	csi.RegisterControllerServer(server, driver.NewController(driver.ControllerConfig{
+		DriverName: opts.driverName,
+		NodeID:     opts.nodeID,
+		Volumes:    manager,
+		Claims:     api,
+		Health:     opts.volumeHealth,
+	}))
+	csi.RegisterNodeServer(server, driver.NewNode(driver.NodeConfig{
+		DriverName:          opts.driverName,
+		NodeID:              opts.nodeID,
+		Volumes:             manager,
+		AllowedMountOptions: opts.allowedMountOptions,
+		Health:              opts.volumeHealth,
+	}))
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { manager.Run(ctx); return nil })
@@ -93,7 +104,13 @@ func run(ctx context.Context, opts options) error {
 	group.Go(func() error { return admin.Serve(ctx, opts.adminSocket, admin.NewHandler(layers, manager, records)) })
 	group.Go(func() error { return server.Serve(ctx) })
 	if opts.httpEndpoint != "" {
-		group.Go(func() error { return serveHealth(ctx, opts.httpEndpoint, manager.Ready) })
+		group.Go(func() error {
+			listener, err := net.Listen("tcp", opts.httpEndpoint)
+			if err != nil {
+				return fmt.Errorf("--http-endpoint: %w", err)
+			}
+			return driver.ServeHealth(ctx, listener, manager.Ready)
+		})
 	}
 	if opts.register {
 		registration, err := newRegistration(opts, logger)
@@ -222,28 +239,4 @@ func newRegistration(opts options, logger klog.Logger) (*driver.Server, error) {
 	}
 	registerapi.RegisterRegistrationServer(server, kubelet.NewRegistration(opts.driverName, csiSocket))
 	return server, nil
-}
-
-// serveHealth answers /healthz while the process lives and /readyz once the driver works.
-func serveHealth(ctx context.Context, address string, ready func() bool) error {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if !ready() {
-			http.Error(w, "making good what an earlier process left", http.StatusServiceUnavailable)
-			return
-		}
-		fmt.Fprintln(w, "ok")
-	})
-	listener, err := net.Listen("tcp", address)
-	if err != nil {
-		return fmt.Errorf("--http-endpoint: %w", err)
-	}
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
-	stop := context.AfterFunc(ctx, func() { server.Close() })
-	defer stop()
-	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serve /healthz and /readyz: %w", err)
-	}
-	return nil
 }

@@ -38,14 +38,30 @@ type Controller struct {
 	health     bool
 }
 
+// ControllerConfig is what a [Controller] consists of.
+type ControllerConfig struct {
+	DriverName string
+	NodeID     string
+	Volumes    provisioner
+	Claims     claims
+	// Health enables the health RPCs.
+	Health bool
+}
+
 // claims reads claims from the API server.
 type claims interface {
 	ClaimAnnotations(ctx context.Context, namespace, name string) (map[string]string, error)
 }
 
-// NewController returns the service of a node. health switches the health RPCs on.
-func NewController(driverName, nodeID string, volumes provisioner, claims claims, health bool) *Controller {
-	return &Controller{volumes: volumes, claims: claims, annotation: driverName + "/layers", topology: nodeTopology(driverName, nodeID), health: health}
+// NewController returns the service of a node.
+func NewController(config ControllerConfig) *Controller {
+	return &Controller{
+		volumes:    config.Volumes,
+		claims:     config.Claims,
+		annotation: config.DriverName + "/layers",
+		topology:   nodeTopology(config.DriverName, config.NodeID),
+		health:     config.Health,
+	}
 }
 
 // CreateVolume creates a volume on this node.

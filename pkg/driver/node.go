@@ -34,11 +34,25 @@ type Node struct {
 	health              bool
 }
 
-// NewNode returns the service of a node. allowedMountOptions are the mount options beyond the safe ones that volumes may
-// name. health switches the health RPCs on.
-func NewNode(driverName, nodeID string, volumes publisher, allowedMountOptions []string, health bool) *Node {
+// NodeConfig is what a [Node] consists of.
+type NodeConfig struct {
+	DriverName string
+	NodeID     string
+	Volumes    publisher
+	// AllowedMountOptions are the mount options that volumes may use although they are not safe.
+	AllowedMountOptions []string
+	// Health enables the health RPCs.
+	Health bool
+}
+
+// NewNode returns the service of a node.
+func NewNode(config NodeConfig) *Node {
 	return &Node{
-		volumes: volumes, nodeID: nodeID, topology: nodeTopology(driverName, nodeID), allowedMountOptions: allowedMountOptions, health: health,
+		volumes:             config.Volumes,
+		nodeID:              config.NodeID,
+		topology:            nodeTopology(config.DriverName, config.NodeID),
+		allowedMountOptions: config.AllowedMountOptions,
+		health:              config.Health,
 	}
 }
 

@@ -1,0 +1,74 @@
+package driver
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"testing"
+)
+
+func TestServeHealth(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ready atomic.Bool
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	served := make(chan error, 1)
+	go func() { served <- ServeHealth(ctx, listener, ready.Load) }()
+	for _, c := range []struct {
+		name, method, path string
+		ready              bool
+		code               int
+		body               string
+	}{
+		{"alive before it is ready", http.MethodGet, "/healthz", false, http.StatusOK, "ok\n"},
+		{"not ready", http.MethodGet, "/readyz", false, http.StatusServiceUnavailable, "cleaning up after an earlier process\n"},
+		{"ready", http.MethodGet, "/readyz", true, http.StatusOK, "ok\n"},
+		{"alive", http.MethodGet, "/healthz", true, http.StatusOK, "ok\n"},
+		{"another path", http.MethodGet, "/metrics", true, http.StatusNotFound, "404 page not found\n"},
+		{"another method", http.MethodPost, "/readyz", true, http.StatusMethodNotAllowed, "Method Not Allowed\n"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			ready.Store(c.ready)
+			req, err := http.NewRequestWithContext(t.Context(), c.method, "http://"+listener.Addr().String()+c.path, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			response, err := http.DefaultClient.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer response.Body.Close()
+			body, err := io.ReadAll(response.Body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if response.StatusCode != c.code || string(body) != c.body {
+				t.Errorf("%d %q; want %d %q", response.StatusCode, body, c.code, c.body)
+			}
+		})
+	}
+	stop()
+	if err := <-served; err != nil {
+		t.Errorf("ServeHealth returns %v after its context is done", err)
+	}
+	if conn, err := net.Dial("tcp", listener.Addr().String()); err == nil {
+		conn.Close()
+		t.Error("the listener is open after ServeHealth returned")
+	}
+}
+
+func TestServeHealthReportsAListenerThatFails(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener.Close()
+	if err := ServeHealth(t.Context(), listener, func() bool { return true }); err == nil {
+		t.Error("ServeHealth on a closed listener returns nil")
+	}
+}
