@@ -1,0 +1,98 @@
+package volume
+
+import (
+	"maps"
+	"testing"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
+)
+
+const mib = 1 << 20
+
+// sized publishes a claim of 64 MiB.
+func (n *fakeNode) sized() PublishRequest {
+	n.t.Helper()
+	req := n.request("p1", rwo, spec.KeySizeLimit, "64Mi")
+	return n.publish(req)
+}
+
+// TestExpandFails has each step of an expansion fail. The record keeps the size that the upper has at least, and the next try
+// succeeds.
+func TestExpandFails(t *testing.T) {
+	for _, call := range []string{"at", "grow"} {
+		t.Run(call, func(t *testing.T) {
+			n := newFakeNode(t)
+			req := n.sized()
+			before, inUse := n.state(), maps.Clone(n.inUse)
+			n.fail[call] = errForced
+			_, err := n.manager.Expand(t.Context(), "v", req.Target, 128*mib, 0)
+			wantKind(t, err, errForced)
+			n.wantAsBefore(before, inUse)
+			delete(n.fail, call)
+			wantExpanded(t, n, req, 128*mib)
+		})
+	}
+}
+
+func wantExpanded(t *testing.T, n *fakeNode, req PublishRequest, want int64) {
+	t.Helper()
+	got, err := n.manager.Expand(t.Context(), "v", req.Target, want, 0)
+	check(t, err)
+	r, err := n.records.Load("v")
+	check(t, err)
+	if got != want || r.Size != want {
+		t.Errorf("expanded to %d, in the record %d, want %d", got, r.Size, want)
+	}
+	for base, limit := range n.limits {
+		if limit.Bytes != want {
+			t.Errorf("limit of %s is %d bytes, want %d", base, limit.Bytes, want)
+		}
+	}
+}
+
+// TestExpandRefuses asks for what an expansion cannot do.
+func TestExpandRefuses(t *testing.T) {
+	const huge = 1 << 60
+	for name, row := range map[string]struct {
+		prepare         func(n *fakeNode) PublishRequest
+		required, limit int64
+		want            error
+	}{
+		"more than the node has": {(*fakeNode).sized, huge, 0, errdefs.ErrResourceExhausted},
+		"limit below the size":   {(*fakeNode).sized, 0, 32 * mib, errdefs.ErrOutOfRange},
+		"upper in another volume": {func(n *fakeNode) PublishRequest {
+			return n.publish(publishes["inline, in another volume"](n))
+		}, 128 * mib, 0, errdefs.ErrInvalidArgument},
+		"not mounted": {func(n *fakeNode) PublishRequest {
+			req := n.sized()
+			clear(n.mounts)
+			return req
+		}, 128 * mib, 0, errdefs.ErrFailedPrecondition},
+		"not published": {func(n *fakeNode) PublishRequest {
+			n.sized()
+			return n.request("p9", rwo)
+		}, 128 * mib, 0, errdefs.ErrNotFound},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newFakeNode(t)
+			req := row.prepare(n)
+			before, inUse := n.state(), maps.Clone(n.inUse)
+			_, err := n.manager.Expand(t.Context(), "v", req.Target, row.required, row.limit)
+			wantKind(t, err, row.want)
+			n.wantAsBefore(before, inUse)
+		})
+	}
+}
+
+// TestExpandAgain asks for a size that the volume has.
+func TestExpandAgain(t *testing.T) {
+	n := newFakeNode(t)
+	req := n.sized()
+	wantExpanded(t, n, req, 128*mib)
+	wantExpanded(t, n, req, 128*mib)
+	if got, err := n.manager.Expand(t.Context(), "v", req.Target, 32*mib, 0); err != nil || got != 128*mib {
+		t.Errorf("expanded to %d, %v; want the size that it has, 128 MiB", got, err)
+	}
+}

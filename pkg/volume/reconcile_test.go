@@ -1,0 +1,111 @@
+package volume
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
+)
+
+// TestReconcile compares what a node has with what is left after a reconciliation.
+func TestReconcile(t *testing.T) {
+	for name, row := range map[string]struct {
+		prepare func(n *fakeNode)
+		// record and mounted say what is left. yielded is how many uppers let kubelet unmount the volume that holds them.
+		record, mounted bool
+		yielded         int
+	}{
+		"mounted view": {prepare: func(n *fakeNode) { n.publish(n.request("p1", inline)) }, record: true, mounted: true},
+		"mounted view of a pod that is gone": {prepare: func(n *fakeNode) {
+			n.publish(n.request("p1", inline))
+			n.gone["p1"] = true
+		}, record: true, mounted: true},
+		"ephemeral, pod gone": {prepare: func(n *fakeNode) {
+			n.publish(n.request("p1", inline))
+			clear(n.mounts)
+			n.gone["p1"] = true
+		}},
+		"ephemeral, pod there": {prepare: func(n *fakeNode) {
+			n.publish(n.request("p1", inline))
+			clear(n.mounts)
+		}, record: true, yielded: 1},
+		"persistent, pod gone": {prepare: func(n *fakeNode) {
+			n.publish(n.request("p1", rwo))
+			clear(n.mounts)
+			n.gone["p1"] = true
+		}, record: true},
+		"persistent, never published": {prepare: func(n *fakeNode) { n.create() }, record: true},
+		"read-only, pod there": {prepare: func(n *fakeNode) {
+			n.publish(n.request("p1", inline, spec.KeyUpper, "none"))
+			clear(n.mounts)
+		}, record: true},
+		"in another volume, pod there": {prepare: func(n *fakeNode) {
+			n.publish(n.request("p1", inline, spec.KeyUpper, "volume://scratch"))
+			clear(n.mounts)
+		}, record: true, yielded: 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newFakeNode(t)
+			row.prepare(n)
+			for range 2 {
+				n.yielded = 0
+				n.manager.reconcile(t.Context())
+			}
+			if _, err := n.records.Load("v"); (err == nil) != row.record {
+				t.Errorf("the record is left: %t (%v), want %t", err == nil, err, row.record)
+			}
+			if mounted := n.mounts[n.target("p1")] == overlay.Overlay; mounted != row.mounted {
+				t.Errorf("mounted: %t, want %t", mounted, row.mounted)
+			}
+			if n.yielded != row.yielded {
+				t.Errorf("%d uppers yielded, want %d", n.yielded, row.yielded)
+			}
+			if !row.record && exists(n.records.Dir("v")) {
+				t.Error("the directory of the volume is left")
+			}
+		})
+	}
+}
+
+// TestReconcileWithoutRecord leaves alone what somebody may still want.
+func TestReconcileWithoutRecord(t *testing.T) {
+	for name, row := range map[string]struct {
+		prepare func(n *fakeNode)
+		left    bool
+	}{
+		"empty directory": {func(n *fakeNode) { check(n.t, os.MkdirAll(n.records.Dir("v"), 0o700)) }, false},
+		"upper":           {func(n *fakeNode) { check(n.t, os.MkdirAll(filepath.Join(n.records.Dir("v"), "upper"), 0o700)) }, true},
+		"uppers of pods":  {func(n *fakeNode) { check(n.t, os.MkdirAll(filepath.Join(n.records.Dir("v"), "pods"), 0o700)) }, true},
+		"damaged record":  {func(n *fakeNode) { n.writeRecord("{") }, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newFakeNode(t)
+			row.prepare(n)
+			n.manager.reconcile(t.Context())
+			if left := exists(n.records.Dir("v")); left != row.left {
+				t.Errorf("the directory is left: %t, want %t", left, row.left)
+			}
+		})
+	}
+}
+
+// TestReconcileSkipsBusyVolumes leaves a volume alone that an RPC is working on.
+func TestReconcileSkipsBusyVolumes(t *testing.T) {
+	n := newFakeNode(t)
+	n.publish(n.request("p1", inline))
+	clear(n.mounts)
+	n.gone["p1"] = true
+	unlock, err := n.manager.locks.acquire(t.Context(), "v")
+	check(t, err)
+	n.manager.reconcile(t.Context())
+	if _, err := n.records.Load("v"); err != nil {
+		t.Errorf("the record of a volume that is being worked on: %v", err)
+	}
+	unlock()
+	n.manager.reconcile(t.Context())
+	if exists(n.records.Dir("v")) {
+		t.Error("the volume is left although its pod is gone")
+	}
+}
