@@ -48,6 +48,8 @@ type fakeNode struct {
 	gone map[string]bool
 	// fail are errors of calls by name, for as long as they are there.
 	fail map[string]error
+	// onResolve is called while layers are resolved, if it is set.
+	onResolve func()
 	// layerDir is the one layer that each reference resolves to.
 	layerDir *os.File
 }
@@ -196,6 +198,9 @@ type fakeLayers struct{ n *fakeNode }
 func (l fakeLayers) Resolve(_ context.Context, refs []reference.Reference, _ layer.Request) (*layer.ResolvedLayers, error) {
 	if err := l.n.failing("resolve"); err != nil {
 		return nil, err
+	}
+	if l.n.onResolve != nil {
+		l.n.onResolve()
 	}
 	resolved := &layer.ResolvedLayers{}
 	for range refs {

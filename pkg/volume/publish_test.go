@@ -233,7 +233,7 @@ func TestPublishRefuses(t *testing.T) {
 		"a file at the target": {"inline", func(n *fakeNode, req *PublishRequest) {
 			check(n.t, os.WriteFile(req.Target, nil, 0o600))
 		}, errdefs.ErrInvalidArgument},
-		"request that was given up": {"inline", nil, context.Canceled},
+		"request that ends while layers are resolved": {"inline", nil, context.Canceled},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newFakeNode(t)
@@ -243,7 +243,7 @@ func TestPublishRefuses(t *testing.T) {
 			if row.prepare != nil {
 				row.prepare(n, &req)
 			} else {
-				cancel()
+				n.onResolve = cancel
 			}
 			before, inUse := n.state(), maps.Clone(n.inUse)
 			wantKind(t, n.manager.Publish(ctx, req), row.want)
