@@ -118,10 +118,12 @@ func TestImageOfPrivateRegistry(t *testing.T) {
 			[]string{r.Host, `as user "u"`}},
 		"other type": {map[string]string{"username": "u"}, codes.InvalidArgument, []string{"kubectl create secret docker-registry"}},
 	} {
-		v := inline("layers", ref)
-		v.Name, v.Secrets = "v-"+strings.ReplaceAll(name, " ", "-"), c.secrets
-		_, err := pod.Publish(timeout(t), v)
-		wantCode(t, err, c.code, c.words...)
+		t.Run(name, func(t *testing.T) {
+			v := inline("layers", ref)
+			v.Name, v.Secrets = "v-"+strings.ReplaceAll(name, " ", "-"), c.secrets
+			_, err := pod.Publish(timeout(t), v)
+			wantCode(t, err, c.code, c.words...)
+		})
 	}
 	v := inline("layers", ref)
 	v.Secrets = map[string]string{".dockerconfigjson": r.DockerConfig("u", "p")}

@@ -72,15 +72,17 @@ func TestOverlayctl(t *testing.T) {
 		word string
 	}{
 		"no driver":       {[]string{"--socket", "/nowhere", "layers"}, "running"},
-		"no such volume":  {[]string{"--socket", node.AdminSocket(), "inspect", "missing"}, "none of that ID"},
+		"no such volume":  {[]string{"--socket", node.AdminSocket(), "inspect", "missing"}, "does not exist"},
 		"no such image":   {[]string{"--socket", node.AdminSocket(), "pull", r.Host + "/missing:1"}, r.Host},
 		"no such form":    {[]string{"--socket", node.AdminSocket(), "layers", "-o", "xml"}, "table and json"},
 		"no such command": {[]string{"fly"}, "fly"},
 	} {
-		output, err := exec.Command(overlayctlBinary(t), c.args...).CombinedOutput()
-		if err == nil || !strings.Contains(string(output), c.word) {
-			t.Errorf("%s: %v: %s", name, err, output)
-		}
+		t.Run(name, func(t *testing.T) {
+			output, err := exec.Command(overlayctlBinary(t), c.args...).CombinedOutput()
+			if err == nil || !strings.Contains(string(output), c.word) {
+				t.Errorf("%v: %s", err, output)
+			}
+		})
 	}
 	info, err := os.Stat(node.AdminSocket())
 	must(t, err)

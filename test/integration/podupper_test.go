@@ -261,13 +261,11 @@ func TestLockFileThatIsNoneIsReported(t *testing.T) {
 	must(t, err)
 	v := inline("layers", layersOf(t, node, map[string]string{"f": "layer"}), "upper", "volume://scratch/up")
 	for name, content := range map[string]string{"no JSON": "{", "huge": strings.Repeat("[", 1<<20)} {
-		fill(t, scratch, map[string]string{"up/overlay-csi.json": content})
-		_, err := pod.Publish(timeout(t), v)
-		if err == nil {
-			t.Errorf("%s: published", name)
-			continue
-		}
-		wantCode(t, err, codes.FailedPrecondition, "overlay-csi.json")
+		t.Run(name, func(t *testing.T) {
+			fill(t, scratch, map[string]string{"up/overlay-csi.json": content})
+			_, err := pod.Publish(timeout(t), v)
+			wantCode(t, err, codes.FailedPrecondition, "overlay-csi.json")
+		})
 	}
 	must(t, os.Remove(filepath.Join(scratch, "up/overlay-csi.json")))
 	must(t, unix.Mkfifo(filepath.Join(scratch, "up/overlay-csi.json"), 0o666))

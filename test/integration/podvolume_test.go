@@ -66,8 +66,10 @@ func TestLayerInAnotherVolumeStaysWithinIt(t *testing.T) {
 		// Kubelet keeps it under the PersistentVolume's name: that is no name of the pod's.
 		"volume://pv-of-somebody": codes.Unavailable,
 	} {
-		_, err := pod.Publish(timeout(t), inline("layers", ref))
-		wantCode(t, err, want)
+		t.Run(ref, func(t *testing.T) {
+			_, err := pod.Publish(timeout(t), inline("layers", ref))
+			wantCode(t, err, want)
+		})
 	}
 	wantNoViews(t, node)
 }
@@ -191,9 +193,11 @@ func TestVolumesOfClaimsAreFoundThroughTheAPIServer(t *testing.T) {
 	fill(t, inTree, map[string]string{"f": "nfs"})
 
 	for ref, want := range map[string]string{"volume://data": "pv-1", "volume://generic": "pv-generic", "volume://nfs": "nfs"} {
-		v := inline("layers", ref)
-		wantFile(t, filepath.Join(publish(t, pod, v), "f"), want)
-		unpublish(t, pod, v)
+		t.Run(ref, func(t *testing.T) {
+			v := inline("layers", ref)
+			wantFile(t, filepath.Join(publish(t, pod, v), "f"), want)
+			unpublish(t, pod, v)
+		})
 	}
 	for ref, want := range map[string]struct {
 		code codes.Code
@@ -205,8 +209,10 @@ func TestVolumesOfClaimsAreFoundThroughTheAPIServer(t *testing.T) {
 		// Kubelet would never set it up: there is nothing to wait for.
 		"volume://unused": {codes.InvalidArgument, "volumeMounts"},
 	} {
-		_, err := pod.Publish(timeout(t), inline("layers", ref))
-		wantCode(t, err, want.code, want.word)
+		t.Run(ref, func(t *testing.T) {
+			_, err := pod.Publish(timeout(t), inline("layers", ref))
+			wantCode(t, err, want.code, want.word)
+		})
 	}
 	wantNoViews(t, node)
 }

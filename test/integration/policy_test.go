@@ -92,12 +92,14 @@ func TestEphemeralViewsAreVolatile(t *testing.T) {
 		{claim("kept", readWriteOnce, "layers", layers), false},
 		{claim("many", readWriteMany, "layers", layers, "upper", "pod"), true},
 	} {
-		options, err := drivertest.Options(publish(t, pod, c.volume))
-		must(t, err)
-		if got := strings.Contains(strings.Join(options, ","), "volatile"); got != c.volatile {
-			t.Errorf("%s: volatile is %v: %q", c.volume.Name, got, options)
-		}
-		unpublish(t, pod, c.volume)
+		t.Run(c.volume.Name, func(t *testing.T) {
+			options, err := drivertest.Options(publish(t, pod, c.volume))
+			must(t, err)
+			if got := strings.Contains(strings.Join(options, ","), "volatile"); got != c.volatile {
+				t.Errorf("volatile is %v: %q", got, options)
+			}
+			unpublish(t, pod, c.volume)
+		})
 	}
 }
 
@@ -256,9 +258,11 @@ func TestMountOptions(t *testing.T) {
 		unpublish(t, pod, v)
 		for option, words := range map[string]string{"suid": "--allow-mount-option=suid", "lowerdir=/etc": "allowed are",
 			"context=x": "allowed are"} {
-			v.Options = []string{option}
-			_, err := pod.Publish(timeout(t), v)
-			wantCode(t, err, codes.InvalidArgument, words)
+			t.Run(option, func(t *testing.T) {
+				v.Options = []string{option}
+				_, err := pod.Publish(timeout(t), v)
+				wantCode(t, err, codes.InvalidArgument, words)
+			})
 		}
 	})
 	t.Run("permitted", func(t *testing.T) {
