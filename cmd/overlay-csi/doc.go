@@ -1,3 +1,3 @@
-// Command overlay-csi is the node plugin of a CSI driver for overlay volumes. It parses flags, makes the objects of the
-// packages below pkg/, one on top of the other, and serves kubelet until it is told to stop.
+// Command overlay-csi is the node plugin of a CSI driver for overlay volumes. It parses flags, creates
+// the objects of the packages in pkg/, and serves kubelet until it gets SIGTERM or SIGINT.
 package main

@@ -32,10 +32,10 @@ func main() {
 	ctx, stop := signal.NotifyContext(klog.NewContext(context.Background(), logger), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, opts); err != nil {
-		logger.Error(err, "The driver cannot go on")
+		logger.Error(err, "Driver failed")
 		klog.Flush()
 		os.Exit(1)
 	}
-	logger.Info("Stopped: mounted views stay")
+	logger.Info("Stopped; mounted views remain")
 	klog.Flush()
 }

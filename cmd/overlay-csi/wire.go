@@ -31,9 +31,21 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
-// run makes the driver's objects, one on top of the other, and serves until ctx is done.
+// Keys of log messages.
+const (
+	logReason    = "reason"
+	logVersion   = "version"
+	logDriver    = "driver"
+	logNode      = "node"
+	logEndpoint  = "endpoint"
+	logFeatures  = "features"
+	logFallbacks = "fallbacks"
+	logBackends  = "backends"
+)
+
+// run creates the driver's objects, each from those before it, and serves until ctx is done.
 func run(ctx context.Context, opts options) error {
-	logger := klog.FromContext(ctx)
+	// No other process uses the data root from here on.
 	lock, err := lockDataRoot(ctx, opts.dataRoot)
 	if err != nil {
 		return err
@@ -42,6 +54,8 @@ func run(ctx context.Context, opts options) error {
 	if err := upper.Probe(lock.Dir()); err != nil {
 		return fmt.Errorf("data root: %w", err)
 	}
+
+	// What mounts views.
 	features, err := probeKernel(lock.Path(), opts)
 	if err != nil {
 		return err
@@ -51,51 +65,35 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 	defer mounter.Close()
-	detached, err := overlay.NewDetachedRoot(features)
-	if err != nil {
-		logger.Info("Detached root mount unavailable; publish latency will grow with the number of mounts", "reason", err.Error())
-		detached = &overlay.DetachedRoot{}
-	}
+	detached := newDetachedRoot(ctx, features)
 	defer detached.Close()
+
+	// What is stored in the data root.
 	root, err := lock.Open(detached.Reopen)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
 	records := record.NewStore(root.VolumesDir())
-	api, err := newAPI(opts)
-	if err != nil {
-		return err
-	}
 	layers, err := newStore(ctx, root, records, opts)
 	if err != nil {
 		return err
 	}
 	defer layers.Close()
+
+	// The volumes of the node, and their CSI services.
+	api, err := newAPI(opts)
+	if err != nil {
+		return err
+	}
 	manager, err := newManager(root, records, mounter, detached, api, layers, opts)
 	if err != nil {
 		return err
 	}
-
-	server, err := driver.NewServer(opts.endpoint, logger)
+	server, err := newCSIServer(ctx, opts, manager, api)
 	if err != nil {
 		return err
 	}
-	csi.RegisterIdentityServer(server, driver.NewIdentity(opts.driverName, version, manager.Ready))
-	csi.RegisterControllerServer(server, driver.NewController(driver.ControllerConfig{
-		DriverName: opts.driverName,
-		NodeID:     opts.nodeID,
-		Volumes:    manager,
-		Claims:     api,
-		Health:     opts.volumeHealth,
-	}))
-	csi.RegisterNodeServer(server, driver.NewNode(driver.NodeConfig{
-		DriverName:          opts.driverName,
-		NodeID:              opts.nodeID,
-		Volumes:             manager,
-		AllowedMountOptions: opts.allowedMountOptions,
-		Health:              opts.volumeHealth,
-	}))
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { manager.Run(ctx); return nil })
@@ -104,33 +102,24 @@ func run(ctx context.Context, opts options) error {
 	group.Go(func() error { return admin.Serve(ctx, opts.adminSocket, admin.NewHandler(layers, manager, records)) })
 	group.Go(func() error { return server.Serve(ctx) })
 	if opts.httpEndpoint != "" {
-		group.Go(func() error {
-			listener, err := net.Listen("tcp", opts.httpEndpoint)
-			if err != nil {
-				return fmt.Errorf("--http-endpoint: %w", err)
-			}
-			return driver.ServeHealth(ctx, listener, manager.Ready)
-		})
+		group.Go(func() error { return serveHealth(ctx, opts.httpEndpoint, manager.Ready) })
 	}
 	if opts.register {
-		registration, err := newRegistration(opts, logger)
-		if err != nil {
-			return err
-		}
-		group.Go(func() error { return registration.Serve(ctx) })
+		group.Go(func() error { return serveRegistration(ctx, opts) })
 	}
-	logger.Info("Started", "version", version, "driver", opts.driverName, "node", opts.nodeID, "endpoint", opts.endpoint)
+	klog.FromContext(ctx).Info("Started",
+		logVersion, version, logDriver, opts.driverName, logNode, opts.nodeID, logEndpoint, opts.endpoint)
 	return group.Wait()
 }
 
-// lockDataRoot locks the data root. It waits for an earlier process that is still stopping.
+// lockDataRoot locks the data root. It waits until an earlier process has ended, or until ctx is done.
 func lockDataRoot(ctx context.Context, path string) (*dataroot.Lock, error) {
 	for {
 		lock, err := dataroot.Acquire(path)
 		if !errors.Is(err, dataroot.ErrInUse) {
 			return lock, err
 		}
-		klog.FromContext(ctx).Info("Waiting for another process to end", "reason", err.Error())
+		klog.FromContext(ctx).Info("Waiting for another process to end", logReason, err.Error())
 		select {
 		case <-ctx.Done():
 			return nil, err
@@ -139,11 +128,11 @@ func lockDataRoot(ctx context.Context, path string) (*dataroot.Lock, error) {
 	}
 }
 
-// probeKernel finds out what the kernel can do, once.
+// probeKernel returns the kernel features that the driver may use.
 func probeKernel(dataRoot string, opts options) (overlay.Features, error) {
 	dir := filepath.Join(dataRoot, dataroot.Mounter)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return overlay.Features{}, fmt.Errorf("make the mounter's directory: %w", err)
+		return overlay.Features{}, fmt.Errorf("create the mounter's directory: %w", err)
 	}
 	features, err := overlay.Probe(dir)
 	if err != nil {
@@ -152,15 +141,50 @@ func probeKernel(dataRoot string, opts options) (overlay.Features, error) {
 	if features, err = features.Without(opts.disabledFeatures...); err != nil {
 		return overlay.Features{}, fmt.Errorf("--disable-kernel-features: %w", err)
 	}
-	klog.Background().Info("Probed the kernel", "features", features.String(), "fallbacks", features.Fallbacks())
+	klog.Background().Info("Kernel probed", logFeatures, features.String(), logFallbacks, features.Fallbacks())
 	return features, nil
 }
 
+// newMounter returns a mounter of views, which has a directory of its own in the data root.
 func newMounter(dataRoot string, features overlay.Features) (*overlay.Mounter, error) {
 	dir := filepath.Join(dataRoot, dataroot.Mounter)
 	return overlay.NewMounter(overlay.Config{Dir: dir, Features: features, MountUtils: mount.NewWithoutSystemd(""), Commands: exec.New()})
 }
 
+// newDetachedRoot returns a copy of the root mount, or one that reopens nothing if the kernel refuses to make a copy.
+func newDetachedRoot(ctx context.Context, features overlay.Features) *overlay.DetachedRoot {
+	detached, err := overlay.NewDetachedRoot(features)
+	if err != nil {
+		klog.FromContext(ctx).Info("Detached root mount unavailable; publish latency will grow with the number of mounts",
+			logReason, err.Error())
+		return &overlay.DetachedRoot{}
+	}
+	return detached
+}
+
+// newStore opens the layer store. It fails at once if the credentials cannot be read, not at the first pull.
+func newStore(ctx context.Context, root *dataroot.Root, records *record.Store, opts options) (*store.Store, error) {
+	if opts.registry.CredentialsFile != "" {
+		if _, err := registry.ReadCredentials(opts.registry.CredentialsFile); err != nil {
+			return nil, fmt.Errorf("--registry-config: %w", err)
+		}
+	}
+	return store.New(ctx, root, records, registry.NewClient(opts.registry), opts.store)
+}
+
+// newAPI returns a reader of the API server. Outside of a cluster and without --kubeconfig it is kubeapi.None.
+func newAPI(opts options) (kubeapi.Reader, error) {
+	api, err := kubeapi.New(opts.kubeconfig)
+	if err != nil && opts.kubeconfig != "" {
+		return nil, fmt.Errorf("--kubeconfig: %w", err)
+	}
+	if api == (kubeapi.None{}) {
+		klog.Background().Info("No API server; volume:// does not find claims of a pod, and claims cannot name their layers")
+	}
+	return api, err
+}
+
+// newManager returns the manager of the node's volumes, with the resolver of their layers and the backends of their uppers.
 func newManager(
 	root *dataroot.Root, records *record.Store, mounter *overlay.Mounter, detached *overlay.DetachedRoot, api kubeapi.Reader,
 	layers *store.Store, opts options,
@@ -187,7 +211,7 @@ func newManager(
 		Mounter:  mounter,
 		InUse:    volume.UpperInUse(records),
 	})
-	klog.Background().Info("Volume size enforcement", "backends", backends.Enforcing())
+	klog.Background().Info("Volume size enforcement", logBackends, backends.Enforcing())
 	return volume.NewManager(volume.Config{
 		Node:              opts.nodeID,
 		BootID:            bootID,
@@ -203,40 +227,53 @@ func newManager(
 	}), nil
 }
 
-// newStore opens the layer store.
-func newStore(ctx context.Context, root *dataroot.Root, records *record.Store, opts options) (*store.Store, error) {
-	if opts.registry.CredentialsFile != "" {
-		if _, err := registry.ReadCredentials(opts.registry.CredentialsFile); err != nil {
-			return nil, fmt.Errorf("--registry-config: %w", err)
-		}
+// newCSIServer returns the server of the CSI socket with its three services.
+func newCSIServer(ctx context.Context, opts options, manager *volume.Manager, api kubeapi.Reader) (*driver.Server, error) {
+	server, err := driver.NewServer(opts.endpoint, klog.FromContext(ctx))
+	if err != nil {
+		return nil, err
 	}
-	return store.New(ctx, root, records, registry.NewClient(opts.registry), opts.store)
+	csi.RegisterIdentityServer(server, driver.NewIdentity(opts.driverName, version, manager.Ready))
+	csi.RegisterControllerServer(server, driver.NewController(driver.ControllerConfig{
+		DriverName: opts.driverName,
+		NodeID:     opts.nodeID,
+		Volumes:    manager,
+		Claims:     api,
+		Health:     opts.volumeHealth,
+	}))
+	csi.RegisterNodeServer(server, driver.NewNode(driver.NodeConfig{
+		DriverName:          opts.driverName,
+		NodeID:              opts.nodeID,
+		Volumes:             manager,
+		AllowedMountOptions: opts.allowedMountOptions,
+		Health:              opts.volumeHealth,
+	}))
+	return server, nil
 }
 
-// newAPI returns a reader of the API server. There may be none to read.
-func newAPI(opts options) (kubeapi.Reader, error) {
-	api, err := kubeapi.New(opts.kubeconfig)
-	if err != nil && opts.kubeconfig != "" {
-		return nil, fmt.Errorf("--kubeconfig: %w", err)
+// serveHealth serves /healthz and /readyz on a TCP address until ctx is done.
+func serveHealth(ctx context.Context, address string, ready func() bool) error {
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		return fmt.Errorf("--http-endpoint: %w", err)
 	}
-	if api == (kubeapi.None{}) {
-		klog.Background().Info("No API server: volume:// finds no claims of a pod, and claims cannot name their layers")
-	}
-	return api, err
+	return driver.ServeHealth(ctx, listener, ready)
 }
 
-func newRegistration(opts options, logger klog.Logger) (*driver.Server, error) {
+// serveRegistration serves the socket by which kubelet finds the driver, until ctx is done.
+func serveRegistration(ctx context.Context, opts options) error {
 	csiSocket := opts.registrationPath
 	if csiSocket == "" {
 		var err error
 		if csiSocket, err = driver.SocketPath(opts.endpoint); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	server, err := driver.NewServer(filepath.Join(opts.kubeletDir, "plugins_registry", opts.driverName+"-reg.sock"), logger)
+	socket := filepath.Join(opts.kubeletDir, "plugins_registry", opts.driverName+"-reg.sock")
+	server, err := driver.NewServer(socket, klog.FromContext(ctx))
 	if err != nil {
-		return nil, err
+		return err
 	}
 	registerapi.RegisterRegistrationServer(server, kubelet.NewRegistration(opts.driverName, csiSocket))
-	return server, nil
+	return server.Serve(ctx)
 }

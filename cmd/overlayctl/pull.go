@@ -31,7 +31,7 @@ func pullCommand(opts *options) *cobra.Command {
 	}
 }
 
-// bars are the progress bars of a pull, one for each layer, on standard error where that is a terminal.
+// bars are the progress bars of a pull, one for each layer. They are drawn only if standard error is a terminal.
 type bars struct {
 	progress *mpb.Progress
 	byLayer  map[digest.Digest]*mpb.Bar
@@ -49,7 +49,7 @@ func (b *bars) update(progress api.Progress) {
 			if name == "" {
 				name = short(layer.Digest)
 			}
-			// One byte more than the size of the blob stands for unpacking it.
+			// The bar has one unit more than the blob has bytes, which is filled once the layer is unpacked.
 			bar = b.progress.AddBar(layer.Size+1,
 				mpb.PrependDecorators(decor.Name(name+" "), decor.CountersKibiByte("% .1f / % .1f")),
 				mpb.AppendDecorators(decor.OnComplete(decor.Percentage(), "done")))
