@@ -24,7 +24,8 @@ func CheckUnchanged(path string, fingerprint linux.Fingerprint) error {
 	case err != nil:
 		return fmt.Errorf("layer %s: %w", path, err)
 	case stat.Fingerprint() != fingerprint:
-		return fmt.Errorf("%w: layer %s was changed or replaced since it was mounted, so the content of its views is undefined; restart their pods",
+		return fmt.Errorf(
+			"%w: layer %s was changed or replaced since it was mounted, so the content of its views is undefined; restart their pods",
 			errdefs.ErrFailedPrecondition, path)
 	}
 	return nil
