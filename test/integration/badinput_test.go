@@ -146,7 +146,7 @@ func TestTargetThatIsNotForUs(t *testing.T) {
 		"file": {func(t *testing.T, target string) { write(t, target, "mine") }, codes.InvalidArgument, "file"},
 		"link": {func(t *testing.T, target string) { must(t, os.Symlink("/tmp", target)) }, codes.InvalidArgument, "link"},
 		"mounted by another one": {func(t *testing.T, target string) { must(t, os.Mkdir(target, 0o755)); mountTmpfs(t, target) },
-			codes.FailedPrecondition, "mounted"},
+			codes.FailedPrecondition, "not this volume"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			pod := newPod(t, node, "pod")
@@ -238,7 +238,7 @@ func TestLayerInTheDataRoot(t *testing.T) {
 func TestLayerRootInTheDataRootStopsTheDriver(t *testing.T) {
 	node := newNode(t)
 	node.AddArgs("--layer-root=inside=" + filepath.Join(node.DataRoot, "volumes"))
-	if err := node.Start(t.Context()); err == nil || !strings.Contains(err.Error(), "lies in the data root") {
+	if err := node.Start(t.Context()); err == nil || !strings.Contains(err.Error(), "is in the data root") {
 		t.Errorf("started: %v", err)
 	}
 	node.Forget()
@@ -277,7 +277,7 @@ func TestBadController(t *testing.T) {
 		"other node": {func(r *csi.CreateVolumeRequest) {
 			elsewhere := map[string]string{drivertest.DriverName + "/node": "elsewhere"}
 			r.AccessibilityRequirements = &csi.TopologyRequirement{Requisite: []*csi.Topology{{Segments: elsewhere}}}
-		}, codes.ResourceExhausted, "other nodes"},
+		}, codes.ResourceExhausted, "do not include this node"},
 		"snapshot": {func(r *csi.CreateVolumeRequest) { r.VolumeContentSource = &csi.VolumeContentSource{} }, codes.InvalidArgument, "snapshot"},
 		"RWX": {func(r *csi.CreateVolumeRequest) { r.VolumeCapabilities[0].AccessMode.Mode = readWriteMany }, codes.InvalidArgument,
 			"upper: pod"},

@@ -205,7 +205,7 @@ func TestVolumesGrowWhileTheyAreWrittenTo(t *testing.T) {
 			target := publish(t, pod, v)
 			before := writeUntilFull(t, filepath.Join(target, "big"))
 			if err := expand(t, node, pod, v, 8<<20, 12<<20); v.Claim {
-				wantCode(t, err, codes.OutOfRange, "does not become smaller")
+				wantCode(t, err, codes.OutOfRange, "cannot shrink")
 			}
 			err := expand(t, node, pod, v, 64<<20, 0)
 			if err != nil && drivertest.LacksResource() && strings.Contains(err.Error(), "Permission denied to resize") {

@@ -264,7 +264,7 @@ func TestLayerThatCannotBeMapped(t *testing.T) {
 	v.Group = "2000"
 	pod := newPod(t, node, "pod")
 	_, err := pod.Publish(timeout(t), v)
-	wantCode(t, err, codes.FailedPrecondition, "view", "ID-mapped", "ownership: chown")
+	wantCode(t, err, codes.FailedPrecondition, "view", "ID-mapped", "set ownership to chown")
 	for _, ownership := range []string{"chown", "none"} {
 		v.Attributes["ownership"] = ownership
 		target := publish(t, pod, v)

@@ -217,10 +217,10 @@ func TestCrashRemains(t *testing.T) {
 	wantFile(t, filepath.Join(volumes, "lost/upper/precious"), "bytes")
 	wantFile(t, filepath.Join(volumes, "damaged/upper/precious"), "bytes")
 	_, err := pod.Publish(timeout(t), claim("lost", readWriteOnce, "layers", drivertest.Layers("layer-0")))
-	wantCode(t, err, codes.DataLoss, "without its state")
+	wantCode(t, err, codes.DataLoss, "without its record")
 	// Nor is it taken for rubbish when the volume is asked for with another policy.
 	_, err = pod.Publish(timeout(t), claim("lost", readWriteMany, "layers", drivertest.Layers("layer-0"), "upper", "pod"))
-	wantCode(t, err, codes.DataLoss, "without its state")
+	wantCode(t, err, codes.DataLoss, "without its record")
 	wantFile(t, filepath.Join(volumes, "lost/upper/precious"), "bytes")
 	_, err = pod.Publish(timeout(t), claim("damaged", readWriteOnce, "layers", drivertest.Layers("layer-0")))
 	wantCode(t, err, codes.DataLoss, "damaged")
