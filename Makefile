@@ -135,14 +135,11 @@ lint-chart: ## Check the chart, and that deploy/ is made from it (helm)
 .PHONY: lint
 lint: lint-format ## Check form, spelling and imports: gofmt, vet and the linters of go.mod's tool block and of test/lint
 	go vet -tags e2e ./...
-	go tool staticcheck -tags e2e ./...
-	git ls-files -z '*.go' '*.md' '*.yaml' '*.sh' | xargs -0 go tool misspell -error
-
-.PHONY: lint-strict
-lint-strict: ## What lint will have too: errorlint, exhaustive, nilnil, depguard, lines of at most 140, unparam
 	go build -o bin/lint ./test/lint
 	go vet -vettool=$(CURDIR)/bin/lint -tags e2e ./...
+	go tool staticcheck -tags e2e ./...
 	go tool unparam -tests=false ./cmd/... ./pkg/...
+	git ls-files -z '*.go' '*.md' '*.yaml' '*.sh' | xargs -0 go tool misspell -error
 
 .PHONY: lint-format
 lint-format:

@@ -81,7 +81,8 @@ func (fakeVolumes) Describe(_ context.Context, id string) (volume.Description, e
 		return volume.Description{}, fmt.Errorf("%w: volume %s", errdefs.ErrNotFound, id)
 	}
 	return volume.Description{
-		ID: id, SizeBytes: 1 << 20, Backend: "image", Resolved: map[string]digest.Digest{"oci://r.example/a:1": blob}, Layers: []digest.Digest{diffID},
+		ID: id, SizeBytes: 1 << 20, Backend: "image",
+		Resolved: map[string]digest.Digest{"oci://r.example/a:1": blob}, Layers: []digest.Digest{diffID},
 		Publications: []volume.Publication{{
 			Target: "/target", Mounted: true, Options: "nodev",
 			Data: map[string]string{"LowerDir": "/l1:/l2", "UpperDir": "/u", "WorkDir": "/w", "MergedDir": "/target"},
@@ -257,7 +258,8 @@ func TestErrors(t *testing.T) {
 		t.Errorf("got the error %v without a driver", err)
 	}
 	recorder := httptest.NewRecorder()
-	newMux(&handler{&fakeLayers{}, fakeVolumes{}, fakeVolumes{}, nil}).ServeHTTP(recorder, httptest.NewRequest(http.MethodGet, "/v1/volumes/none", nil))
+	request := httptest.NewRequest(http.MethodGet, "/v1/volumes/none", nil)
+	newMux(&handler{&fakeLayers{}, fakeVolumes{}, fakeVolumes{}, nil}).ServeHTTP(recorder, request)
 	if recorder.Code != http.StatusNotFound {
 		t.Errorf("got the status %d of a volume that does not exist, want 404", recorder.Code)
 	}

@@ -68,9 +68,14 @@ func publishRequest(req *csi.NodePublishVolumeRequest, allowedMountOptions []str
 	if err != nil {
 		return volume.PublishRequest{}, err
 	}
-	group, err := groupOf(req.GetVolumeCapability().GetMount().GetVolumeMountGroup())
-	if err != nil {
-		return volume.PublishRequest{}, err
+	// The pod's fsGroup, which kubelet passes to drivers with the capability VOLUME_MOUNT_GROUP.
+	var group *uint32
+	if text := req.GetVolumeCapability().GetMount().GetVolumeMountGroup(); text != "" {
+		parsed, err := spec.ParseGroup(text)
+		if err != nil {
+			return volume.PublishRequest{}, err
+		}
+		group = &parsed
 	}
 	attributes.ReadOnly = attributes.ReadOnly || req.GetReadonly() || parsed.Upper == spec.UpperNone
 	return volume.PublishRequest{
@@ -204,16 +209,6 @@ func accessModeOf(capability *csi.VolumeCapability) (spec.AccessMode, error) {
 			errdefs.ErrInvalidArgument, mode)
 	}
 	return access, nil
-}
-
-// groupOf parses the pod's fsGroup, which kubelet passes to drivers with the capability VOLUME_MOUNT_GROUP. It returns nil
-// if the pod has none.
-func groupOf(text string) (*uint32, error) {
-	if text == "" {
-		return nil, nil
-	}
-	group, err := spec.ParseGroup(text)
-	return &group, err
 }
 
 // parseEphemeral parses the value of keyEphemeral, which is missing for a volume that is not inline.

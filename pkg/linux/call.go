@@ -1,6 +1,7 @@
 package linux
 
 import (
+	"errors"
 	"os"
 	"runtime"
 	"strings"
@@ -47,8 +48,7 @@ func open(op string, dir *os.File, path, name string, do func(fd int) (int, erro
 
 func retry(do func() error) error {
 	for {
-		// A bare errno: the wrappers of x/sys return nothing else.
-		if err := do(); err != unix.EINTR { //nolint:errorlint
+		if err := do(); !errors.Is(err, unix.EINTR) {
 			return err
 		}
 	}

@@ -33,7 +33,7 @@ func (u *unpacker) setDirTimes() error {
 	decoder := gob.NewDecoder(bufio.NewReader(u.times))
 	for {
 		var t dirTime
-		if err := decoder.Decode(&t); err == io.EOF {
+		if err := decoder.Decode(&t); errors.Is(err, io.EOF) {
 			return nil
 		} else if err != nil {
 			return err

@@ -169,6 +169,8 @@ func stats(t *testing.T, node *drivertest.Node, pod *drivertest.Pod, v drivertes
 			bytes = usage
 		case csi.VolumeUsage_INODES:
 			inodes = usage
+		default:
+			t.Errorf("usage in the unit %s", usage.GetUnit())
 		}
 	}
 	return bytes, inodes

@@ -60,8 +60,11 @@ type bench struct {
 	nodes       []*drivertest.Node
 }
 
-// start starts a driver whose data root is on a new file system of that name, or "" for the one of temporary files. It is
-// nil where this kernel does not have that.
+// errNotMounted is returned by start for a file system that this kernel does not mount.
+var errNotMounted = errors.New("the file system is not mounted")
+
+// start starts a driver whose data root is on a new file system of that name, or "" for the one of temporary files. It
+// returns errNotMounted if this kernel does not have that.
 func (b *bench) start(ctx context.Context, system string) (*drivertest.Node, error) {
 	dir := filepath.Join(b.dir, strconv.Itoa(len(b.nodes)))
 	node, err := drivertest.NewNode(dir, b.binary)
@@ -73,8 +76,8 @@ func (b *bench) start(ctx context.Context, system string) (*drivertest.Node, err
 		if err := errors.Join(os.MkdirAll(node.DataRoot, 0o755), drivertest.MakeImage(system, image, 2<<30, "")); err != nil {
 			return nil, err
 		}
-		if drivertest.MountImage(system, image, node.DataRoot) != nil {
-			return nil, nil
+		if err := drivertest.MountImage(system, image, node.DataRoot); err != nil {
+			return nil, fmt.Errorf("%w: %w", errNotMounted, err)
 		}
 	}
 	if err := node.Start(ctx); err != nil {
@@ -147,12 +150,12 @@ func (b *bench) quotas(ctx context.Context, fsType string, rounds int) error {
 		quotas = fsType + " with project quota"
 	}
 	limited, err := b.start(ctx, quotas)
-	if err != nil {
-		return err
-	}
-	if limited == nil {
+	if errors.Is(err, errNotMounted) {
 		fmt.Printf("\nNot measured on %s, which this kernel does not have.\n", quotas)
 		return nil
+	}
+	if err != nil {
+		return err
 	}
 	plain, err := b.start(ctx, fsType)
 	if err != nil {
