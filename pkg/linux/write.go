@@ -79,8 +79,3 @@ func withReadable(dir *os.File, op string, do func(fd int) error) error {
 func Flock(file *os.File) error {
 	return call("flock", file, func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) })
 }
-
-// Fallocate reserves disk space for a part of a file, and makes the file larger where the part ends beyond it (fallocate(2)).
-func Fallocate(file *os.File, offset, length int64) error {
-	return call("fallocate", file, func(fd int) error { return unix.Fallocate(fd, 0, offset, length) })
-}
