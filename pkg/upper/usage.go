@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"syscall"
 
 	"github.com/containerd/errdefs"
 
@@ -16,43 +15,35 @@ import (
 // tally is what a tree takes on the disk.
 type tally struct{ bytes, inodes int64 }
 
-// countTree counts what the files beneath path take on the disk, files with several names once. Pods may write during the count:
-// the result is not of one moment, and files that are removed are not counted. No link is followed.
+// countTree counts what a directory and all beneath it take on the disk, files with several names once. Pods may write during the
+// count: the result is not of one moment, and files that are removed are not counted. No link is followed.
+//
+// A file with several names counts at each of them with its share. To remember which were met would take memory for each, which
+// a pod may have millions of; shares are added for each number of names, of which there cannot be many.
 func countTree(ctx context.Context, path string) (tally, error) {
-	root, err := os.OpenRoot(path)
+	root, err := linux.Open(nil, path, os.O_RDONLY|linux.O_DIRECTORY, 0)
 	if err != nil {
 		return tally{}, notFound(fmt.Errorf("count the files: %w", err))
 	}
 	defer root.Close()
 	var sum tally
-	linked := map[uint64]bool{}
-	err = fs.WalkDir(root.FS(), ".", func(_ string, entry fs.DirEntry, err error) error {
-		if err == nil {
-			err = ctx.Err()
-		}
-		if err != nil {
-			return ignoreNotExist(err)
-		}
-		info, err := entry.Info()
-		if err != nil {
-			return ignoreNotExist(err)
-		}
-		stat, ok := info.Sys().(*syscall.Stat_t)
-		if !ok {
+	shared := map[uint64]tally{}
+	_, err = linux.Walk(ctx, root, func(_ *os.File, _ string, stat linux.Stat) error {
+		if stat.Nlink > 1 && !stat.IsDir() {
+			names := shared[uint64(stat.Nlink)]
+			shared[uint64(stat.Nlink)] = tally{names.bytes + stat.DiskBytes(), names.inodes + 1}
 			return nil
 		}
-		if stat.Nlink > 1 && !entry.IsDir() {
-			if linked[stat.Ino] {
-				return nil
-			}
-			linked[stat.Ino] = true
-		}
-		sum.bytes += stat.Blocks * 512
+		sum.bytes += stat.DiskBytes()
 		sum.inodes++
 		return nil
 	})
 	if err != nil {
 		return tally{}, fmt.Errorf("count the files of %s: %w", path, err)
+	}
+	for links, names := range shared {
+		sum.bytes += names.bytes / int64(links)
+		sum.inodes += names.inodes / int64(links)
 	}
 	return sum, nil
 }
@@ -77,13 +68,6 @@ func usageOf(ctx context.Context, path string) (Usage, error) {
 func fileSystemUsage(path string) (Usage, error) {
 	usage, err := linux.FileSystemUsageAt(path)
 	return usage, notFound(err)
-}
-
-func ignoreNotExist(err error) error {
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
 }
 
 // notFound wraps ErrNotFound around an error that says that a file does not exist.

@@ -4,7 +4,6 @@ package chown
 
 import (
 	"context"
-	"errors"
 	"os"
 	"syscall"
 
@@ -27,73 +26,48 @@ type Owners struct {
 
 // Tree changes a directory, which is open for reading, and all beneath it. It follows no symbolic link, and leaves alone what is as
 // requested. It returns the number of files that it has looked at.
+//
+// A change can move an entry of a merged directory of overlayfs to another position. Where a deep tree was read in parts, files may
+// then have been left out, and Tree goes over it again until nothing was left to change.
 func Tree(ctx context.Context, root *os.File, owners Owners) (done int, err error) {
-	w := walker{owners: owners}
-	err = w.directory(ctx, root)
-	return w.done, err
-}
-
-type walker struct {
-	owners Owners
-	done   int
-}
-
-// batch is the number of names of a directory that are read at once.
-const batch = 1024
-
-// directory changes an open directory, after what is in it.
-func (w *walker) directory(ctx context.Context, dir *os.File) error {
+	c := changer{owners: owners}
 	for {
-		names, err := dir.Readdirnames(batch)
-		for _, name := range names {
-			if err := w.entry(ctx, dir, name); err != nil {
-				return err
-			}
-		}
-		if len(names) == 0 {
-			break
-		}
-		if err != nil {
-			return err
+		c.changed = false
+		reread, err := linux.Walk(ctx, root, c.change)
+		if err != nil || !reread || !c.changed {
+			return c.done, err
 		}
 	}
-	return w.change(dir, "")
 }
 
-func (w *walker) entry(ctx context.Context, dir *os.File, name string) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	child, err := linux.Open(dir, name, os.O_RDONLY|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
-	if errors.Is(err, syscall.ENOTDIR) || errors.Is(err, syscall.ELOOP) {
-		return w.change(dir, name)
-	}
-	if err != nil {
-		return err
-	}
-	defer child.Close()
-	return w.directory(ctx, child)
+type changer struct {
+	owners  Owners
+	done    int
+	changed bool
 }
 
-// change changes one file: an entry of a directory, or without a name the directory itself.
-func (w *walker) change(dir *os.File, name string) error {
-	stat, err := linux.Fstatat(dir, name)
-	if err != nil {
-		return err
-	}
-	w.done++
+// change changes one file, as linux.Visit.
+func (c *changer) change(dir *os.File, name string, stat linux.Stat) error {
+	c.done++
 	uid, gid, mode := stat.Uid, stat.Gid, stat.Perm()
 	if uid == 0 {
-		uid = w.owners.UID
+		uid = c.owners.UID
 	}
 	switch {
-	case w.owners.Group != nil:
-		gid = *w.owners.Group
+	case c.owners.Group != nil:
+		gid = *c.owners.Group
 		mode |= groupMode(stat)
 	case gid == 0:
-		gid = w.owners.GID
+		gid = c.owners.GID
 	}
 	has := stat.Perm()
+	if stat.IsSymlink() {
+		mode = has
+	}
+	if uid == stat.Uid && gid == stat.Gid && mode == has {
+		return nil
+	}
+	c.changed = true
 	if uid != stat.Uid || gid != stat.Gid {
 		if err := linux.Fchownat(dir, name, uid, gid); err != nil {
 			return err
@@ -101,7 +75,7 @@ func (w *walker) change(dir *os.File, name string) error {
 		// chown(2) clears these.
 		has &^= syscall.S_ISUID | syscall.S_ISGID
 	}
-	if stat.IsSymlink() || mode == has {
+	if mode == has {
 		return nil
 	}
 	return linux.Fchmodat(dir, name, mode)
