@@ -48,6 +48,7 @@ func (m *Manager) dropPublication(ctx context.Context, r *record.Record, target 
 	if p == nil {
 		return nil
 	}
+	m.usage.forget(target)
 	left := r.Without(target)
 	last := len(left.Publications) == 0
 	if hasUpper(r) && (!sharesUpper(r) || last) {
