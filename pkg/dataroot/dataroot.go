@@ -20,9 +20,10 @@ const (
 	Trash       = "trash"
 	AdminSocket = "overlayctl.sock"
 
-	// Record and PodUppers are names in the directory of a volume.
-	Record    = "volume.json"
-	PodUppers = "pods"
+	// Record, PersistentMark and PodUppers are names in the directory of a volume.
+	Record         = "volume.json"
+	PersistentMark = "persistent"
+	PodUppers      = "pods"
 )
 
 // ErrInUse is returned while another driver process uses the data root.

@@ -4,6 +4,7 @@
 // The layout of a data root, with the package that has the details:
 //
 //	volumes/<volume handle>/volume.json                 the record (pkg/record)
+//	volumes/<volume handle>/persistent                  an empty file: the record outlives pods and power cuts (pkg/record)
 //	volumes/<volume handle>/{upper/, work/}             an upper (pkg/upper), of an inline volume or of a claim with upper: claim:
 //	volumes/<volume handle>/data/{upper/, work/}          directory, project quota or btrfs qgroup, disk image
 //	volumes/<volume handle>/disk.img

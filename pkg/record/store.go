@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -17,7 +18,8 @@ import (
 )
 
 var (
-	// ErrEmpty is returned for a record without content, which a power cut leaves of an ephemeral volume.
+	// ErrEmpty is returned for a record without content of an ephemeral volume, which is what a power cut leaves: Save does not
+	// wait for the disk. Of a persistent volume it is ErrDamaged.
 	ErrEmpty = fmt.Errorf("%w: the record is empty", errdefs.ErrDataLoss)
 	// ErrDamaged is returned for a record that is not what Save writes.
 	ErrDamaged = fmt.Errorf("%w: the record is damaged", errdefs.ErrDataLoss)
@@ -43,7 +45,7 @@ func (s *Store) Load(id string) (*Record, error) {
 	case err != nil:
 		return nil, fmt.Errorf("read the record of volume %s: %w", id, err)
 	case len(data) == 0:
-		return nil, fmt.Errorf("read the record of volume %s: %w: %s", id, ErrEmpty, path)
+		return nil, fmt.Errorf("read the record of volume %s: %w: %s", id, s.emptyError(id), path)
 	}
 	var r Record
 	if err := json.Unmarshal(data, &r); err != nil {
@@ -54,6 +56,14 @@ func (s *Store) Load(id string) (*Record, error) {
 			errdefs.ErrFailedPrecondition, id, path, r.Version, r.ID, version)
 	}
 	return &r, nil
+}
+
+// emptyError is the error for a record without content. It is ErrEmpty only if the volume is known not to be persistent.
+func (s *Store) emptyError(id string) error {
+	if _, err := os.Lstat(filepath.Join(s.Dir(id), dataroot.PersistentMark)); errors.Is(err, fs.ErrNotExist) {
+		return ErrEmpty
+	}
+	return fmt.Errorf("%w: it is empty", ErrDamaged)
 }
 
 // Save writes a record in place of the one before, and makes the directory of the volume if it is missing. If the upper is
@@ -81,13 +91,18 @@ func (s *Store) write(r *Record) error {
 	}
 	defer dir.Close()
 	_, statErr := linux.Fstatat(dir, dataroot.Record)
+	if r.Spec.Persistent() {
+		if err := linux.Mknodat(dir, dataroot.PersistentMark, syscall.S_IFREG|0o600, 0); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
 	if err := linux.WriteFileAtomic(dir, dataroot.Record, data, r.Spec.Persistent()); err != nil {
 		return err
 	}
 	if statErr == nil || !r.Spec.Persistent() {
 		return nil
 	}
-	// The first record: its name, and that of the directory, which may be of a process that was killed before it came here.
+	// The first record: its name, that of the mark, and that of the directory, which may be of a process that was killed before it came here.
 	return errors.Join(linux.SyncDir(dir), linux.SyncPath(s.dir))
 }
 

@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 )
@@ -32,8 +33,8 @@ func TestSaveAndLoad(t *testing.T) {
 		t.Errorf("%v, %v", ids, err)
 	}
 	entries, err := os.ReadDir(s.Dir("v"))
-	if err != nil || len(entries) != 1 {
-		t.Errorf("the volume has %v, %v; want the record alone", entries, err)
+	if err != nil || len(entries) != 2 {
+		t.Errorf("the volume has %v, %v; want the record and the mark alone", entries, err)
 	}
 }
 
@@ -80,6 +81,22 @@ func TestLayersInUse(t *testing.T) {
 	write(t, s, "damaged", "{")
 	if got, err := s.LayersInUse(); !errors.Is(err, ErrDamaged) {
 		t.Errorf("with a damaged record: %v, %v", got, err)
+	}
+}
+
+// TestEmptyRecord: a persistent volume whose record was emptied is damaged, never an ephemeral one that a power cut has ended.
+func TestEmptyRecord(t *testing.T) {
+	for kind, want := range map[spec.Policy]error{spec.UpperClaim: ErrDamaged, spec.UpperPod: ErrEmpty, spec.UpperNone: ErrEmpty} {
+		s := NewStore(t.TempDir())
+		if err := s.Save(&Record{ID: "v", Spec: spec.Spec{Upper: kind}}); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(filepath.Join(s.Dir("v"), dataroot.Record), 0); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Load("v"); !errors.Is(err, want) || (want == ErrDamaged) == errors.Is(err, ErrEmpty) {
+			t.Errorf("upper %q: %v, want %v", kind, err, want)
+		}
 	}
 }
 

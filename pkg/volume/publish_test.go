@@ -214,6 +214,17 @@ func TestPublishRefuses(t *testing.T) {
 		"persistent upper without a record": {"static claim", func(n *fakeNode, _ *PublishRequest) {
 			check(n.t, os.MkdirAll(filepath.Join(n.records.Dir("v"), "upper"), 0o755))
 		}, errdefs.ErrDataLoss},
+		"uppers of pods without a record": {"static claim", func(n *fakeNode, req *PublishRequest) {
+			*req = n.request("p1", rwx, spec.KeyUpper, "pod")
+			check(n.t, os.MkdirAll(filepath.Join(n.records.Dir("v"), "pods", "p0"), 0o755))
+		}, errdefs.ErrDataLoss},
+		"mounted inline view without a record": {"inline", func(n *fakeNode, req *PublishRequest) {
+			*req = n.publish(*req)
+			check(n.t, os.Remove(filepath.Join(n.records.Dir("v"), "volume.json")))
+		}, errdefs.ErrDataLoss},
+		"persistent upper with an empty record": {"provisioned claim, next pod", func(n *fakeNode, _ *PublishRequest) {
+			n.writeRecord("")
+		}, record.ErrDamaged},
 		"damaged record": {"static claim", func(n *fakeNode, _ *PublishRequest) { n.writeRecord("{") }, record.ErrDamaged},
 		"provisioned on another node": {"static claim", func(_ *fakeNode, req *PublishRequest) {
 			req.Provisioned = true

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
@@ -19,8 +20,9 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
-// loadRecord loads the record. An ephemeral volume with an empty record starts again. An upper without a record is refused,
-// because the layers that it was made on are not known.
+// loadRecord loads the record. An ephemeral volume with an empty record starts again. Uppers without a record are refused,
+// because the layers that they were made on are not known, and pods may be using them. An inline volume, which is of one pod,
+// starts again unless its view is mounted.
 func (p *publishing) loadRecord(context.Context) error {
 	m, id := p.m, p.req.VolumeID
 	r, err := m.records.Load(id)
@@ -32,7 +34,7 @@ func (p *publishing) loadRecord(context.Context) error {
 		return err
 	}
 	dir := m.records.Dir(id)
-	if !p.req.Inline && upper.ContainsUpper(dir) {
+	if !p.req.Inline && containsUppers(dir) {
 		return fmt.Errorf("%w: %s contains an upper without its record, so that its layers are unknown; restore %s or move the directory away",
 			errdefs.ErrDataLoss, dir, dataroot.Record)
 	}
@@ -44,7 +46,20 @@ func (p *publishing) loadRecord(context.Context) error {
 	if !exists(dir) {
 		return nil
 	}
+	mounted, err := m.views.At(p.req.Target)
+	if err != nil {
+		return fmt.Errorf("query the mount at %s: %w", p.req.Target, err)
+	}
+	if mounted == overlay.Overlay {
+		return fmt.Errorf("%w: the view at %s has no record; restore %s in %s, or delete the pod",
+			errdefs.ErrDataLoss, p.req.Target, dataroot.Record, dir)
+	}
 	return m.discard(id)
+}
+
+// containsUppers reports whether the directory of a volume contains the upper of the volume or uppers of pods.
+func containsUppers(dir string) bool {
+	return upper.ContainsUpper(dir) || exists(filepath.Join(dir, dataroot.PodUppers))
 }
 
 // checkConflicts compares the request with the record.

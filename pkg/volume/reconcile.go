@@ -3,14 +3,12 @@ package volume
 import (
 	"context"
 	"errors"
-	"path/filepath"
 
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
-	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
 // reconcile compares the records with the kernel's mounts and with kubelet's directory, and cleans up what no RPC will: a
@@ -63,7 +61,7 @@ func (m *Manager) reconcileVolume(ctx context.Context, id string) error {
 // record is saved: if there is one, somebody lost the record, and a person has to decide.
 func (m *Manager) discardWithoutRecord(ctx context.Context, id string) error {
 	dir := m.records.Dir(id)
-	if upper.ContainsUpper(dir) || exists(filepath.Join(dir, dataroot.PodUppers)) {
+	if containsUppers(dir) {
 		klog.FromContext(ctx).Info("Upper without a record; move it away or restore "+dataroot.Record, keyDir, dir)
 		return nil
 	}

@@ -78,7 +78,15 @@ func TestReconcileWithoutRecord(t *testing.T) {
 		"empty directory": {func(n *fakeNode) { check(n.t, os.MkdirAll(n.records.Dir("v"), 0o700)) }, false},
 		"upper":           {func(n *fakeNode) { check(n.t, os.MkdirAll(filepath.Join(n.records.Dir("v"), "upper"), 0o700)) }, true},
 		"uppers of pods":  {func(n *fakeNode) { check(n.t, os.MkdirAll(filepath.Join(n.records.Dir("v"), "pods"), 0o700)) }, true},
-		"damaged record":  {func(n *fakeNode) { n.writeRecord("{") }, true},
+		"empty record of a persistent volume": {func(n *fakeNode) {
+			n.create()
+			n.writeRecord("")
+		}, true},
+		"empty record of an ephemeral volume": {func(n *fakeNode) {
+			n.publish(n.request("p1", inline))
+			n.writeRecord("")
+		}, false},
+		"damaged record": {func(n *fakeNode) { n.writeRecord("{") }, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newFakeNode(t)
