@@ -128,7 +128,7 @@ func (u *unpacker) makeDir(dir *os.File, base, name string, header *tar.Header) 
 	}
 	defer made.Close()
 	if hidden {
-		if err := setOpaque(made); err != nil {
+		if err := u.setOpaque(made); err != nil {
 			return err
 		}
 	}

@@ -29,7 +29,7 @@ const (
 // entries of lower layers only, never entries of its own layer.
 func (u *unpacker) makeWhiteout(dir *os.File, base string) error {
 	if base == opaqueName {
-		return setOpaque(dir)
+		return u.setOpaque(dir)
 	}
 	if hidden, err := u.isHidden(dir); err != nil || hidden {
 		return err
@@ -54,35 +54,51 @@ func (u *unpacker) makeWhiteout(dir *os.File, base string) error {
 		return err
 	}
 	defer made.Close()
-	return setOpaque(made)
+	return u.setOpaque(made)
 }
 
 // isHidden reports whether a directory or one of its parents is opaque. A whiteout in it would hide nothing. overlayfs would
 // even list it, because it does not look for whiteouts in a directory that is not merged.
 func (u *unpacker) isHidden(dir *os.File) (bool, error) {
+	if !u.opaque {
+		return false, nil
+	}
 	root, err := linux.StatFile(u.root)
 	if err != nil {
 		return false, err
 	}
-	for up := "."; ; up += "/.." {
-		at, err := linux.Fstatat(dir, up)
-		if err != nil || at.ID() == root.ID() {
+	at := dir
+	defer func() {
+		if at != dir {
+			at.Close()
+		}
+	}()
+	for {
+		stat, err := linux.StatFile(at)
+		if err != nil || stat.ID() == root.ID() {
 			return false, err
 		}
-		above, err := openDir(dir, up)
-		if err != nil {
-			return false, err
-		}
-		opaque, err := IsOpaque(above)
-		above.Close()
+		opaque, err := IsOpaque(at)
 		if err != nil || opaque {
 			return opaque, err
 		}
+		// One level at a time: a path of many ".." would be looked up from its beginning each time, and be too long at last.
+		above, err := openDir(at, "..")
+		if err != nil {
+			return false, err
+		}
+		if at != dir {
+			at.Close()
+		}
+		at = above
 	}
 }
 
 // setOpaque marks a directory as opaque: it hides its content in lower layers. dir may be an O_PATH handle.
-func setOpaque(dir *os.File) error { return linux.SetXattr(dir, opaqueXattr, []byte("y")) }
+func (u *unpacker) setOpaque(dir *os.File) error {
+	u.opaque = true
+	return linux.SetXattr(dir, opaqueXattr, []byte("y"))
+}
 
 // IsOpaque reports whether a directory hides its content in lower layers. dir may be an O_PATH handle.
 func IsOpaque(dir *os.File) (bool, error) {
