@@ -6,6 +6,7 @@ import (
 	"sync"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/semaphore"
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
@@ -14,15 +15,27 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
-// ledger reserves the disk of the data root for volumes. What is reserved stands in the records: the ledger stores nothing.
+// ledger reserves the disk of the data root for volumes. What is reserved stands in the records: the ledger stores nothing on the
+// disk.
 type ledger struct {
 	node       string
 	overcommit float64
 	root       string
 	records    *record.Store
 	uppers     uppers
-	// mu lets one volume at a time compare what is left with what it needs, and record that it has it.
+	// turn lets one volume at a time compare what is left with what it needs, and reserve it.
+	turn *semaphore.Weighted
+
 	mu sync.Mutex
+	// growing is what volumes are growing by, which their records do not say before it is done.
+	growing int64
+}
+
+func newLedger(config Config, uppers uppers) *ledger {
+	return &ledger{
+		node: config.Node, overcommit: config.Overcommit, root: config.Root.Path(), records: config.Records, uppers: uppers,
+		turn: semaphore.NewWeighted(1),
+	}
 }
 
 // Capacity returns how many bytes can be reserved for new volumes of this node: what is free and what limited volumes already
@@ -38,7 +51,10 @@ func (l *ledger) available(ctx context.Context) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	var reserved, allocated int64
+	l.mu.Lock()
+	reserved := l.growing
+	l.mu.Unlock()
+	var allocated int64
 	for _, id := range ids {
 		r, err := l.records.Load(id)
 		if err != nil {
@@ -114,8 +130,10 @@ func (l *ledger) choose(r *record.Record) (upper.Backend, error) {
 
 // reserve saves the record of a new volume, if the node has room for it.
 func (l *ledger) reserve(ctx context.Context, r *record.Record) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
+	if err := l.turn.Acquire(ctx, 1); err != nil {
+		return err
+	}
+	defer l.turn.Release(1)
 	if reserves(r) {
 		if err := l.check(ctx, r.Size); err != nil {
 			return err
@@ -124,21 +142,27 @@ func (l *ledger) reserve(ctx context.Context, r *record.Record) error {
 	return l.records.Save(r)
 }
 
-// grow raises the limits of a volume's uppers to that of its record, if the node has room for more bytes for each of them.
-func (l *ledger) grow(ctx context.Context, r *record.Record, more int64, used []*record.Publication) error {
+// reserveMore reserves bytes for a volume that grows, until the record says so and release is called. It does not grow the uppers,
+// which can take long, while other volumes wait for their turn.
+func (l *ledger) reserveMore(ctx context.Context, r *record.Record, bytes int64) (release func(), err error) {
+	if bytes == 0 || !reserves(r) {
+		return func() {}, nil
+	}
+	if err := l.turn.Acquire(ctx, 1); err != nil {
+		return nil, err
+	}
+	defer l.turn.Release(1)
+	if err := l.check(ctx, bytes); err != nil {
+		return nil, err
+	}
+	l.addGrowing(bytes)
+	return func() { l.addGrowing(-bytes) }, nil
+}
+
+func (l *ledger) addGrowing(bytes int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if wanted := more * int64(len(used)); wanted > 0 && reserves(r) {
-		if err := l.check(ctx, wanted); err != nil {
-			return err
-		}
-	}
-	for _, p := range used {
-		if err := l.uppers.open(r, p).Grow(ctx, r.Limit()); err != nil {
-			return err
-		}
-	}
-	return nil
+	l.growing += bytes
 }
 
 func (l *ledger) check(ctx context.Context, wanted int64) error {

@@ -41,21 +41,40 @@ func (m *Manager) Expand(ctx context.Context, id, path string, required, limit i
 	}
 	grown := *r
 	grown.Size = size
-	if r.Spec.SizeEnforcement != spec.EnforceNone {
-		used, err := m.mountedUppers(r)
-		if err == nil {
-			err = m.ledger.grow(ctx, &grown, size-r.Size, used)
-		}
-		if err != nil {
-			return 0, fmt.Errorf("expand volume %s: %w", id, err)
-		}
+	release, err := m.grow(ctx, &grown, size-r.Size)
+	if err != nil {
+		return 0, fmt.Errorf("expand volume %s: %w", id, err)
 	}
+	defer release()
 	// After the limit: if a crash comes between, kubelet repeats the call.
 	if err := m.records.Save(&grown); err != nil {
 		return 0, err
 	}
 	klog.FromContext(ctx).Info("Volume expanded", keyVolume, id, keyBytes, size)
 	return size, nil
+}
+
+// grow raises the limits of a volume's mounted uppers to that of its record, if the node has room for more bytes for each of them.
+// The bytes are reserved until release is called.
+func (m *Manager) grow(ctx context.Context, r *record.Record, more int64) (release func(), err error) {
+	if r.Spec.SizeEnforcement == spec.EnforceNone {
+		return func() {}, nil
+	}
+	used, err := m.mountedUppers(r)
+	if err != nil {
+		return nil, err
+	}
+	release, err = m.ledger.reserveMore(ctx, r, more*int64(len(used)))
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range used {
+		if err := m.uppers.open(r, p).Grow(ctx, r.Limit()); err != nil {
+			release()
+			return nil, err
+		}
+	}
+	return release, nil
 }
 
 // mountedUppers returns one publication for each upper of the volume that is mounted.

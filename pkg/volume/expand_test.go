@@ -1,8 +1,10 @@
 package volume
 
 import (
+	"context"
 	"maps"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -34,6 +36,48 @@ func TestExpandFails(t *testing.T) {
 			wantExpanded(t, n, req, 128*mib)
 		})
 	}
+}
+
+// TestNobodyWaitsForAGrowth: resize2fs and fsync take seconds. Meanwhile others reserve, but not the bytes of the growth.
+func TestNobodyWaitsForAGrowth(t *testing.T) {
+	n := newFakeNode(t)
+	req := n.sized()
+	free, err := n.manager.Capacity(t.Context())
+	check(t, err)
+	meanwhile := false
+	n.whileGrowing = func() {
+		meanwhile = true
+		left, err := n.manager.Capacity(t.Context())
+		check(t, err)
+		// Others write to this disk too.
+		if taken := free - left; taken < 60*mib {
+			t.Errorf("%d bytes are taken while a volume grows by 64 MiB", taken)
+		}
+		_, err = n.manager.Create(t.Context(), CreateRequest{Name: "other", Spec: parsed(t, rwo, spec.KeySizeLimit, "8Mi"), Access: rwo.Access})
+		check(t, err)
+	}
+	wantExpanded(t, n, req, 128*mib)
+	if !meanwhile {
+		t.Error("the upper did not grow")
+	}
+	if n.manager.ledger.growing != 0 {
+		t.Errorf("%d bytes are still reserved for a growth", n.manager.ledger.growing)
+	}
+}
+
+// TestReservingEndsWithTheRequest has somebody else's turn take long.
+func TestReservingEndsWithTheRequest(t *testing.T) {
+	n := newFakeNode(t)
+	check(t, n.manager.ledger.turn.Acquire(t.Context(), 1))
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	_, err := n.manager.Create(ctx, CreateRequest{Name: "v", Spec: parsed(t, rwo, spec.KeySizeLimit, "8Mi"), Access: rwo.Access})
+	wantKind(t, err, context.DeadlineExceeded)
+	if exists(n.records.Dir("v")) {
+		t.Error("a volume was made")
+	}
+	n.manager.ledger.turn.Release(1)
+	n.create(spec.KeySizeLimit, "8Mi")
 }
 
 func wantExpanded(t *testing.T, n *fakeNode, req PublishRequest, want int64) {

@@ -48,6 +48,8 @@ type fakeNode struct {
 	gone map[string]bool
 	// fail are errors of calls by name, for as long as they are there.
 	fail map[string]error
+	// whileGrowing is called while an upper grows.
+	whileGrowing func()
 	// onResolve is called while layers are resolved, if it is set.
 	onResolve func()
 	// layerDir is the one layer that each reference resolves to.
@@ -296,6 +298,9 @@ func (u fakeUpper) Discard(ctx context.Context) error {
 func (u fakeUpper) Grow(_ context.Context, limit upper.Limit) error {
 	if err := u.n.failing("grow"); err != nil {
 		return err
+	}
+	if u.n.whileGrowing != nil {
+		u.n.whileGrowing()
 	}
 	u.n.limits[u.base] = limit
 	return nil

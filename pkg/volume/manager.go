@@ -100,10 +100,8 @@ func NewManager(config Config) *Manager {
 		records: config.Records,
 		views:   views{config.Mounter},
 		uppers:  uppers,
-		ledger: &ledger{
-			node: config.Node, overcommit: config.Overcommit, root: config.Root.Path(), records: config.Records, uppers: uppers,
-		},
-		locks: newLocks(),
+		ledger:  newLedger(config, uppers),
+		locks:   newLocks(),
 	}
 }
 
