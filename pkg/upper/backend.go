@@ -80,8 +80,8 @@ func (b *Backends) Enforcing() []Backend {
 type Requirements struct {
 	// Bytes is the size of each upper, 0 for none.
 	Bytes int64
-	// Backend is the only backend that the volume accepts, "" for the best.
-	Backend Backend
+	// Accepted are the backends that the volume accepts, the best first, nil for any.
+	Accepted []Backend
 	// Unenforced is set if the size need not be enforced.
 	Unenforced bool
 }
@@ -90,29 +90,39 @@ type Requirements struct {
 // and what to do, if the size cannot be enforced here.
 func (b *Backends) Choose(need Requirements) (Backend, error) {
 	switch {
-	case need.Backend != "":
-		if err := b.unavailable[need.Backend]; err != nil {
-			return "", fmt.Errorf("%w: the data root %s does not support %s: %w",
-				errdefs.ErrFailedPrecondition, b.config.Root.Name(), need.Backend, err)
+	case need.Accepted != nil:
+		backend, err := b.firstAvailable(need.Accepted)
+		if err != nil {
+			return "", fmt.Errorf("%w: the data root %s does not support what the volume accepts: %w",
+				errdefs.ErrFailedPrecondition, b.config.Root.Name(), err)
 		}
-		return need.Backend, nil
+		return backend, nil
 	case b.unavailable[ProjectQuota] == nil:
 		// It costs nothing, and reports usage without a walk also if nothing is limited.
 		return ProjectQuota, nil
 	case need.Bytes == 0 || need.Unenforced:
 		return Directory, nil
 	}
+	backend, err := b.firstAvailable(enforcing)
+	if err != nil {
+		return "", fmt.Errorf("%w: the data root %s cannot enforce a size of %d bytes (%w); make one of these available, or set "+
+			"sizeEnforcement: none",
+			errdefs.ErrFailedPrecondition, b.config.Root.Name(), need.Bytes, err)
+	}
+	return backend, nil
+}
+
+// firstAvailable returns the first of the backends that is available, or the reason why each of them is not.
+func (b *Backends) firstAvailable(backends []Backend) (Backend, error) {
 	var reasons []error
-	for _, backend := range enforcing {
+	for _, backend := range backends {
 		err := b.unavailable[backend]
 		if err == nil {
 			return backend, nil
 		}
 		reasons = append(reasons, fmt.Errorf("%s: %w", backend, err))
 	}
-	return "", fmt.Errorf("%w: the data root %s cannot enforce a size of %d bytes (%w); make one of these available, or set "+
-		"sizeEnforcement: none",
-		errdefs.ErrFailedPrecondition, b.config.Root.Name(), need.Bytes, errors.Join(reasons...))
+	return "", errors.Join(reasons...)
 }
 
 // Location says which upper to open.

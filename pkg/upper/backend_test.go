@@ -15,6 +15,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 	"github.com/overlay-csi/overlay-csi/pkg/upper/uppertest"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
+	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
 // newDataRoot mounts a file system of that name. It skips where this kernel has no quotas, which is proved by the mount
@@ -66,7 +67,7 @@ func TestBackends(t *testing.T) {
 		t.Run(string(c.backend)+" on "+c.root, func(t *testing.T) {
 			root := newDataRoot(t, c.root)
 			open := newBackends(t, root)
-			need := upper.Requirements{Backend: c.backend}
+			need := upper.Requirements{Accepted: []upper.Backend{c.backend}}
 			if c.traits.Limited {
 				need.Bytes = uppertest.Size
 			}
@@ -117,8 +118,8 @@ func TestChoose(t *testing.T) {
 		"no size":    {upper.Requirements{}, upper.Directory},
 		"size":       {upper.Requirements{Bytes: 1 << 30}, upper.DiskImage},
 		"unenforced": {upper.Requirements{Bytes: 1 << 30, Unenforced: true}, upper.Directory},
-		"memory":     {upper.Requirements{Bytes: 1 << 30, Backend: upper.Tmpfs}, upper.Tmpfs},
-		"pod volume": {upper.Requirements{Backend: upper.PodVolume}, upper.PodVolume},
+		"memory":     {upper.Requirements{Bytes: 1 << 30, Accepted: []upper.Backend{upper.Tmpfs}}, upper.Tmpfs},
+		"pod volume": {upper.Requirements{Accepted: []upper.Backend{upper.PodVolume}}, upper.PodVolume},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if backend, err := plain.Choose(c.need); err != nil || backend != c.want {
@@ -126,8 +127,14 @@ func TestChoose(t *testing.T) {
 			}
 		})
 	}
-	_, err := plain.Choose(upper.Requirements{Bytes: 1 << 30, Backend: upper.ProjectQuota})
-	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "prjquota") {
-		t.Errorf("a quota where there is none: %v", err)
+	quotas := upper.Requirements{Bytes: 1 << 30, Accepted: []upper.Backend{upper.ProjectQuota, upper.BtrfsQgroup}}
+	_, err := plain.Choose(quotas)
+	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "prjquota") || !strings.Contains(err.Error(), "btrfs") {
+		t.Errorf("a quota where there is none: %v, want the reason for each", err)
+	}
+	needs.Root(t)
+	btrfs := newBackends(t, newDataRoot(t, "btrfs with quota"))
+	if backend, err := btrfs.Choose(quotas); err != nil || backend != upper.BtrfsQgroup {
+		t.Errorf("%q, %v; want %q", backend, err, upper.BtrfsQgroup)
 	}
 }

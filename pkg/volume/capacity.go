@@ -111,17 +111,17 @@ func (l *ledger) choose(r *record.Record) (upper.Backend, error) {
 	case r.Spec.Upper == spec.UpperPodVolume:
 		return upper.PodVolume, nil
 	case r.Spec.Medium == spec.MediumMemory:
-		need.Backend = upper.Tmpfs
+		need.Accepted = []upper.Backend{upper.Tmpfs}
 	case r.Spec.SizeEnforcement == spec.EnforceImage:
-		need.Backend = upper.DiskImage
+		need.Accepted = []upper.Backend{upper.DiskImage}
 	case r.Spec.SizeEnforcement == spec.EnforceQuota:
-		need.Backend = upper.ProjectQuota
+		need.Accepted = []upper.Backend{upper.ProjectQuota, upper.BtrfsQgroup}
 	}
 	disk, err := linux.FileSystemUsageAt(l.root)
 	if err != nil {
 		return "", err
 	}
-	if most := l.allocatable(disk.Bytes.Total); need.Backend != upper.Tmpfs && !need.Unenforced && r.Size > most {
+	if most := l.allocatable(disk.Bytes.Total); r.Spec.Medium != spec.MediumMemory && !need.Unenforced && r.Size > most {
 		return "", fmt.Errorf("%w: the size is %d bytes, and the disk of node %s has %d for volumes",
 			errdefs.ErrResourceExhausted, r.Size, l.node, most)
 	}
