@@ -51,8 +51,8 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 	defer lock.Close()
-	if err := upper.Probe(lock.Dir()); err != nil {
-		return fmt.Errorf("data root: %w", err)
+	if err := probeDataRoot(ctx, lock.Dir()); err != nil {
+		return err
 	}
 
 	// What mounts views.
@@ -126,6 +126,20 @@ func lockDataRoot(ctx context.Context, path string) (*dataroot.Lock, error) {
 		case <-time.After(time.Second):
 		}
 	}
+}
+
+// probeDataRoot returns an error if the data root is on a file system that cannot hold an upper. One that cannot be written to is no
+// reason to end: pods of this node must be able to end, and what is deleted makes room.
+func probeDataRoot(ctx context.Context, dir *os.File) error {
+	err := upper.Probe(dir)
+	if errors.Is(err, upper.ErrNotWritable) {
+		klog.FromContext(ctx).Error(err, "The data root cannot be written to; no volume can be published before it can")
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("data root: %w", err)
+	}
+	return nil
 }
 
 // probeKernel returns the kernel features that the driver may use.

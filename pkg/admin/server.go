@@ -19,6 +19,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/admin/api"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
@@ -196,17 +197,23 @@ func (h *handler) pullImage(ctx context.Context, name string, send func(api.Pull
 	}
 }
 
-// Serve serves the handler on the socket at path, which only root can open, until ctx is done.
+// listenRetry is the time after which the admin socket is made again on a disk that could not be written to.
+const listenRetry = 10 * time.Second
+
+// Serve serves the handler on the socket at path, which only root can open, until ctx is done. On a disk that is full or read-only, it
+// waits until it can make the socket: the driver does its work without it.
 func Serve(ctx context.Context, path string, handler http.Handler) error {
-	// This process holds the lock on the data root, so a socket there was left by one that has ended.
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove the admin socket of an earlier process: %w", err)
+	listener, err := listen(path)
+	for linux.IsNotWritable(err) {
+		klog.FromContext(ctx).Error(err, "overlayctl cannot be served, will retry")
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(listenRetry):
+		}
+		listener, err = listen(path)
 	}
-	listener, err := net.Listen("unix", path)
 	if err != nil {
-		return fmt.Errorf("--admin-socket: %w", err)
-	}
-	if err := os.Chmod(path, 0o600); err != nil {
 		return fmt.Errorf("--admin-socket: %w", err)
 	}
 	baseContext := func(net.Listener) context.Context {
@@ -219,4 +226,19 @@ func Serve(ctx context.Context, path string, handler http.Handler) error {
 		return fmt.Errorf("serve the admin socket: %w", err)
 	}
 	return nil
+}
+
+func listen(path string) (net.Listener, error) {
+	// This process holds the lock on the data root, so a socket there was left by one that has ended.
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("remove the socket of an earlier process: %w", err)
+	}
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(err, listener.Close())
+	}
+	return listener, nil
 }

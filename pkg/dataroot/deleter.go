@@ -53,7 +53,14 @@ func (d *Deleter) Close() error { return d.trash.Close() }
 
 // Discard moves a file or directory to the trash. It returns nil if path does not exist.
 func (d *Deleter) Discard(path string) error {
-	if err := d.moveToTrash(nil, path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	err := d.moveToTrash(nil, path)
+	if errors.Is(err, syscall.EROFS) {
+		// The kernel looks at that first.
+		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("move %s to the trash: %w", path, err)
 	}
 	return nil

@@ -1,8 +1,11 @@
 package linux
 
 import (
+	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -94,4 +97,11 @@ func FileSystemName(file *os.File) string {
 		return name
 	}
 	return fmt.Sprintf("file system of type %#x", magic)
+}
+
+// IsNotWritable reports whether an error says that a file system is full, read-only or failed (ENOSPC, EDQUOT, EROFS, EIO).
+func IsNotWritable(err error) bool {
+	return slices.ContainsFunc([]syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO}, func(errno syscall.Errno) bool {
+		return errors.Is(err, errno)
+	})
 }

@@ -1,7 +1,9 @@
 package overlay
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -52,7 +54,7 @@ func NewMounter(config Config) (*Mounter, error) {
 	if err := clearScratch(scratch); err != nil {
 		return nil, fmt.Errorf("clear what an earlier process left: %w", err)
 	}
-	if err := os.Mkdir(scratch, 0o700); err != nil {
+	if err := os.MkdirAll(scratch, 0o700); err != nil {
 		return nil, fmt.Errorf("make the mounter's directory: %w", err)
 	}
 	empty, err := linux.OpenDir(emptyPath)
@@ -65,7 +67,8 @@ func NewMounter(config Config) (*Mounter, error) {
 }
 
 // clearScratch removes the links that a crash left, and unmounts the ID-mapped layers that are mounted among them first: the files of
-// these must not be removed.
+// these must not be removed. The directory itself stays: on a full disk it could not be made again. Links stay on a disk that cannot be
+// written to; makeScratch takes other names.
 func clearScratch(dir string) error {
 	left, err := filepath.Glob(filepath.Join(dir, "*", "*"))
 	if err != nil {
@@ -79,16 +82,32 @@ func clearScratch(dir string) error {
 			return err
 		}
 	}
-	return os.RemoveAll(dir)
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, entry := range entries {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(dir, entry.Name())))
+	}
+	if linux.IsNotWritable(err) {
+		return nil
+	}
+	return err
 }
 
 // makeScratch makes a directory for one mount. Its name is short: see mountWithCommand.
 func (m *Mounter) makeScratch() (path string, err error) {
-	path = filepath.Join(m.scratch, strconv.FormatUint(m.next.Add(1), 36))
-	if err := os.Mkdir(path, 0o700); err != nil {
-		return "", fmt.Errorf("make a directory of the mounter: %w", err)
+	for {
+		path = filepath.Join(m.scratch, strconv.FormatUint(m.next.Add(1), 36))
+		err := os.Mkdir(path, 0o700)
+		if errors.Is(err, fs.ErrExist) {
+			continue
+		}
+		if err != nil {
+			return "", fmt.Errorf("make a directory of the mounter: %w", err)
+		}
+		return path, nil
 	}
-	return path, nil
 }
 
 // Close closes the mounter's handles. Views stay mounted.

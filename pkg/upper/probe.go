@@ -12,9 +12,12 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
+// ErrNotWritable says that a file system is full, read-only or failed, so that it is not known what it could hold.
+var ErrNotWritable = errors.New("it cannot be written to")
+
 // Probe returns nil if the file system of an open directory can hold an upper. It makes, in a directory of its own that it
 // removes again, what overlayfs makes there (overlayfs documentation, "Upper and lower"). It returns ErrFailedPrecondition if
-// the file system lacks something or is read-only, and ErrResourceExhausted if it is full.
+// the file system lacks something, and ErrNotWritable where nothing can be written.
 func Probe(dir *os.File) error {
 	probe, name, err := makeProbeDir(dir)
 	if err != nil {
@@ -98,8 +101,11 @@ func setTrustedXattr(dir *os.File) error {
 }
 
 func refusal(dir *os.File, action string, err error) error {
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return fmt.Errorf("%w: %s cannot hold an upper: %s: %w", errdefs.ErrResourceExhausted, dir.Name(), action, err)
+	switch {
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return fmt.Errorf("%w: %w: %s cannot hold an upper: %s: %w", errdefs.ErrResourceExhausted, ErrNotWritable, dir.Name(), action, err)
+	case errors.Is(err, syscall.EROFS), errors.Is(err, syscall.EIO):
+		return fmt.Errorf("%w: %w: %s cannot hold an upper: %s: %w", errdefs.ErrFailedPrecondition, ErrNotWritable, dir.Name(), action, err)
 	}
 	return fmt.Errorf("%w: %s (%s) cannot hold an upper: %s: %w; use ext4, xfs, btrfs or tmpfs",
 		errdefs.ErrFailedPrecondition, dir.Name(), linux.FileSystemName(dir), action, err)

@@ -4,11 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"syscall"
 
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
 
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 )
 
@@ -56,7 +56,19 @@ func (m *Manager) dropPublication(ctx context.Context, r *record.Record, target 
 			return err
 		}
 	}
-	if last && !r.Spec.Persistent() {
+	err := m.forgetPublication(r, left, target)
+	if linux.IsNotWritable(err) {
+		// The view is gone, and a pod must not stay Terminating because of the disk: often the end of pods makes room. The extra
+		// publication does no harm until reconcile finds that its pod is gone.
+		klog.FromContext(ctx).Error(err, "Unpublished; the data root cannot be written to, reconcile will retry", keyVolume, r.ID)
+		return nil
+	}
+	return err
+}
+
+// forgetPublication discards what was for the view at a target only, and saves the record that is left.
+func (m *Manager) forgetPublication(r, left *record.Record, target string) error {
+	if len(left.Publications) == 0 && !r.Spec.Persistent() {
 		return m.discard(r.ID)
 	}
 	if r.Spec.Ephemeral() {
@@ -65,13 +77,5 @@ func (m *Manager) dropPublication(ctx context.Context, r *record.Record, target 
 			return err
 		}
 	}
-	err := m.records.Save(left)
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		// The view is gone, and a pod must not stay Terminating because the disk is full: often the end of pods makes room. The
-		// extra publication does no harm until reconcile finds that its pod is gone.
-		klog.FromContext(ctx).Error(err, "Unpublished; could not update the record because the disk is full, reconcile will retry",
-			keyVolume, r.ID)
-		return nil
-	}
-	return err
+	return m.records.Save(left)
 }

@@ -50,7 +50,8 @@ func TestFullDisk(t *testing.T) {
 	unpublish(t, pod, kept)
 }
 
-// TestUnpublishOnAFullDisk: a pod must not stay Terminating because its volume's state cannot be written.
+// TestUnpublishOnAFullDisk: a pod must not stay Terminating because its volume's state cannot be written. The driver must start there,
+// since a pod can fill the disk, and what pods leave is what makes room.
 func TestUnpublishOnAFullDisk(t *testing.T) {
 	node := newNode(t, "--reconcile-interval=100ms")
 	mountImage(t, "ext4", 16<<20, node.DataRoot, "")
@@ -64,6 +65,8 @@ func TestUnpublishOnAFullDisk(t *testing.T) {
 		publish(t, other, v)
 	}
 	filler := fillUp(t, node.DataRoot)
+	must(t, node.Kill())
+	start(t, node)
 	for _, v := range []drivertest.Volume{kept, each} {
 		unpublish(t, pod, v)
 		unpublish(t, pod, v)
@@ -108,24 +111,36 @@ func fillUp(t *testing.T, dir string) (files []string) {
 	}
 }
 
+// TestReadOnlyDataRoot has the data root turn read-only, as after an I/O error (errors=remount-ro). The driver then starts, and pods
+// end, but none gets a volume.
 func TestReadOnlyDataRoot(t *testing.T) {
-	node := newNode(t)
+	node := newNode(t, "--reconcile-interval=100ms")
 	mountImage(t, "ext4", 16<<20, node.DataRoot, "")
 	start(t, node)
 	v := inline("layers", layersOf(t, node, map[string]string{"f": "f"}))
-	// As after an I/O error: errors=remount-ro.
+	earlier := newPod(t, node, "earlier")
+	target := publish(t, earlier, v)
+	write(t, filepath.Join(target, "written"), "x")
 	must(t, unix.Mount("", node.DataRoot, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""))
 	pod := newPod(t, node, "pod")
 	_, err := pod.Publish(timeout(t), v)
 	wantCode(t, err, codes.FailedPrecondition, "read-only")
 	wantAbsent(t, pod.Target(v.Name))
 	must(t, node.Stop())
-	if err := node.Start(t.Context()); err == nil || !strings.Contains(err.Error(), "read-only") {
-		t.Errorf("started on a read-only data root: %v", err)
-	}
-	node.Forget()
-	must(t, unix.Mount("", node.DataRoot, "", unix.MS_REMOUNT, ""))
 	start(t, node)
+	if log := node.Log(); !strings.Contains(log, "cannot be written to") {
+		t.Errorf("the log does not say that the data root is read-only:\n%s", log)
+	}
+	_, err = pod.Publish(timeout(t), v)
+	wantCode(t, err, codes.FailedPrecondition, "read-only")
+	unpublish(t, earlier, v)
+	removePod(t, earlier)
+	must(t, unix.Mount("", node.DataRoot, "", unix.MS_REMOUNT, ""))
+	eventually(t, "the upper of the pod that is gone is discarded", func() bool {
+		volumes, err := os.ReadDir(filepath.Join(node.DataRoot, "volumes"))
+		must(t, err)
+		return len(volumes) == 0
+	})
 	publish(t, pod, v)
 	unpublish(t, pod, v)
 	wantNothingLeft(t, node)
