@@ -65,13 +65,14 @@ test-race-short: ## The packages and a part of the integration tests (RACE_RUN) 
 	$(ISOLATED) go test -race -short -count=1 -timeout 20m ./pkg/... ./test/sanity
 	$(ISOLATED) go test -race -short -count=1 -timeout 20m -run '$(RACE_RUN)' ./test/integration
 
-PROOFS := proof-test proof-race proof-kernel-6.1 proof-kernel-6.12 proof-fuzz proof-bench
+PROOFS := proof-test proof-race proof-kernel-6.1 proof-kernel-6.12 proof-e2e proof-fuzz proof-bench
 .PHONY: proof $(PROOFS)
-proof: ## The second tier, hours: long crash runs, race detector, whole kernels, an hour a fuzz target, all benchmarks (root, Debian)
+proof: ## The second tier, hours: long crash runs, race detector, whole kernels, end to end, an hour a fuzz target, all benchmarks (root, Debian, Docker)
 	for part in $(PROOFS); do $(MAKE) $$part || exit 1; done
 $(PROOFS): export OVERLAY_CSI_TEST_ALL := 1
 $(PROOFS): export OVERLAY_CSI_PROOF := 1
 proof-test: test
+proof-e2e: e2e
 proof-race: test-race
 proof-kernel-6.1 proof-kernel-6.12: proof-kernel-%:
 	$(MAKE) test-kernels KERNELS=$*
