@@ -2,8 +2,11 @@ package linux
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
+	"strconv"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -68,6 +71,22 @@ func IsMountPoint(path string) (bool, error) {
 func MountID(file *os.File) (uint64, error) {
 	stat, err := StatMount(file, "")
 	return stat.MountID, err
+}
+
+// TableMountID returns the ID that the mount of an open file has in the mount table (proc_pid_mountinfo(5)). Unlike [MountID], it asks
+// the file system for nothing, so that it answers for one that has failed.
+func TableMountID(file *os.File) (int, error) {
+	path := fmt.Sprintf("/proc/self/fdinfo/%d", file.Fd())
+	info, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(info)) {
+		if id, ok := strings.CutPrefix(line, "mnt_id:"); ok {
+			return strconv.Atoi(strings.TrimSpace(id))
+		}
+	}
+	return 0, fmt.Errorf("%s has no mnt_id", path)
 }
 
 // mountIDRequest is struct mnt_id_req of include/uapi/linux/mount.h, in its first version.

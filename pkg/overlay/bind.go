@@ -45,7 +45,11 @@ func (m *Mounter) AddBusyMount(dir *os.File) error {
 // Detach takes the mount whose root is this open directory out of the tree, also while it is in use. What was written through it
 // stays. A directory that is not the root of a mount, or whose mount is out of the tree already, is left alone.
 func (m *Mounter) Detach(root *os.File) error {
-	if mounted, err := linux.IsMountRoot(root, ""); err != nil || !mounted {
+	mounted, err := linux.IsMountRoot(root, "")
+	switch {
+	case linux.IsNotWritable(err):
+		// The file system has failed and does not answer. umount(2) does not ask it.
+	case err != nil || !mounted:
 		return err
 	}
 	if err := linux.DetachFile(root); err != nil && !errors.Is(err, syscall.EINVAL) {

@@ -3,6 +3,9 @@ package overlay
 import (
 	"errors"
 	"io/fs"
+	"path/filepath"
+
+	"github.com/moby/sys/mountinfo"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
@@ -36,17 +39,38 @@ const (
 // At returns what is mounted at path itself: a directory within a mount is not a mount point.
 func (m *Mounter) At(path string) (Mounted, error) {
 	stat, err := linux.StatMount(nil, path)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || err == nil && !stat.IsRoot {
 		return Nothing, nil
 	}
-	if err != nil || !stat.IsRoot {
-		return Nothing, err
+	var magic int64
+	if err == nil {
+		magic, err = m.fileSystemMagic(path, stat.MountID)
 	}
-	magic, err := m.fileSystemMagic(path, stat.MountID)
 	if err != nil {
-		return Nothing, err
+		return atByTable(path, err)
 	}
 	if magic == linux.OverlayMagic {
+		return Overlay, nil
+	}
+	return Other, nil
+}
+
+// atByTable is At by the mount table, which is read whole. A file system that has failed, the upper's for instance, does not answer
+// statx(2), and must be unmounted all the same. statErr is that answer.
+func atByTable(path string, statErr error) (Mounted, error) {
+	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
+	if err != nil {
+		return Nothing, errors.Join(statErr, err)
+	}
+	path = filepath.Join(dir, filepath.Base(path))
+	mounts, err := mountinfo.GetMounts(func(mount *mountinfo.Info) (skip, stop bool) { return mount.Mountpoint != path, false })
+	if err != nil {
+		return Nothing, errors.Join(statErr, err)
+	}
+	switch {
+	case len(mounts) == 0:
+		return Nothing, statErr
+	case mounts[len(mounts)-1].FSType == "overlay":
 		return Overlay, nil
 	}
 	return Other, nil

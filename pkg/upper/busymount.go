@@ -3,6 +3,7 @@ package upper
 import (
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -109,6 +110,9 @@ type mountComparison struct {
 
 func compareMounts(volume, dir *os.File) (mountComparison, error) {
 	ofVolume, err := linux.StatMount(volume, "")
+	if linux.IsNotWritable(err) {
+		return compareMountsByTable(volume, dir)
+	}
 	if err != nil {
 		return mountComparison{}, err
 	}
@@ -121,4 +125,43 @@ func compareMounts(volume, dir *os.File) (mountComparison, error) {
 		inside: same && !ofDir.IsRoot,
 		busy:   !same && ofDir.IsRoot && ofDir.ID.Dev == ofVolume.ID.Dev,
 	}, nil
+}
+
+// compareMountsByTable is compareMounts for a file system that has failed, and does not answer statx(2). The busy mount must be
+// unmounted all the same, or the other volume could not be.
+func compareMountsByTable(volume, dir *os.File) (mountComparison, error) {
+	mounts, err := mountinfo.GetMounts(nil)
+	if err != nil {
+		return mountComparison{}, err
+	}
+	ofVolume, err := tableMount(mounts, volume)
+	if err != nil {
+		return mountComparison{}, err
+	}
+	ofDir, err := tableMount(mounts, dir)
+	if err != nil {
+		return mountComparison{}, err
+	}
+	path, err := linux.CurrentPath(dir)
+	if err != nil {
+		return mountComparison{}, err
+	}
+	same, isRoot := ofDir.ID == ofVolume.ID, ofDir.Mountpoint == path
+	return mountComparison{
+		inside: same && !isRoot,
+		busy:   !same && isRoot && ofDir.Major == ofVolume.Major && ofDir.Minor == ofVolume.Minor,
+	}, nil
+}
+
+// tableMount finds the mount of an open directory in the mount table.
+func tableMount(mounts []*mountinfo.Info, dir *os.File) (*mountinfo.Info, error) {
+	id, err := linux.TableMountID(dir)
+	if err != nil {
+		return nil, err
+	}
+	i := slices.IndexFunc(mounts, func(mount *mountinfo.Info) bool { return mount.ID == id })
+	if i < 0 {
+		return nil, fmt.Errorf("%w: the mount of %s is not in the mount table", errdefs.ErrNotFound, dir.Name())
+	}
+	return mounts[i], nil
 }

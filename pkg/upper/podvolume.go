@@ -98,7 +98,12 @@ func (p podVolume) Release(ctx context.Context) error {
 		return err
 	}
 	defer base.Close()
-	return p.unlock(ctx, base)
+	err = p.unlock(ctx, base)
+	if linux.IsNotWritable(err) {
+		// The lock stays in a volume that is full, read-only or failed. It is of a view that is gone, and another holder takes it over.
+		return nil
+	}
+	return err
 }
 
 // Discard only releases the upper: what is in it belongs to the pod.

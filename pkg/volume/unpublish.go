@@ -36,6 +36,10 @@ func (m *Manager) Unpublish(ctx context.Context, id, target string) error {
 		// kubelet asked for the unmount. A pod must not stay Terminating because of a damaged record; reconcile reports it.
 		klog.FromContext(ctx).Error(err, "Unpublished; the record is damaged", keyVolume, id)
 		return nil
+	case linux.IsNotWritable(err):
+		// The disk has failed.
+		klog.FromContext(ctx).Error(err, "Unpublished; the data root cannot be read, reconcile will retry", keyVolume, id)
+		return nil
 	case err != nil:
 		return err
 	}

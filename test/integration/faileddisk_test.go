@@ -1,0 +1,65 @@
+package integration
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/test/drivertest"
+)
+
+// shutDown makes a file system fail as after the loss of its disk: everything answers EIO.
+func shutDown(t *testing.T, path string) {
+	t.Helper()
+	dir, err := os.Open(path)
+	must(t, err)
+	defer dir.Close()
+	// FS_IOC_SHUTDOWN and FS_SHUTDOWN_FLAGS_NOLOGFLUSH of include/uapi/linux/fs.h: ext4, xfs, f2fs.
+	const shutdown, noLogFlush = 0x8004587d, 2
+	must(t, unix.IoctlSetPointerInt(int(dir.Fd()), shutdown, noLogFlush))
+}
+
+// TestPodsEndOnAFailedDisk: whether something is mounted is a question to the mount table. The file system of the upper cannot answer.
+func TestPodsEndOnAFailedDisk(t *testing.T) {
+	for _, kind := range []string{"ext4", "xfs"} {
+		t.Run("data root on "+kind, func(t *testing.T) {
+			node := newNode(t)
+			mountImage(t, kind, 512<<20, node.DataRoot, "")
+			start(t, node)
+			layers := layersOf(t, node, map[string]string{"f": "f"})
+			pod := newPod(t, node, "pod")
+			volumes := []drivertest.Volume{inline("layers", layers), claim("kept", readWriteOnce, "layers", layers)}
+			for _, v := range volumes {
+				write(t, filepath.Join(publish(t, pod, v), "f"), "written")
+			}
+			shutDown(t, node.DataRoot)
+			for _, v := range volumes {
+				unpublish(t, pod, v)
+				wantAbsent(t, pod.Target(v.Name))
+			}
+			removePod(t, pod)
+			mounted, err := os.ReadFile("/proc/self/mounts")
+			must(t, err)
+			if strings.Contains(string(mounted), pod.UID) {
+				t.Errorf("something of the pod is still mounted:\n%s", mounted)
+			}
+		})
+		t.Run("other volume on "+kind, func(t *testing.T) {
+			node := startNode(t)
+			pod := newPod(t, node, "pod")
+			volume := sibling(t, pod, "data", kind)
+			v := inline("layers", layersOf(t, node, map[string]string{"f": "f"}), "upper", "volume://data/up")
+			write(t, filepath.Join(publish(t, pod, v), "f"), "written")
+			shutDown(t, volume)
+			unpublish(t, pod, v)
+			wantAbsent(t, pod.Target(v.Name))
+			must(t, unix.Unmount(volume, 0))
+			must(t, os.RemoveAll(filepath.Dir(volume)))
+			removePod(t, pod)
+			wantNothingLeft(t, node)
+		})
+	}
+}
