@@ -94,7 +94,7 @@ func TestEmptyRecord(t *testing.T) {
 		if err := os.Truncate(filepath.Join(s.Dir("v"), dataroot.Record), 0); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := s.Load("v"); !errors.Is(err, want) || (want == ErrDamaged) == errors.Is(err, ErrEmpty) {
+		if _, err := s.Load("v"); !errors.Is(err, want) || errors.Is(err, ErrEmpty) && errors.Is(err, ErrDamaged) {
 			t.Errorf("upper %q: %v, want %v", kind, err, want)
 		}
 	}

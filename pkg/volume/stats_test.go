@@ -58,8 +58,12 @@ func TestCountOutlivesItsCaller(t *testing.T) {
 	}
 	cache.forget("v")
 	failed := errors.New("failed")
+	fails := func(context.Context) (Stats, error) {
+		counts++
+		return Stats{}, failed
+	}
 	for range 2 {
-		if _, err := cache.get(t.Context(), "v", func(context.Context) (Stats, error) { counts++; return Stats{}, failed }); !errors.Is(err, failed) {
+		if _, err := cache.get(t.Context(), "v", fails); !errors.Is(err, failed) {
 			t.Errorf("%v, want %v", err, failed)
 		}
 	}
