@@ -83,7 +83,7 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 	flags.StringArrayVar(&roots, "layer-root", nil,
 		"`NAME=PATH` of a directory that dir://NAME/... and archive://NAME/... refer to; repeatable")
 	flags.StringArrayVar(&submounts, "layer-root-allow-submounts", nil,
-		"`NAME` of a layer root whose layers may be on other mounts beneath it; repeatable")
+		"`NAME` of a layer root in which paths may lead into other mounts beneath it; repeatable")
 	addStoreFlags(flags, &opts, &maxLayerSize)
 	flags.BoolVar(&opts.volumeHealth, "volume-health", false, "serve the health RPCs, which are alpha in CSI 1.13")
 	flags.StringVar(&opts.httpEndpoint, "http-endpoint", ":9808", "`address` of /healthz and /readyz; empty: none")

@@ -32,6 +32,6 @@ func gcCommand(opts *options) *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only print what would be removed")
-	cmd.Flags().BoolVar(&all, "all", false, "remove all unused layers, whatever the disk usage")
+	cmd.Flags().BoolVar(&all, "all", false, "remove all layers that may be collected, whatever the disk usage")
 	return cmd
 }

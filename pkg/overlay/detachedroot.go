@@ -46,7 +46,7 @@ func (d *DetachedRoot) Close() error {
 // Reopen opens the same directory on the copy (O_PATH). It returns nil where the directory is not on the root mount or cannot be
 // found on the copy for certain: then the directory has to be used as it is.
 //
-// Beneath the returned directory is what mounts may hide in the tree, so a path has to be resolved in the tree first.
+// The copy shows directories that are hidden by mounts in the real tree. Resolve a path in the real tree first.
 func (d *DetachedRoot) Reopen(dir *os.File) *os.File {
 	if d.copy == nil {
 		return nil

@@ -39,7 +39,7 @@ func swap(id, with uint32) uint32 {
 	return id
 }
 
-// maxID is the last ID that is one (chown(2)).
+// maxID is the largest valid user or group ID. The next number means "unchanged" in chown(2).
 const maxID = 1<<32 - 2
 
 // mapping is the ID mapping that swaps root with an ID, in user_namespaces(7)'s order: in the layer, in the view, how

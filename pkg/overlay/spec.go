@@ -22,7 +22,8 @@ type Spec struct {
 	Volatile bool
 	// LayerOwner has root's files of the lowers appear to be owned by these IDs.
 	LayerOwner IDs
-	// Metacopy has changes of owners and modes copy up metadata only. An upper that was mounted so once always has to be.
+	// Metacopy has changes of owners and modes copy up metadata only. Once an upper has been
+	// mounted with Metacopy, every later mount of it must have it too.
 	Metacopy bool
 	// Attributes are those of the mount.
 	Attributes Attributes

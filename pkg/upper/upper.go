@@ -46,10 +46,10 @@ import (
 //
 // # Crashes
 //
-// The process may end between any two steps of any method. Each method finishes what an earlier call of it left undone, and
-// a method that fails leaves what was there before: an error of Prepare leaves nothing mounted and nothing locked that was not
-// before. An upper is built under another name and renamed, so that it is either whole or absent. After a crash or a reboot
-// the upper is at rest or in use, and Release or Prepare may follow.
+// The process may end between any two steps of any method. Each method finishes what an earlier call of it left undone. A method
+// that fails restores the state before it: after Prepare has failed, only what was mounted or locked before still is. An upper is
+// built under another name and renamed, so that it is either whole or absent. After a crash or a reboot the upper is at rest or in
+// use, and Release or Prepare may follow.
 //
 // Errors are wrapped kinds of containerd/errdefs. Sizes are in bytes.
 type Upper interface {

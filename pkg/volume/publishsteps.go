@@ -39,8 +39,8 @@ func (p *publishing) loadRecord(context.Context) error {
 			errdefs.ErrDataLoss, dir, dataroot.Record)
 	}
 	if p.req.Spec.Persistent() && p.req.Provisioned {
-		return fmt.Errorf("%w: node %s does not have the volume; its upper was made here or elsewhere and is lost, and "+
-			"an empty one does not replace it",
+		return fmt.Errorf("%w: node %s has no record of this volume, so that its upper is on another node or was lost; "+
+			"the driver does not begin with an empty one",
 			errdefs.ErrNotFound, m.config.Node)
 	}
 	if !exists(dir) {
@@ -321,7 +321,7 @@ func (p *publishing) checkUpperFree(context.Context) error {
 		return nil
 	}
 	// The upper is of this boot: its view was unmounted by hand or never mounted. The kernel marks the work directory of a
-	// volatile view, so that it is not mounted again after a crash of the node; there was none.
+	// volatile view so that it cannot be mounted after a crash. The node has not crashed since, so the mark can be removed.
 	return p.upper.ClearWork()
 }
 
