@@ -134,6 +134,9 @@ type Location struct {
 	Limit Limit
 	// Ephemeral is set if the upper need not survive a crash of the node.
 	Ephemeral bool
+	// Made is set if the upper was made, and is not to be made again if it is gone: Prepare then returns ErrDataLoss. It is for
+	// disk-image, whose content nothing but Prepare sees. Exists tells it of the others.
+	Made bool
 
 	// The rest is for pod-volume, which uses none of the above.
 
@@ -155,7 +158,7 @@ func (b *Backends) Open(at Location) Upper {
 	case BtrfsQgroup:
 		return btrfsQgroup{data, b.config.Commands, at.Limit}
 	case DiskImage:
-		return diskImage{b.innerMount(at.Base), b.config.Commands, dir.path(), b.config.Discard, at.Limit, at.Ephemeral}
+		return diskImage{b.innerMount(at.Base), b.config.Commands, dir.path(), b.config.Discard, at.Limit, at.Ephemeral, at.Made}
 	case Tmpfs:
 		return tmpfs{b.innerMount(at.Base), at.Limit}
 	case PodVolume:

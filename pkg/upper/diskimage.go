@@ -40,6 +40,8 @@ type diskImage struct {
 	discard   func(path string) error
 	limit     Limit
 	ephemeral bool
+	// made is set if there must be an upper in the image.
+	made bool
 }
 
 var _ Upper = diskImage{}
@@ -64,7 +66,12 @@ func (d diskImage) Prepare(ctx context.Context, root RootAttr) (Dirs, error) {
 	if err != nil {
 		return Dirs{}, err
 	}
-	dirs, err := d.open(ctx, root, func(path string) error { return d.mount(ctx, path, made) })
+	dirs, err := d.open(ctx, root, func(path string) error {
+		if err := d.mount(ctx, path, made); err != nil {
+			return err
+		}
+		return d.checkMade(path)
+	})
 	if err != nil {
 		return Dirs{}, err
 	}
@@ -113,6 +120,20 @@ func (d diskImage) make(ctx context.Context) (made bool, err error) {
 		return true, nil
 	}
 	return true, linux.SyncPath(d.base)
+}
+
+// checkMade returns ErrDataLoss if the upper was made and is not where the image is mounted. A repair can have moved it.
+func (d diskImage) checkMade(path string) error {
+	if !d.made {
+		return nil
+	}
+	there, err := exists(filepath.Join(path, upperName))
+	if err == nil && !there {
+		err = fmt.Errorf("%w: the upper in the disk image %s is gone, with what was written to it, and an empty one does not replace it; "+
+			"look into its lost+found, or delete the claim",
+			errdefs.ErrDataLoss, d.file())
+	}
+	return err
 }
 
 // mountOptions are for sparse images: blocks that are freed are freed on the node's disk as well (discard), and the tables of

@@ -2,6 +2,8 @@ package upper_test
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
@@ -54,4 +56,55 @@ func TestKilledCheck(t *testing.T) {
 	if left, err := filepath.Glob(filepath.Join(mountDir, "*")); err != nil || len(left) != 0 {
 		t.Errorf("left over: %v, %v", left, err)
 	}
+}
+
+// TestUpperLostInsideItsImage: after a repair (e2fsck -y) the upper can lie in lost+found. A database must not start empty.
+func TestUpperLostInsideItsImage(t *testing.T) {
+	root := newDataRoot(t, "tmpfs")
+	backends := newBackends(t, root)
+	at := upper.Location{Backend: upper.DiskImage, Base: "base", Limit: upper.LimitOf(8 << 20)}
+	u := newUpper(t, backends, root, at)
+	prepare := func() error {
+		t.Helper()
+		dirs, err := u.Prepare(t.Context(), upper.RootAttr{Mode: 0o755})
+		if err == nil {
+			dirs.Close()
+		}
+		return err
+	}
+	check := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	check(prepare())
+	inside, _ := u.Paths()
+	check(os.WriteFile(filepath.Join(inside, "written"), nil, 0o644))
+	moved := filepath.Join(filepath.Dir(inside), "lost+found", "#12")
+	check(os.Rename(inside, moved))
+	check(u.Release(t.Context()))
+
+	at.Made = true
+	u = backends.Open(at)
+	for range 2 {
+		if err := prepare(); !errdefs.IsDataLoss(err) {
+			t.Errorf("%v, want DataLoss", err)
+		}
+		if _, err := os.Lstat(inside); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("it is left mounted: %v", err)
+		}
+	}
+	// Somebody puts it back.
+	u = backends.Open(upper.Location{Backend: upper.DiskImage, Base: "base", Limit: upper.LimitOf(8 << 20)})
+	check(prepare())
+	check(os.Remove(inside))
+	check(os.Rename(moved, inside))
+	check(u.Release(t.Context()))
+	u = backends.Open(at)
+	check(prepare())
+	if _, err := os.Lstat(filepath.Join(inside, "written")); err != nil {
+		t.Error(err)
+	}
+	check(u.Release(t.Context()))
 }

@@ -124,7 +124,7 @@ func (p podVolume) Yield() error {
 }
 
 func (p podVolume) ClearWork() error {
-	base, err := p.openBase()
+	base, err := p.openBeneath(p.at.Path)
 	if errdefs.IsNotFound(err) {
 		return nil
 	}
@@ -162,7 +162,7 @@ func (p podVolume) Free(context.Context) (Usage, error) {
 }
 
 func (p podVolume) Exists() (bool, error) {
-	base, err := p.openBase()
+	base, err := p.openBeneath(p.at.Path)
 	if errdefs.IsNotFound(err) {
 		return false, nil
 	}
@@ -175,7 +175,7 @@ func (p podVolume) Exists() (bool, error) {
 }
 
 func (p podVolume) Check() error {
-	base, err := p.openBase()
+	base, err := p.openBeneath(p.at.Path)
 	if err != nil {
 		return err
 	}
@@ -200,12 +200,10 @@ func (b openBase) Paths() (upper, work string) {
 	return base + "/" + upperName, base + "/" + workName
 }
 
-// openBase opens the base directory. It returns ErrNotFound if that or the volume is gone.
-func (p podVolume) openBase() (*os.File, error) { return p.openBeneath(p.at.Path) }
-
 // openUpper opens the upper directory. It returns ErrNotFound if that or the volume is gone.
 func (p podVolume) openUpper() (*os.File, error) { return p.openBeneath(p.at.Path + "/" + upperName) }
 
+// openBeneath opens a directory beneath the volume. It returns ErrNotFound if that or the volume is gone.
 func (p podVolume) openBeneath(path string) (*os.File, error) {
 	volume, err := p.openVolume()
 	if err != nil {

@@ -79,7 +79,11 @@ func (p *publishing) checkConflicts(context.Context) error {
 			return err
 		}
 		if live {
-			return p.checkPublished(here)
+			if err := checkPublished(p.req, here); err != nil {
+				return err
+			}
+			p.done, err = ownersChanged(r, here)
+			return err
 		}
 	}
 	if req.Access != spec.ReadWriteOncePod && !req.Inline {
@@ -97,14 +101,12 @@ func (p *publishing) checkConflicts(context.Context) error {
 }
 
 // checkPublished compares the request with a mounted view at its target.
-func (p *publishing) checkPublished(here *record.Publication) error {
-	if here.Attributes != p.req.Attributes || here.Access != p.req.Access || !sameGroup(here.Group, p.req.Group) {
+func checkPublished(req PublishRequest, here *record.Publication) error {
+	if here.Attributes != req.Attributes || here.Access != req.Access || !sameGroup(here.Group, req.Group) {
 		return fmt.Errorf("%w: the volume is published at %s with other mount options, another access mode or another group",
-			errdefs.ErrAlreadyExists, p.req.Target)
+			errdefs.ErrAlreadyExists, req.Target)
 	}
-	done, err := ownersChanged(p.before, here)
-	p.done = done
-	return err
+	return nil
 }
 
 // unmountUnfinished unmounts a view whose publish ended while owners were changed. No container has it yet.
@@ -258,7 +260,7 @@ func (p *publishing) prepareUpper(ctx context.Context) error {
 		return nil
 	}
 	p.upper = p.m.uppers.open(p.after, p.publication)
-	if err := p.checkNotLost(); err != nil {
+	if err := checkNotLost(p.upper, p.after, p.m.records.Dir(p.after.ID)); err != nil {
 		return err
 	}
 	root, err := rootAttr(p.after, p.publication, p.layers.Dirs[0])
@@ -271,18 +273,18 @@ func (p *publishing) prepareUpper(ctx context.Context) error {
 }
 
 // checkNotLost returns ErrDataLoss if the upper was made and does not exist.
-func (p *publishing) checkNotLost() error {
-	if !p.after.Made {
+func checkNotLost(u upper.Upper, r *record.Record, dir string) error {
+	if !r.Made {
 		return nil
 	}
-	there, err := p.upper.Exists()
+	there, err := u.Exists()
 	if err != nil {
 		return fmt.Errorf("find the upper: %w", err)
 	}
 	if !there {
 		return fmt.Errorf("%w: the upper in %s is gone, with what was written to it, and an empty one does not replace it; "+
 			"restore it, or delete the claim",
-			errdefs.ErrDataLoss, p.m.records.Dir(p.after.ID))
+			errdefs.ErrDataLoss, dir)
 	}
 	return nil
 }

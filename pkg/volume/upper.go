@@ -33,6 +33,7 @@ func (u uppers) open(r *record.Record, p *record.Publication) upper.Upper {
 		Base:      u.base(r, p.Target),
 		Limit:     r.Limit(),
 		Ephemeral: r.Spec.Ephemeral(),
+		Made:      r.Made,
 		PodVolume: p.PodVolume,
 		Holder:    upper.LockHolder{Node: u.node, BootID: p.BootID, VolumeID: r.ID, Target: p.Target},
 		Layers:    r.Spec.LayerNames(),
