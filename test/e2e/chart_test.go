@@ -48,6 +48,7 @@ func TestChartRefusesWrongValues(t *testing.T) {
 		"layerRoots[0].name=x":                             "layerRoots",
 		"layerRoots[0].hostPath=/x":                        "name",
 		"layerRoots[0].name=a/b,layerRoots[0].hostPath=/x": "name",
+		"layerRoots[0].name=A_1,layerRoots[0].hostPath=/x": "name",
 		"layerRoots[0].name=x,layerRoots[0].hostPath=/x,layerRoots[0].persistentVolumeClaim=x": "layerRoots",
 		"layerRoots[0].name=x,layerRoots[0].hostPath=relative":                                 "hostPath",
 		"layerRoots[0].name=x,layerRoots[0].hostPath=/a/../b":                                  "hostPath",
