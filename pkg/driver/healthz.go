@@ -12,8 +12,8 @@ import (
 // readHeaderTimeout bounds how long a client of the health endpoint may take to send its request's header.
 const readHeaderTimeout = 5 * time.Second
 
-// ServeHealth serves the health endpoint on listener until ctx is done, and closes listener. /healthz answers as long as the
-// process runs. /readyz answers 503 until ready returns true.
+// ServeHealth serves the health endpoint on listener until ctx is done, and closes listener. /healthz answers 200 until then.
+// /readyz answers 503 until ready returns true.
 func ServeHealth(ctx context.Context, listener net.Listener, ready func() bool) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })

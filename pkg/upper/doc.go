@@ -1,8 +1,8 @@
 // Package upper makes, opens, limits and discards the writable side of overlays: an upper directory and the work directory
 // that overlayfs wants beside it.
 //
-// [Backends] chooses how the uppers of a volume are stored, and opens them. [Upper] has their life cycle. To add a backend,
-// implement Upper, add a constant and a case to Backends.Open, and run uppertest over it.
+// [Backends] chooses how the uppers of a volume are stored, and opens them. [Upper] has their life cycle.
+// docs/architecture.md says how to add a backend.
 //
 // # On the disk
 //

@@ -12,8 +12,9 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 )
 
-// Unpublish unmounts a volume at a target and removes the target directory. It goes by the record, not by the request, and
-// returns nil if there is nothing to do. It discards an ephemeral upper; a persistent one stays.
+// Unpublish unmounts what is mounted at the target of the request, and removes the target directory. The rest goes by the
+// record: it discards an ephemeral upper, and releases a persistent one, which stays. It returns nil if there is nothing to do.
+// With a damaged record it returns nil too: the upper is not released until the record is restored and reconciled.
 func (m *Manager) Unpublish(ctx context.Context, id, target string) error {
 	unlock, err := m.locks.acquire(ctx, id)
 	if err != nil {
