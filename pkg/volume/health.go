@@ -33,7 +33,7 @@ const (
 
 // The reasons of conditions.
 const (
-	reasonStateDamaged  = "StateDamaged"
+	reasonRecordDamaged = "RecordDamaged"
 	reasonNotMounted    = "NotMounted"
 	reasonUpperLost     = "UpperLost"
 	reasonUpperReadOnly = "UpperReadOnly"
@@ -130,11 +130,11 @@ func (m *Manager) Health(ctx context.Context, id, target string) ([]Condition, e
 	case err == nil:
 		return m.health(ctx, r, target), nil
 	case !errdefs.IsNotFound(err):
-		return []Condition{{Inaccessible, reasonStateDamaged, err.Error()}}, nil
+		return []Condition{{Inaccessible, reasonRecordDamaged, err.Error()}}, nil
 	}
 	if dir := m.records.Dir(id); upper.ContainsUpper(dir) {
 		message := fmt.Sprintf("%s contains an upper without its record; restore %s", dir, dataroot.Record)
-		return []Condition{{Inaccessible, reasonStateDamaged, message}}, nil
+		return []Condition{{Inaccessible, reasonRecordDamaged, message}}, nil
 	}
 	return nil, err
 }

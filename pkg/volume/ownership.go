@@ -59,7 +59,7 @@ func rootAttr(r *record.Record, p *record.Publication, top *os.File) (upper.Root
 
 // ownersXattr is an extended attribute of the root of an upper. Its value says for whom the owners were changed. It is set after
 // all files were changed, and pods cannot set it.
-const ownersXattr = "trusted.overlay-csi.walked"
+const ownersXattr = "trusted.overlay-csi.owners-changed"
 
 // ownersMark returns the value of ownersXattr, "" if no owners are changed.
 func ownersMark(r *record.Record, p *record.Publication) string {

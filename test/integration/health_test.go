@@ -170,7 +170,7 @@ func TestHealthOfAFileSystemThatFailed(t *testing.T) {
 	of = abort(t, node.DataRoot)
 	if of.code == codes.Internal {
 		// Nor can the state be read.
-		of.upper = "StateDamaged"
+		of.upper = "RecordDamaged"
 	}
 	wantHealth(t, node, pod, kept, of.severity, of.upper)
 	must(t, os.Rename(node.LayerDir, node.LayerDir+".away"))
@@ -283,5 +283,5 @@ func TestHealthOfManyVolumes(t *testing.T) {
 	wantCode(t, err, codes.InvalidArgument)
 	response, err := node.NodeService().NodeGetVolumeHealth(timeout(t), &csi.NodeGetVolumeHealthRequest{VolumeId: "damaged"})
 	must(t, err)
-	wantConditions(t, response.GetVolumeHealth(), inaccessible, "StateDamaged")
+	wantConditions(t, response.GetVolumeHealth(), inaccessible, "RecordDamaged")
 }

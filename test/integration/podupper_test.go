@@ -27,7 +27,7 @@ func sibling(t *testing.T, pod *drivertest.Pod, name, kind string) string {
 	return path
 }
 
-func TestUpperInAnotherVolumePinsIt(t *testing.T) {
+func TestUpperInAnotherVolumeKeepsItBusy(t *testing.T) {
 	onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
 		for _, kind := range []string{"ext4", "xfs", "btrfs", "tmpfs"} {
 			t.Run(kind, func(t *testing.T) {
@@ -56,7 +56,7 @@ func TestUpperInAnEmptyDir(t *testing.T) {
 		v := inline("layers", layersOf(t, node, map[string]string{"f": "layer"}), "upper", "volume://scratch")
 		target := publish(t, pod, v)
 		write(t, filepath.Join(target, "f"), "pod")
-		// Kubelet tears an emptyDir down by deleting it: the pin keeps a mount point in it.
+		// Kubelet tears an emptyDir down by deleting it: the busy mount keeps a mount point in it.
 		if err := os.RemoveAll(scratch); !isErrno(err, unix.EBUSY) {
 			t.Errorf("delete the emptyDir under the upper: %v", err)
 		}
@@ -68,7 +68,7 @@ func TestUpperInAnEmptyDir(t *testing.T) {
 	})
 }
 
-func TestUpperInAnotherVolumeIsKeptForTheNextPod(t *testing.T) {
+func TestUpperInAnotherVolumeIsForTheNextPodToo(t *testing.T) {
 	node := startNode(t)
 	layers := layersOf(t, node, map[string]string{"f": "layer"}, map[string]string{"g": "layer"})
 	v := inline("layers", layers, "upper", "volume://data/up")
@@ -219,7 +219,7 @@ func TestPodCannotLeadTheDriverOutOfItsVolume(t *testing.T) {
 		_, _ = pod.Publish(timeout(t), inline("layers", layers, "upper", "volume://scratch/up"))
 		wantEmpty(t, outside)
 	})
-	t.Run("pinned directory is renamed and replaced by a link", func(t *testing.T) {
+	t.Run("directory under the busy mount is renamed and replaced by a link", func(t *testing.T) {
 		pod := newPod(t, node, "pod")
 		scratch, err := pod.EmptyDir("scratch")
 		must(t, err)

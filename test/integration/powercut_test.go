@@ -14,9 +14,9 @@ import (
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
 
-// TestKeptVolumeSurvivesAPowerCut cuts the power as far as a file can: the data root is copied as its disk has it at that
+// TestClaimSurvivesAPowerCut cuts the power as far as a file can: the data root is copied as its disk has it at that
 // moment, mounted anew, and has all that was synced.
-func TestKeptVolumeSurvivesAPowerCut(t *testing.T) {
+func TestClaimSurvivesAPowerCut(t *testing.T) {
 	for _, c := range []struct{ system, limit, kept string }{
 		{"ext4", "none", "directory"},
 		{"ext4", "image", "disk-image"},

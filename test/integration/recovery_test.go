@@ -227,8 +227,8 @@ func TestCrashRemains(t *testing.T) {
 	unpublish(t, pod, v)
 }
 
-// TestPinOfAnInterruptedPublishIsTakenAway: kubelet could not unmount the volume, and the pod would stay Terminating.
-func TestPinOfAnInterruptedPublishIsTakenAway(t *testing.T) {
+// TestBusyMountOfAnInterruptedPublishIsUnmounted: kubelet could not unmount the volume, and the pod would stay Terminating.
+func TestBusyMountOfAnInterruptedPublishIsUnmounted(t *testing.T) {
 	node := startNode(t)
 	pod := newPod(t, node, "pod")
 	volume := sibling(t, pod, "data", "ext4")
