@@ -142,8 +142,27 @@ func (l *ledger) reserve(ctx context.Context, r *record.Record) error {
 	return l.records.Save(r)
 }
 
-// reserveMore reserves bytes for a volume that grows, until the record says so and release is called. It does not grow the uppers,
-// which can take long, while other volumes wait for their turn.
+// grow raises the limits of a volume's mounted uppers to that of its record, if the node has room for more bytes for each of them.
+// The bytes are reserved until release is called, after the record says so. Other volumes do not wait while the uppers grow, which
+// can take long.
+func (l *ledger) grow(ctx context.Context, r *record.Record, more int64, used []*record.Publication) (release func(), err error) {
+	if r.Spec.SizeEnforcement == spec.EnforceNone {
+		return func() {}, nil
+	}
+	release, err = l.reserveMore(ctx, r, more*int64(len(used)))
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range used {
+		if err := l.uppers.open(r, p).Grow(ctx, r.Limit()); err != nil {
+			release()
+			return nil, err
+		}
+	}
+	return release, nil
+}
+
+// reserveMore reserves bytes for a volume that grows until release is called.
 func (l *ledger) reserveMore(ctx context.Context, r *record.Record, bytes int64) (release func(), err error) {
 	if bytes == 0 || !reserves(r) {
 		return func() {}, nil

@@ -20,7 +20,7 @@ func (m *Manager) Expand(ctx context.Context, id, path string, required, limit i
 		return 0, err
 	}
 	defer unlock()
-	r, p, err := m.published(id, path)
+	r, p, err := published(m.records, id, path)
 	if err != nil {
 		return 0, err
 	}
@@ -41,7 +41,11 @@ func (m *Manager) Expand(ctx context.Context, id, path string, required, limit i
 	}
 	grown := *r
 	grown.Size = size
-	release, err := m.grow(ctx, &grown, size-r.Size)
+	used, err := mountedUppers(r, m.views, m.uppers)
+	if err != nil {
+		return 0, fmt.Errorf("expand volume %s: %w", id, err)
+	}
+	release, err := m.ledger.grow(ctx, &grown, size-r.Size, used)
 	if err != nil {
 		return 0, fmt.Errorf("expand volume %s: %w", id, err)
 	}
@@ -54,40 +58,17 @@ func (m *Manager) Expand(ctx context.Context, id, path string, required, limit i
 	return size, nil
 }
 
-// grow raises the limits of a volume's mounted uppers to that of its record, if the node has room for more bytes for each of them.
-// The bytes are reserved until release is called.
-func (m *Manager) grow(ctx context.Context, r *record.Record, more int64) (release func(), err error) {
-	if r.Spec.SizeEnforcement == spec.EnforceNone {
-		return func() {}, nil
-	}
-	used, err := m.mountedUppers(r)
-	if err != nil {
-		return nil, err
-	}
-	release, err = m.ledger.reserveMore(ctx, r, more*int64(len(used)))
-	if err != nil {
-		return nil, err
-	}
-	for _, p := range used {
-		if err := m.uppers.open(r, p).Grow(ctx, r.Limit()); err != nil {
-			release()
-			return nil, err
-		}
-	}
-	return release, nil
-}
-
 // mountedUppers returns one publication for each upper of the volume that is mounted.
-func (m *Manager) mountedUppers(r *record.Record) ([]*record.Publication, error) {
+func mountedUppers(r *record.Record, views views, uppers uppers) ([]*record.Publication, error) {
 	var used []*record.Publication
 	seen := map[string]bool{}
 	for i := range r.Publications {
 		p := &r.Publications[i]
-		live, err := m.views.isLive(p)
+		live, err := views.isLive(p)
 		if err != nil {
 			return nil, err
 		}
-		if base := m.uppers.base(r, p.Target); live && !seen[base] {
+		if base := uppers.base(r, p.Target); live && !seen[base] {
 			seen[base] = true
 			used = append(used, p)
 		}

@@ -37,7 +37,7 @@ func (m *Manager) Stats(ctx context.Context, id, path string) (Stats, error) {
 
 // live returns the record of a volume and its publication at path. It returns ErrNotFound if it is not mounted there.
 func (m *Manager) live(id, path string) (*record.Record, *record.Publication, error) {
-	r, p, err := m.published(id, path)
+	r, p, err := published(m.records, id, path)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -49,8 +49,8 @@ func (m *Manager) live(id, path string) (*record.Record, *record.Publication, er
 }
 
 // published returns the record of a volume and its publication at path. It returns ErrNotFound if there is none.
-func (m *Manager) published(id, path string) (*record.Record, *record.Publication, error) {
-	r, err := m.records.Load(id)
+func published(records *record.Store, id, path string) (*record.Record, *record.Publication, error) {
+	r, err := records.Load(id)
 	if err != nil && !errdefs.IsNotFound(err) {
 		return nil, nil, err
 	}
