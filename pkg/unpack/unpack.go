@@ -64,7 +64,9 @@ type unpacker struct {
 
 	entries      int64
 	contentBytes int64
-	diskBytes    int64
+	// tarBytes were read of the tar, contentBytes and holes aside those of headers.
+	tarBytes  int64
+	diskBytes int64
 	// uncheckedBytes were accounted for since the last check of the free space.
 	uncheckedBytes int64
 
@@ -111,7 +113,8 @@ func (u *unpacker) close() {
 }
 
 func (u *unpacker) unpack(ctx context.Context, from io.Reader) error {
-	reader := tar.NewReader(from)
+	reader := tar.NewReader(&tarSource{ctx, u, from})
+	content := contextReader{ctx, reader}
 	for {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
@@ -120,10 +123,13 @@ func (u *unpacker) unpack(ctx context.Context, from io.Reader) error {
 		if err == io.EOF {
 			return u.setDirTimes()
 		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		if err != nil {
 			return fmt.Errorf("read the tar after %d entries: %w", u.entries, markInvalid(err))
 		}
-		if err := u.unpackEntry(header, reader); err != nil {
+		if err := u.unpackEntry(header, content); err != nil {
 			name := header.Name
 			if len(name) > maxNameInError {
 				name = name[:maxNameInError] + "…"
@@ -131,6 +137,36 @@ func (u *unpacker) unpack(ctx context.Context, from io.Reader) error {
 			return fmt.Errorf("unpack %q: %w", name, err)
 		}
 	}
+}
+
+// contextReader reads until ctx is done. The holes of a sparse file, which no source is read for, can be terabytes.
+type contextReader struct {
+	ctx  context.Context
+	from io.Reader
+}
+
+func (r contextReader) Read(data []byte) (int, error) {
+	if r.ctx.Err() != nil {
+		return 0, context.Cause(r.ctx)
+	}
+	return r.from.Read(data)
+}
+
+// tarSource reads a tar until ctx is done or its headers are larger than the layer may be. archive/tar takes any number of extended
+// headers before it returns an entry.
+type tarSource struct {
+	ctx  context.Context
+	u    *unpacker
+	from io.Reader
+}
+
+func (s *tarSource) Read(data []byte) (int, error) {
+	if limit := s.u.limits.MaxBytes; limit > 0 && s.u.tarBytes-s.u.contentBytes > limit {
+		return 0, fmt.Errorf("%w: the headers of the layer have more than %d bytes; raise --max-layer-size", errdefs.ErrResourceExhausted, limit)
+	}
+	n, err := contextReader{s.ctx, s.from}.Read(data)
+	s.u.tarBytes += int64(n)
+	return n, err
 }
 
 // drain reads the padding after the end of a tar. The digest of a tar includes its padding.

@@ -1,12 +1,17 @@
 package unpack_test
 
 import (
+	"archive/tar"
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -45,6 +50,57 @@ func TestWhiteoutDeepInAnOpaqueDirectory(t *testing.T) {
 	}
 	if _, err := os.Lstat(filepath.Join(tree, "e/gone")); err != nil {
 		t.Error(err)
+	}
+}
+
+// endless repeats data.
+type endless struct {
+	data []byte
+	left []byte
+}
+
+func (e *endless) Read(to []byte) (int, error) {
+	if len(e.left) == 0 {
+		e.left = e.data
+	}
+	n := copy(to, e.left)
+	e.left = e.left[n:]
+	return n, nil
+}
+
+// TestUnpackEndsWithItsContext: archive/tar reads extended headers without end before it returns an entry, and makes up the holes of
+// a sparse file without reading anything.
+func TestUnpackEndsWithItsContext(t *testing.T) {
+	var buffer bytes.Buffer
+	writer := tar.NewWriter(&buffer)
+	must(t, writer.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "f", Format: tar.FormatPAX, PAXRecords: map[string]string{
+		"comment": strings.Repeat("x", 4096),
+	}}))
+	// The extended header alone: its header, and its content in whole blocks.
+	extended := buffer.Bytes()[:buffer.Len()-512]
+
+	// The writer knows no sparse files. Extended headers have no checksum of their content.
+	sparse := bytes.ReplaceAll(mustTar(t, registrytest.Entry{Header: tar.Header{
+		Typeflag: tar.TypeReg, Name: "hole", Mode: 0o644, PAXRecords: map[string]string{
+			"gnu.sparse.size": fmt.Sprint(int64(1 << 50)), "gnu.sparse.numblocks": "0", "gnu.sparse.map": "",
+			"gnu.sparse.major": "0", "gnu.sparse.minor": "1",
+		},
+	}}), []byte("gnu.sparse"), []byte("GNU.sparse"))
+	for name, from := range map[string]io.Reader{"headers": &endless{data: extended}, "hole": bytes.NewReader(sparse)} {
+		t.Run(name, func(t *testing.T) {
+			work := workDir(t)
+			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+			defer cancel()
+			_, err := unpack.Tar(ctx, from, filepath.Join(work, "tree"), t.TempDir(), unpack.Limits{})
+			if !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("%v, want %v", err, context.DeadlineExceeded)
+			}
+		})
+	}
+	tree := filepath.Join(workDir(t), "tree")
+	_, err := unpack.Tar(t.Context(), &endless{data: extended}, tree, t.TempDir(), unpack.Limits{MaxBytes: 1 << 20})
+	if !errdefs.IsResourceExhausted(err) {
+		t.Errorf("%v, want ResourceExhausted", err)
 	}
 }
 
