@@ -90,15 +90,18 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 	return s, nil
 }
 
-// Run prefetches images, and runs garbage collection until ctx is done.
+// Run prefetches images, and runs garbage collection until ctx is done. It returns when both have ended.
 func (s *Store) Run(ctx context.Context) {
+	var prefetches sync.WaitGroup
 	for _, name := range s.prefetcher.names {
-		s.work.Go(func() { s.prefetcher.run(ctx, s, name) })
+		prefetches.Go(func() { s.prefetcher.run(ctx, s, name) })
 	}
 	s.collector.run(ctx)
+	prefetches.Wait()
 }
 
-// Close cancels the pulls and waits for them. A new Store resumes their downloads.
+// Close cancels the pulls and waits for them. No call may be under way that can begin another, Run included. A new Store
+// resumes their downloads.
 func (s *Store) Close() {
 	s.stop()
 	s.work.Wait()

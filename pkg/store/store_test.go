@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -35,7 +36,7 @@ type node struct {
 	certsDir string
 	registry registry.Config
 	config   store.Config
-	stop     context.CancelFunc
+	stop     func()
 	used     map[digest.Digest][]string
 	root     *os.File
 	trashed  atomic.Int64
@@ -89,8 +90,9 @@ func (n *node) start() {
 	ctx, stop := context.WithCancel(n.t.Context())
 	s, err := store.New(ctx, n, n, registry.NewClient(n.registry), n.config)
 	must(n.t, err)
-	n.Store, n.stop = s, stop
-	go s.Run(ctx)
+	var running sync.WaitGroup
+	running.Go(func() { s.Run(ctx) })
+	n.Store, n.stop = s, func() { stop(); running.Wait() }
 }
 
 // restart closes the store and opens it again.
