@@ -48,6 +48,10 @@ func (p podVolume) Prepare(ctx context.Context, root RootAttr) (dirs Dirs, err e
 	}
 	defer volume.Close()
 	base, err := pathrs.MkdirAllHandle(volume, p.at.Path, 0o755)
+	if errors.Is(err, syscall.ENOTDIR) {
+		return Dirs{}, p.wrap("make the upper's directory", fmt.Errorf("%w: the pod has something else than a directory there; "+
+			"remove that, or name another path", errdefs.ErrFailedPrecondition))
+	}
 	if err != nil {
 		return Dirs{}, p.wrap("make the upper's directory", err)
 	}

@@ -208,6 +208,17 @@ func TestPodCannotLeadTheDriverOutOfItsVolume(t *testing.T) {
 		_, _ = pod.Publish(timeout(t), inline("layers", layers, "upper", "volume://scratch/up"))
 		wantEmpty(t, outside)
 	})
+	t.Run("path is a file", func(t *testing.T) {
+		pod := newPod(t, node, "pod")
+		scratch, err := pod.EmptyDir("scratch")
+		must(t, err)
+		write(t, filepath.Join(scratch, "up"), "the pod's")
+		v := inline("layers", layers, "upper", "volume://scratch/up")
+		_, err = pod.Publish(timeout(t), v)
+		wantCode(t, err, codes.FailedPrecondition, `upper at "up"`, "something else than a directory")
+		unpublish(t, pod, v)
+		wantFile(t, filepath.Join(scratch, "up"), "the pod's")
+	})
 	t.Run("upper is a link", func(t *testing.T) {
 		pod := newPod(t, node, "pod")
 		scratch, err := pod.EmptyDir("scratch")
