@@ -103,8 +103,11 @@ func (s *Store) write(r *Record) error {
 		return nil
 	}
 	// The first record: its name, that of the mark, and that of the directory, which may be of a process that was killed before it came here.
-	return errors.Join(linux.SyncDir(dir), linux.SyncPath(s.dir))
+	return errors.Join(linux.SyncDir(dir), s.Sync())
 }
+
+// Sync writes which volumes there are to the disk.
+func (s *Store) Sync() error { return linux.SyncPath(s.dir) }
 
 // List returns the IDs of all volumes with a directory in order, also those without a record.
 func (s *Store) List() ([]string, error) {

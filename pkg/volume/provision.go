@@ -106,7 +106,8 @@ func (m *Manager) resolveRequested(ctx context.Context, req *CreateRequest) (req
 	return requested, nil
 }
 
-// Delete deletes a volume and its upper. It returns nil if there is none, and ErrFailedPrecondition if the volume is mounted.
+// Delete deletes a volume and its upper. It returns nil if there is none, and ErrFailedPrecondition if the volume is mounted. A volume
+// that was deleted does not come back after a power cut: nobody would ask again.
 func (m *Manager) Delete(ctx context.Context, id string) error {
 	unlock, err := m.locks.acquire(ctx, id)
 	if err != nil {
@@ -115,7 +116,8 @@ func (m *Manager) Delete(ctx context.Context, id string) error {
 	defer unlock()
 	r, err := m.records.Load(id)
 	if errdefs.IsNotFound(err) {
-		return nil
+		// A process that was killed may have deleted it.
+		return m.records.Sync()
 	}
 	if err != nil {
 		return err
@@ -130,7 +132,10 @@ func (m *Manager) Delete(ctx context.Context, id string) error {
 	if err := m.uppers.releaseAll(ctx, r); err != nil {
 		return err
 	}
-	return m.discard(id)
+	if err := m.discard(id); err != nil {
+		return err
+	}
+	return m.records.Sync()
 }
 
 // releaseAll releases all uppers of a volume.

@@ -11,17 +11,6 @@ import (
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
 
-// shutDown makes a file system fail as after the loss of its disk: everything answers EIO.
-func shutDown(t *testing.T, path string) {
-	t.Helper()
-	dir, err := os.Open(path)
-	must(t, err)
-	defer dir.Close()
-	// FS_IOC_SHUTDOWN and FS_SHUTDOWN_FLAGS_NOLOGFLUSH of include/uapi/linux/fs.h: ext4, xfs, f2fs.
-	const shutdown, noLogFlush = 0x8004587d, 2
-	must(t, unix.IoctlSetPointerInt(int(dir.Fd()), shutdown, noLogFlush))
-}
-
 // TestPodsEndOnAFailedDisk: whether something is mounted is a question to the mount table. The file system of the upper cannot answer.
 func TestPodsEndOnAFailedDisk(t *testing.T) {
 	for _, kind := range []string{"ext4", "xfs"} {
@@ -35,7 +24,7 @@ func TestPodsEndOnAFailedDisk(t *testing.T) {
 			for _, v := range volumes {
 				write(t, filepath.Join(publish(t, pod, v), "f"), "written")
 			}
-			shutDown(t, node.DataRoot)
+			must(t, drivertest.ShutDown(node.DataRoot))
 			for _, v := range volumes {
 				unpublish(t, pod, v)
 				wantAbsent(t, pod.Target(v.Name))
@@ -53,12 +42,31 @@ func TestPodsEndOnAFailedDisk(t *testing.T) {
 			volume := sibling(t, pod, "data", kind)
 			v := inline("layers", layersOf(t, node, map[string]string{"f": "f"}), "upper", "volume://data/up")
 			write(t, filepath.Join(publish(t, pod, v), "f"), "written")
-			shutDown(t, volume)
+			must(t, drivertest.ShutDown(volume))
 			unpublish(t, pod, v)
 			wantAbsent(t, pod.Target(v.Name))
 			must(t, unix.Unmount(volume, 0))
 			must(t, os.RemoveAll(filepath.Dir(volume)))
 			removePod(t, pod)
+			wantNothingLeft(t, node)
+		})
+	}
+}
+
+// TestDeletedVolumeStaysDeleted: once DeleteVolume has answered, nobody asks for the volume again.
+func TestDeletedVolumeStaysDeleted(t *testing.T) {
+	for _, kind := range []string{"ext4", "xfs"} {
+		t.Run(kind, func(t *testing.T) {
+			node := newNode(t)
+			mountImage(t, kind, 512<<20, node.DataRoot, "")
+			start(t, node)
+			v := create(t, node, "gone", readWriteOnce, "layers", layersOf(t, node, map[string]string{"f": "f"}))
+			deleteVolume(t, node, v)
+			must(t, drivertest.ShutDown(node.DataRoot))
+			must(t, node.Kill())
+			must(t, unix.Unmount(node.DataRoot, 0))
+			mountExisting(t, kind, node.DataRoot+".img", node.DataRoot)
+			start(t, node)
 			wantNothingLeft(t, node)
 		})
 	}

@@ -90,15 +90,7 @@ func TestUnpublishOnAFullDisk(t *testing.T) {
 func fillUp(t *testing.T, dir string) (files []string) {
 	t.Helper()
 	big := filepath.Join(dir, "filler")
-	file, err := os.Create(big)
-	must(t, err)
-	for size := 1 << 20; size > 0; size /= 2 {
-		for err == nil {
-			_, err = file.Write(make([]byte, size))
-		}
-		err = nil
-	}
-	must(t, file.Close())
+	must(t, drivertest.FillUp(big))
 	files = append(files, big)
 	for i := 0; ; i++ {
 		name := filepath.Join(dir, fmt.Sprint("filler-", i))

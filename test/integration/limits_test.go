@@ -181,15 +181,9 @@ func wantNoLoops(t *testing.T, node *drivertest.Node) {
 	t.Helper()
 	var left []string
 	for range 100 {
-		left = nil
-		files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+		var err error
+		left, err = drivertest.LoopDevices(node.DataRoot)
 		must(t, err)
-		for _, file := range files {
-			backing, err := os.ReadFile(file)
-			if err == nil && strings.HasPrefix(string(backing), node.DataRoot) {
-				left = append(left, strings.TrimSpace(string(backing)))
-			}
-		}
 		if len(left) == 0 {
 			return
 		}

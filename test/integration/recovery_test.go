@@ -1,7 +1,6 @@
 package integration
 
 import (
-	"encoding/json"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,24 +16,7 @@ import (
 // earlier boot. (The kernel's boot ID cannot be changed, so the state's is.)
 func reboot(t *testing.T, node *drivertest.Node) {
 	t.Helper()
-	must(t, node.Kill())
-	must(t, drivertest.UnmountBeneath(node.KubeletDir))
-	states, err := filepath.Glob(filepath.Join(node.DataRoot, "volumes", "*", "volume.json"))
-	must(t, err)
-	for _, path := range states {
-		data, err := os.ReadFile(path)
-		must(t, err)
-		var state map[string]any
-		must(t, json.Unmarshal(data, &state))
-		if publications, ok := state["publications"].([]any); ok {
-			for _, p := range publications {
-				p.(map[string]any)["bootID"] = "an earlier boot"
-			}
-		}
-		data, err = json.Marshal(state)
-		must(t, err)
-		must(t, os.WriteFile(path, data, 0o600))
-	}
+	must(t, node.Reboot())
 }
 
 func TestReboot(t *testing.T) {

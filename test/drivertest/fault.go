@@ -1,0 +1,100 @@
+package drivertest
+
+import (
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// ShutDown makes the file system of path fail as after the loss of its disk: everything that is not cached answers EIO. It works on
+// ext4 and xfs.
+func ShutDown(path string) error {
+	dir, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	// FS_IOC_SHUTDOWN and FS_SHUTDOWN_FLAGS_NOLOGFLUSH of include/uapi/linux/fs.h.
+	const shutdown, noLogFlush = 0x8004587d, 2
+	if err := unix.IoctlSetPointerInt(int(dir.Fd()), shutdown, noLogFlush); err != nil {
+		return &os.PathError{Op: "shut down the file system of", Path: path, Err: err}
+	}
+	return nil
+}
+
+// FillUp makes a file of everything that is free on its file system.
+func FillUp(path string) error {
+	file, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	for size := 1 << 20; size > 0; size /= 2 {
+		for err == nil {
+			_, err = file.Write(make([]byte, size))
+		}
+		if !errors.Is(err, unix.ENOSPC) {
+			return err
+		}
+		err = nil
+	}
+	return nil
+}
+
+// Reboot kills the driver and takes what a reboot takes: the mounts of the node. What pods had stays. The caller starts the driver.
+func (n *Node) Reboot() error {
+	if err := errors.Join(n.Kill(), UnmountBeneath(n.KubeletDir)); err != nil {
+		return err
+	}
+	records, err := filepath.Glob(filepath.Join(n.DataRoot, "volumes", "*", "volume.json"))
+	if err != nil {
+		return err
+	}
+	for _, path := range records {
+		if err := setBootID(path, "an earlier boot"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// setBootID has the publications in a record be of another boot. A record that is damaged stays as it is.
+func setBootID(path, id string) error {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	var record map[string]any
+	if json.Unmarshal(data, &record) != nil {
+		return nil
+	}
+	if publications, ok := record["publications"].([]any); ok {
+		for _, p := range publications {
+			p.(map[string]any)["bootID"] = id
+		}
+	}
+	if data, err = json.Marshal(record); err != nil {
+		return err
+	}
+	return os.WriteFile(path, data, 0o600)
+}
+
+// LoopDevices are the loop devices whose files lie beneath dir, with these files.
+func LoopDevices(dir string) ([]string, error) {
+	paths, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return nil, err
+	}
+	var devices []string
+	for _, path := range paths {
+		// A device that has gone meanwhile has no file.
+		if file, err := os.ReadFile(path); err == nil && strings.HasPrefix(string(file), dir+"/") {
+			devices = append(devices, strings.Split(path, "/")[3]+" "+strings.TrimSpace(string(file)))
+		}
+	}
+	return devices, nil
+}
