@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
-	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"google.golang.org/grpc/codes"
 
@@ -32,17 +31,7 @@ func startRegistry(t *testing.T, node *drivertest.Node, options registrytest.Opt
 // pushImage pushes an image of layers with these files, the lowest first, and returns its reference by digest.
 func pushImage(t *testing.T, r *registrytest.Registry, name string, layers ...map[string]string) string {
 	t.Helper()
-	var made []v1.Layer
-	for _, files := range layers {
-		var entries []registrytest.Entry
-		for file, content := range files {
-			entries = append(entries, registrytest.File(file, content))
-		}
-		layer, err := registrytest.Layer(entries...)
-		must(t, err)
-		made = append(made, layer)
-	}
-	image, err := registrytest.Image(made...)
+	image, err := registrytest.ImageOf(layers...)
 	must(t, err)
 	return pushAny(t, r, name, image)
 }

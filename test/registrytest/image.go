@@ -11,8 +11,10 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"io"
+	"maps"
 	"math/big"
 	"net"
+	"slices"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -153,4 +155,21 @@ func selfSigned(host string) (tls.Certificate, error) {
 	}
 	certificate, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
 	return tls.Certificate{Certificate: [][]byte{certificate}, PrivateKey: key}, err
+}
+
+// ImageOf is an image of layers of files, the lowest first.
+func ImageOf[Files ~map[string]string](layers ...Files) (v1.Image, error) {
+	made := make([]v1.Layer, len(layers))
+	for i, files := range layers {
+		var entries []Entry
+		for _, name := range slices.Sorted(maps.Keys(files)) {
+			entries = append(entries, File(name, files[name]))
+		}
+		layer, err := Layer(entries...)
+		if err != nil {
+			return nil, err
+		}
+		made[i] = layer
+	}
+	return Image(made...)
 }
