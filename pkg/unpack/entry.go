@@ -32,6 +32,10 @@ func (u *unpacker) unpackEntry(header *tar.Header, content io.Reader) error {
 	if err := u.reserve(blockSize); err != nil {
 		return err
 	}
+	if header.Typeflag == tar.TypeXGlobalHeader {
+		// It is no file. archive/tar does not apply its records to the entries that follow, and so containerd does not either.
+		return nil
+	}
 	if len(header.Name) > maxPath || len(header.Linkname) > maxPath {
 		return fmt.Errorf("%w: the path has more than %d bytes", errdefs.ErrInvalidArgument, maxPath)
 	}

@@ -1,0 +1,41 @@
+package unpack_test
+
+import (
+	"archive/tar"
+	"bytes"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/containerd/containerd/v2/pkg/archive"
+
+	"github.com/overlay-csi/overlay-csi/test/registrytest"
+)
+
+// TestUnpacksAsContainerdDoes has entries of images that people have, which containerd takes. It compares the tree with that of
+// containerd's overlayfs snapshotter.
+func TestUnpacksAsContainerdDoes(t *testing.T) {
+	for name, entries := range map[string][]registrytest.Entry{
+		// git archive writes one, with the commit as its comment.
+		"PAX global header": {
+			{Header: tar.Header{Typeflag: tar.TypeXGlobalHeader, Name: "pax_global_header", PAXRecords: map[string]string{
+				"comment": "e6acb02", "mtime": "1000", "uid": "1000", "SCHILY.xattr.user.all": "x",
+			}}},
+			registrytest.Dir("d"), registrytest.File("d/f", "x"),
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := workDir(t)
+			data := mustTar(t, entries...)
+			theirs := filepath.Join(dir, "theirs")
+			must(t, os.Mkdir(theirs, 0o755))
+			_, err := archive.Apply(t.Context(), theirs, bytes.NewReader(data), archive.WithConvertWhiteout(archive.OverlayConvertWhiteout))
+			must(t, err)
+			ours := filepath.Join(dir, "ours")
+			mustUnpack(t, data, ours)
+			// The times of the root are not the image's.
+			without := implied(t, data)
+			readTree(t, theirs, without).compare(t, readTree(t, ours, without))
+		})
+	}
+}
