@@ -3,6 +3,7 @@ package unpack
 import (
 	"archive/tar"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
@@ -30,7 +31,13 @@ func setAttributesAt(dir *os.File, base string, header *tar.Header) error {
 			return err
 		}
 	}
-	err := setXattrs(header, func(name string, value []byte) error { return linux.SetXattrAt(dir, base, name, value) })
+	err := setXattrs(header, func(name string, value []byte) error {
+		if strings.HasPrefix(name, "user.") {
+			// Linux has these on regular files and directories alone (xattr(7)). containerd leaves them out too.
+			return nil
+		}
+		return linux.SetXattrAt(dir, base, name, value)
+	})
 	if err != nil {
 		return err
 	}

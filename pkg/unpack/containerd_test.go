@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/pkg/archive"
 
@@ -15,6 +16,12 @@ import (
 // TestUnpacksAsContainerdDoes has entries of images that people have, which containerd takes. It compares the tree with that of
 // containerd's overlayfs snapshotter.
 func TestUnpacksAsContainerdDoes(t *testing.T) {
+	user := func(typeflag byte, name string) registrytest.Entry {
+		return registrytest.Entry{Header: tar.Header{
+			Typeflag: typeflag, Name: name, Linkname: "file", Devmajor: 1, Devminor: 3, Mode: 0o644, ModTime: time.Unix(1_700_000_000, 0),
+			PAXRecords: map[string]string{"SCHILY.xattr.user.comment": "x"},
+		}}
+	}
 	for name, entries := range map[string][]registrytest.Entry{
 		// git archive writes one, with the commit as its comment.
 		"PAX global header": {
@@ -22,6 +29,11 @@ func TestUnpacksAsContainerdDoes(t *testing.T) {
 				"comment": "e6acb02", "mtime": "1000", "uid": "1000", "SCHILY.xattr.user.all": "x",
 			}}},
 			registrytest.Dir("d"), registrytest.File("d/f", "x"),
+		},
+		// Linux has these attributes on regular files and directories alone.
+		"user attributes": {
+			user(tar.TypeReg, "file"), user(tar.TypeDir, "dir"), user(tar.TypeSymlink, "link"), user(tar.TypeFifo, "fifo"),
+			user(tar.TypeChar, "char"), user(tar.TypeBlock, "block"),
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
