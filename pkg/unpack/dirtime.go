@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"syscall"
 	"time"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
@@ -48,7 +47,7 @@ func (u *unpacker) setDirTimes() error {
 func (u *unpacker) setDirTime(t dirTime) error {
 	dir, err := linux.Open(u.root, "./"+t.Name, os.O_RDONLY|linux.O_DIRECTORY, linux.ResolveInRoot|linux.ResolveNoMagicLinks)
 	switch {
-	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ENOTDIR), errors.Is(err, syscall.ELOOP):
+	case isAbsent(err):
 		return nil
 	case err != nil:
 		return fmt.Errorf("set the times of directory %q: %w", t.Name, err)

@@ -152,23 +152,30 @@ func (u *unpacker) setDirAttributes(dir *os.File, name string, header *tar.Heade
 	return u.timesEncoder.Encode(dirTime{name, header.ModTime.Unix(), header.ModTime.Nanosecond()})
 }
 
-// makeHardLink creates a hard link to a file of the same layer.
+// makeHardLink creates a hard link to a file of the same layer. Layers are unpacked alone: one that links to a file of a lower layer
+// is refused, as by containerd's overlayfs snapshotter.
 func (u *unpacker) makeHardLink(dir *os.File, base string, header *tar.Header) error {
 	targetDir, target := path.Split(path.Clean("/" + header.Linkname))
 	if target == "" {
 		return fmt.Errorf("%w: the hard link points to the root", errdefs.ErrInvalidArgument)
 	}
+	named := shorten(header.Linkname)
 	from, err := pathrs.OpenatInRoot(u.root, targetDir)
-	if err != nil {
-		return fmt.Errorf("%w: find the target %q of the hard link: %w", errdefs.ErrInvalidArgument, header.Linkname, err)
+	var stat linux.Stat
+	if err == nil {
+		defer from.Close()
+		stat, err = linux.Fstatat(from, target)
 	}
-	defer from.Close()
-	stat, err := linux.Fstatat(from, target)
-	if err != nil {
-		return fmt.Errorf("%w: find the target %q of the hard link: %w", errdefs.ErrInvalidArgument, header.Linkname, err)
-	}
-	if stat.IsWhiteout() {
-		return fmt.Errorf("%w: the layer removed the target %q of the hard link", errdefs.ErrInvalidArgument, header.Linkname)
+	switch {
+	case isAbsent(err):
+		return fmt.Errorf("%w: the target %q of the hard link is not in this layer; rebuild the image so that the layer has the file",
+			errdefs.ErrInvalidArgument, named)
+	case err != nil:
+		return fmt.Errorf("find the target %q of the hard link: %w", named, err)
+	case stat.IsWhiteout():
+		return fmt.Errorf("%w: the layer removed the target %q of the hard link", errdefs.ErrInvalidArgument, named)
+	case stat.IsDir():
+		return fmt.Errorf("%w: the target %q of the hard link is a directory", errdefs.ErrInvalidArgument, named)
 	}
 	return linux.Linkat(from, target, dir, base)
 }

@@ -46,6 +46,11 @@ func (u *unpacker) closeParents() {
 	u.stale = false
 }
 
+// isAbsent reports whether an error says that there is nothing at a path.
+func isAbsent(err error) bool {
+	return errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ENOTDIR) || errors.Is(err, syscall.ELOOP)
+}
+
 // removeExisting removes the file that an earlier entry created at base, if any. It moves a directory to scratch.
 func (u *unpacker) removeExisting(dir *os.File, base string) error {
 	stat, err := linux.Fstatat(dir, base)

@@ -130,13 +130,17 @@ func (u *unpacker) unpack(ctx context.Context, from io.Reader) error {
 			return fmt.Errorf("read the tar after %d entries: %w", u.entries, markInvalid(err))
 		}
 		if err := u.unpackEntry(header, content); err != nil {
-			name := header.Name
-			if len(name) > maxNameInError {
-				name = name[:maxNameInError] + "…"
-			}
-			return fmt.Errorf("unpack %q: %w", name, err)
+			return fmt.Errorf("unpack %q: %w", shorten(header.Name), err)
 		}
 	}
+}
+
+// shorten returns the beginning of a name for an error.
+func shorten(name string) string {
+	if len(name) > maxNameInError {
+		return name[:maxNameInError] + "…"
+	}
+	return name
 }
 
 // contextReader reads until ctx is done. The holes of a sparse file, which no source is read for, can be terabytes.
