@@ -53,7 +53,7 @@ func (u *unpacker) unpackEntry(header *tar.Header, content io.Reader) error {
 		return err
 	}
 	if strings.HasPrefix(base, WhiteoutPrefix) {
-		return u.makeWhiteout(dir, base)
+		return makeWhiteout(dir, base)
 	}
 	if header.Typeflag == tar.TypeDir {
 		return u.makeDir(dir, base, name, header)
@@ -132,7 +132,7 @@ func (u *unpacker) makeDir(dir *os.File, base, name string, header *tar.Header) 
 	}
 	defer made.Close()
 	if hidden {
-		if err := u.setOpaque(made); err != nil {
+		if err := setOpaque(made); err != nil {
 			return err
 		}
 	}

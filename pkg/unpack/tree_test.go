@@ -83,6 +83,10 @@ func xattrsOf(t *testing.T, path string) string {
 	slices.Sort(list)
 	var line strings.Builder
 	for _, name := range list {
+		if name == "trusted.overlay.origin" {
+			// Other unpackers do not set it, and show whiteouts in views.
+			continue
+		}
 		value := make([]byte, 64<<10)
 		n, err := unix.Lgetxattr(path, name, value)
 		must(t, err)

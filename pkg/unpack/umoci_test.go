@@ -16,8 +16,6 @@ import (
 
 	umoci "github.com/opencontainers/umoci/oci/layer"
 	"golang.org/x/sys/unix"
-	mount "k8s.io/mount-utils"
-	utilexec "k8s.io/utils/exec"
 
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
@@ -154,14 +152,7 @@ func TestUnpacksAsUmociDoes(t *testing.T) {
 // umoci unpacks all layers.
 func TestRandomImagesAsUmoci(t *testing.T) {
 	work := workDir(t)
-	must(t, os.Mkdir(filepath.Join(work, "mounter"), 0o755))
-	features, err := overlay.Probe(filepath.Join(work, "mounter"))
-	must(t, err)
-	mounter, err := overlay.NewMounter(overlay.Config{
-		Dir: filepath.Join(work, "mounter"), Features: features, MountUtils: mount.NewWithoutSystemd(""), Commands: utilexec.New(),
-	})
-	must(t, err)
-	defer mounter.Close()
+	mounter := newMounter(t, work)
 	for seed := range uint64(40) {
 		random := rand.New(rand.NewPCG(seed, 1))
 		var lowers []*os.File

@@ -79,8 +79,6 @@ type unpacker struct {
 	times        *os.File
 	timesOut     *bufio.Writer
 	timesEncoder *gob.Encoder
-	// opaque is true after a directory was made opaque.
-	opaque bool
 	// replaced counts the directories that were moved to scratch.
 	replaced int
 	buffer   []byte

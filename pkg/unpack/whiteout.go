@@ -23,16 +23,17 @@ const (
 	whiteoutMeta = ".wh..wh."
 	// opaqueXattr marks an opaque directory of overlayfs. Its value is "y".
 	opaqueXattr = "trusted.overlay.opaque"
+	// originXattr has overlayfs look for whiteouts in a directory when it lists it. Otherwise it does so only in one that it
+	// merges with a lower directory, and lists whiteouts as files that cannot be read (ovl_get_inode in fs/overlayfs/inode.c:
+	// "non-merge dir that may have whiteouts"). The empty value says that it is not known what the directory was copied from.
+	originXattr = "trusted.overlay.origin"
 )
 
 // makeWhiteout converts a whiteout of an image to one of overlayfs, which is a character device 0/0. A whiteout hides
 // entries of lower layers only, never entries of its own layer.
-func (u *unpacker) makeWhiteout(dir *os.File, base string) error {
+func makeWhiteout(dir *os.File, base string) error {
 	if base == opaqueName {
-		return u.setOpaque(dir)
-	}
-	if hidden, err := u.isHidden(dir); err != nil || hidden {
-		return err
+		return setOpaque(dir)
 	}
 	if len(base) >= len(whiteoutMeta) && base[:len(whiteoutMeta)] == whiteoutMeta {
 		return nil
@@ -42,6 +43,9 @@ func (u *unpacker) makeWhiteout(dir *os.File, base string) error {
 		return fmt.Errorf("%w: the whiteout hides %q, which is not a file name", errdefs.ErrInvalidArgument, name)
 	}
 	err := linux.Mknodat(dir, name, syscall.S_IFCHR, 0)
+	if err == nil {
+		return linux.SetXattr(dir, originXattr, nil)
+	}
 	if !errors.Is(err, syscall.EEXIST) {
 		return err
 	}
@@ -54,49 +58,11 @@ func (u *unpacker) makeWhiteout(dir *os.File, base string) error {
 		return err
 	}
 	defer made.Close()
-	return u.setOpaque(made)
-}
-
-// isHidden reports whether a directory or one of its parents is opaque. A whiteout in it would hide nothing. overlayfs would
-// even list it, because it does not look for whiteouts in a directory that is not merged.
-func (u *unpacker) isHidden(dir *os.File) (bool, error) {
-	if !u.opaque {
-		return false, nil
-	}
-	root, err := linux.StatFile(u.root)
-	if err != nil {
-		return false, err
-	}
-	at := dir
-	defer func() {
-		if at != dir {
-			at.Close()
-		}
-	}()
-	for {
-		stat, err := linux.StatFile(at)
-		if err != nil || stat.ID() == root.ID() {
-			return false, err
-		}
-		opaque, err := IsOpaque(at)
-		if err != nil || opaque {
-			return opaque, err
-		}
-		// One level at a time: a path of many ".." would be looked up from its beginning each time, and be too long at last.
-		above, err := openDir(at, "..")
-		if err != nil {
-			return false, err
-		}
-		if at != dir {
-			at.Close()
-		}
-		at = above
-	}
+	return setOpaque(made)
 }
 
 // setOpaque marks a directory as opaque: it hides its content in lower layers. dir may be an O_PATH handle.
-func (u *unpacker) setOpaque(dir *os.File) error {
-	u.opaque = true
+func setOpaque(dir *os.File) error {
 	return linux.SetXattr(dir, opaqueXattr, []byte("y"))
 }
 
