@@ -2,9 +2,13 @@ package unpack
 
 import (
 	"archive/tar"
+	"fmt"
+	"math"
 	"os"
 	"strings"
 	"time"
+
+	"github.com/containerd/errdefs"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
@@ -12,7 +16,7 @@ import (
 // setAttributes sets owner, mode and extended attributes of an open file or directory. The owner comes first, because
 // changing it clears the set-user-ID bit and file capabilities.
 func setAttributes(file *os.File, header *tar.Header) error {
-	if err := linux.Fchownat(file, "", uint32(header.Uid), uint32(header.Gid)); err != nil {
+	if err := setOwner(file, "", header); err != nil {
 		return err
 	}
 	if err := linux.Fchmodat(file, "", modeOf(header)); err != nil {
@@ -23,7 +27,7 @@ func setAttributes(file *os.File, header *tar.Header) error {
 
 // setAttributesAt sets owner, mode, extended attributes and times of the link or device at base.
 func setAttributesAt(dir *os.File, base string, header *tar.Header) error {
-	if err := linux.Fchownat(dir, base, uint32(header.Uid), uint32(header.Gid)); err != nil {
+	if err := setOwner(dir, base, header); err != nil {
 		return err
 	}
 	if header.Typeflag != tar.TypeSymlink {
@@ -43,6 +47,17 @@ func setAttributesAt(dir *os.File, base string, header *tar.Header) error {
 	}
 	accessed, modified := timesOf(header)
 	return linux.Utimensat(dir, base, accessed, modified)
+}
+
+// setOwner sets the owner of the entry at base, or of dir itself if base is empty. chown(2) has 32 bits for an ID. Some programs write
+// nobody as -2.
+func setOwner(dir *os.File, base string, header *tar.Header) error {
+	for _, id := range []int{header.Uid, header.Gid} {
+		if id < math.MinInt32 || id > math.MaxUint32 {
+			return fmt.Errorf("%w: Linux has no owner %d:%d; an ID has 32 bits", errdefs.ErrInvalidArgument, header.Uid, header.Gid)
+		}
+	}
+	return linux.Fchownat(dir, base, uint32(header.Uid), uint32(header.Gid))
 }
 
 // modeOf returns the permission bits of an entry, with set-user-ID, set-group-ID and sticky.

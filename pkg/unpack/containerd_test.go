@@ -3,6 +3,7 @@ package unpack_test
 import (
 	"archive/tar"
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -22,6 +23,16 @@ func TestUnpacksAsContainerdDoes(t *testing.T) {
 			PAXRecords: map[string]string{"SCHILY.xattr.user.comment": "x"},
 		}}
 	}
+	device := func(typeflag byte, major, minor int64) registrytest.Entry {
+		e := registrytest.File(fmt.Sprintf("%c-%d-%d", typeflag, major, minor), "")
+		e.Typeflag, e.Devmajor, e.Devminor = typeflag, major, minor
+		return e
+	}
+	owned := func(uid, gid int) registrytest.Entry {
+		e := registrytest.File(fmt.Sprintf("owned-%d-%d", uid, gid), "")
+		e.Uid, e.Gid, e.Format = uid, gid, tar.FormatGNU
+		return e
+	}
 	for name, entries := range map[string][]registrytest.Entry{
 		// git archive writes one, with the commit as its comment.
 		"PAX global header": {
@@ -35,6 +46,12 @@ func TestUnpacksAsContainerdDoes(t *testing.T) {
 			user(tar.TypeReg, "file"), user(tar.TypeDir, "dir"), user(tar.TypeSymlink, "link"), user(tar.TypeFifo, "fifo"),
 			user(tar.TypeChar, "char"), user(tar.TypeBlock, "block"),
 		},
+		"device numbers": {
+			device(tar.TypeChar, 4095, 1<<20-1), device(tar.TypeBlock, 4095, 1<<20-1), device(tar.TypeChar, 0, 1<<20-1),
+			device(tar.TypeBlock, 0, 0), device(tar.TypeFifo, 5000, 1<<20+7),
+		},
+		// nobody is -2 for some programs that write tars.
+		"owners": {owned(1<<32-2, 1<<32-2), owned(-2, -2), owned(1<<31, 1<<31-1)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := workDir(t)

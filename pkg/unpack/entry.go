@@ -71,11 +71,14 @@ func (u *unpacker) unpackEntry(header *tar.Header, content io.Reader) error {
 			return err
 		}
 	case tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
-		if isWhiteout(header.Typeflag, header.Devmajor, header.Devminor) {
+		device, err := deviceOf(header)
+		if err != nil {
+			return err
+		}
+		if header.Typeflag == tar.TypeChar && device == 0 {
 			// overlayfs would take the device for a whiteout. Whiteouts of an image have other names.
 			return nil
 		}
-		device := linux.Mkdev(uint32(header.Devmajor), uint32(header.Devminor))
 		if err := linux.Mknodat(dir, base, deviceTypes[header.Typeflag]|0o600, device); err != nil {
 			return err
 		}
@@ -87,6 +90,19 @@ func (u *unpacker) unpackEntry(header *tar.Header, content io.Reader) error {
 
 // deviceTypes maps tar entry types to file types of the kernel.
 var deviceTypes = map[byte]uint32{tar.TypeChar: syscall.S_IFCHR, tar.TypeBlock: syscall.S_IFBLK, tar.TypeFifo: syscall.S_IFIFO}
+
+// deviceOf returns the number of a device, which is 0 for a FIFO. mknod(2) has 12 bits for the major and 20 for the minor number
+// (MKDEV in include/linux/kdev_t.h), and cuts others off.
+func deviceOf(header *tar.Header) (uint64, error) {
+	if header.Typeflag == tar.TypeFifo {
+		return 0, nil
+	}
+	major, minor := header.Devmajor, header.Devminor
+	if major < 0 || major >= 1<<12 || minor < 0 || minor >= 1<<20 {
+		return 0, fmt.Errorf("%w: Linux has no device %d:%d; the largest is 4095:1048575", errdefs.ErrInvalidArgument, major, minor)
+	}
+	return linux.Mkdev(uint32(major), uint32(minor)), nil
+}
 
 // makeFile creates a regular file. Runs of zeros become holes, because the tars of many images contain sparse files in full.
 func (u *unpacker) makeFile(dir *os.File, base string, header *tar.Header, content io.Reader) error {

@@ -1,7 +1,6 @@
 package unpack
 
 import (
-	"archive/tar"
 	"errors"
 	"fmt"
 	"os"
@@ -73,9 +72,4 @@ func IsOpaque(dir *os.File) (bool, error) {
 		return false, nil
 	}
 	return string(value) == "y", err
-}
-
-// isWhiteout reports whether overlayfs takes a device for a whiteout.
-func isWhiteout(typeflag byte, major, minor int64) bool {
-	return typeflag == tar.TypeChar && linux.Mkdev(uint32(major), uint32(minor)) == 0
 }
