@@ -16,8 +16,8 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
-// maxPath is the maximum length of a path in bytes (PATH_MAX).
-const maxPath = 4096
+// maxPath is the maximum length of a path in bytes (PATH_MAX, less the zero byte at its end).
+const maxPath = 4095
 
 // unpackEntry applies one entry of the tar to the tree.
 func (u *unpacker) unpackEntry(header *tar.Header, content io.Reader) error {
@@ -67,6 +67,9 @@ func (u *unpacker) unpackEntry(header *tar.Header, content io.Reader) error {
 	case tar.TypeLink:
 		return u.makeHardLink(dir, base, header)
 	case tar.TypeSymlink:
+		if header.Linkname == "" {
+			return fmt.Errorf("%w: the symbolic link has no target", errdefs.ErrInvalidArgument)
+		}
 		if err := linux.Symlinkat(header.Linkname, dir, base); err != nil {
 			return err
 		}

@@ -2,12 +2,20 @@ package unpack_test
 
 import (
 	"archive/tar"
+	"bytes"
+	"errors"
+	"io"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"github.com/overlay-csi/overlay-csi/pkg/unpack"
+	"github.com/overlay-csi/overlay-csi/test/drivertest"
+	"github.com/overlay-csi/overlay-csi/test/needs"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
 
@@ -17,16 +25,54 @@ func TestWrongLayersAreInvalid(t *testing.T) {
 		header.Mode = 0o644
 		return registrytest.Entry{Header: header}
 	}
+	link := func(name, target string) registrytest.Entry {
+		return entry(tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: target})
+	}
 	hard := func(name, target string) registrytest.Entry {
 		return entry(tar.Header{Typeflag: tar.TypeLink, Name: name, Linkname: target})
 	}
 	device := func(typeflag byte, major, minor int64) registrytest.Entry {
 		return entry(tar.Header{Typeflag: typeflag, Name: "device", Devmajor: major, Devminor: minor, Format: tar.FormatGNU})
 	}
+	xattr := func(name, value string) registrytest.Entry {
+		return entry(tar.Header{Typeflag: tar.TypeReg, Name: "f", PAXRecords: map[string]string{"SCHILY.xattr." + name: value}})
+	}
+	whole := mustTar(t, registrytest.File("f", strings.Repeat("x", 100_000)))
+	// The writer knows no sparse files.
+	sparse := bytes.ReplaceAll(mustTar(t, entry(tar.Header{Typeflag: tar.TypeReg, Name: "f", PAXRecords: map[string]string{
+		"gnu.sparse.size": "20", "gnu.sparse.numblocks": "1", "gnu.sparse.map": "0,10", "gnu.sparse.major": "0", "gnu.sparse.minor": "1",
+	}})), []byte("gnu.sparse"), []byte("GNU.sparse"))
 	for name, c := range map[string]struct {
 		entries []registrytest.Entry
-		words   []string
+		// data is the tar if there are no entries.
+		data  []byte
+		words []string
 	}{
+		"name over 255 bytes": {
+			entries: []registrytest.Entry{registrytest.File(strings.Repeat("x", 256), "")}, words: []string{"name too long"},
+		},
+		"directory over 255 bytes": {
+			entries: []registrytest.Entry{registrytest.Dir(strings.Repeat("x", 256))}, words: []string{"name too long"},
+		},
+		"parent over 255 bytes": {
+			entries: []registrytest.Entry{registrytest.File(strings.Repeat("x", 256)+"/f", "")}, words: []string{"name too long"},
+		},
+		"whiteout over 255 bytes": {
+			entries: []registrytest.Entry{registrytest.File(".wh."+strings.Repeat("x", 256), "")}, words: []string{"name too long"},
+		},
+		"path over PATH_MAX": {
+			entries: []registrytest.Entry{registrytest.File(strings.Repeat("x/", 2048)+"x", "")}, words: []string{"4095"},
+		},
+		"target of PATH_MAX":   {entries: []registrytest.Entry{link("l", strings.Repeat("x", 4096))}, words: []string{"4095"}},
+		"target over PATH_MAX": {entries: []registrytest.Entry{link("l", strings.Repeat("x", 5000))}, words: []string{"4095"}},
+		"link to nothing":      {entries: []registrytest.Entry{link("l", "")}, words: []string{`"l"`}},
+		"path through a file": {
+			entries: []registrytest.Entry{registrytest.File("f", ""), registrytest.File("f/g", "")}, words: []string{"f/g"},
+		},
+		"path through a dead link": {
+			entries: []registrytest.Entry{link("l", "nowhere"), registrytest.File("l/g", "")}, words: []string{"l/g"},
+		},
+		"path through a loop": {entries: []registrytest.Entry{link("l", "l"), registrytest.File("l/g", "")}, words: []string{"l/g"}},
 		"hard link to a directory": {
 			entries: []registrytest.Entry{registrytest.Dir("d"), hard("h", "d")}, words: []string{`"h"`, `"d"`, "is a directory"},
 		},
@@ -56,9 +102,26 @@ func TestWrongLayersAreInvalid(t *testing.T) {
 			entries: []registrytest.Entry{entry(tar.Header{Typeflag: tar.TypeSymlink, Name: "f", Linkname: "x", Uid: 1 << 32})},
 			words:   []string{"4294967296:0"},
 		},
+		"attribute's name": {
+			entries: []registrytest.Entry{xattr("user."+strings.Repeat("x", 255), "x")}, words: []string{"setxattr user.xxx"},
+		},
+		"attribute over 64 KiB": {
+			entries: []registrytest.Entry{xattr("user.x", strings.Repeat("x", 64<<10+1))}, words: []string{"setxattr user.x"},
+		},
+		"attribute of no meaning": {
+			entries: []registrytest.Entry{xattr("security.capability", "x")}, words: []string{"security.capability"},
+		},
+		"truncated file":           {data: whole[:len(whole)/2], words: []string{"unexpected EOF"}},
+		"truncated header":         {data: whole[:700], words: []string{"unexpected EOF"}},
+		"no tar":                   {data: bytes.Repeat([]byte("no tar "), 1000), words: []string{"invalid tar header"}},
+		"sparse file without data": {data: sparse, words: []string{"sparse file"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := unpackTar(t, mustTar(t, c.entries...), filepath.Join(workDir(t), "tree"), unpack.Limits{})
+			data := c.data
+			if data == nil {
+				data = mustTar(t, c.entries...)
+			}
+			_, err := unpackTar(t, data, filepath.Join(workDir(t), "tree"), unpack.Limits{})
 			wantError(t, err, c.words...)
 			if !errdefs.IsInvalidArgument(err) {
 				t.Errorf("the error is of another kind: %v", err)
@@ -66,3 +129,34 @@ func TestWrongLayersAreInvalid(t *testing.T) {
 		})
 	}
 }
+
+// TestErrorsOfTheMachineAreNotOfTheLayer: what a person should look into then is the disk or the network, not the image.
+func TestErrorsOfTheMachineAreNotOfTheLayer(t *testing.T) {
+	needs.Root(t)
+	failed := errors.New("connection reset")
+	for name, from := range map[string]io.Reader{
+		"between entries": io.MultiReader(bytes.NewReader(mustTar(t, registrytest.File("f", "x"))[:1024]), failing{failed}),
+		"within a file": io.MultiReader(
+			bytes.NewReader(mustTar(t, registrytest.File("f", strings.Repeat("x", 100_000)))[:2048]), failing{failed}),
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := unpack.Tar(t.Context(), from, filepath.Join(workDir(t), "tree"), t.TempDir(), unpack.Limits{})
+			if !errors.Is(err, failed) || errdefs.IsInvalidArgument(err) {
+				t.Errorf("%v, want %v alone", err, failed)
+			}
+		})
+	}
+	t.Run("no inodes for the parents", func(t *testing.T) {
+		dir := t.TempDir()
+		must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "nr_inodes=20"))
+		t.Cleanup(func() { must(t, drivertest.UnmountBeneath(dir)) })
+		_, err := unpackTar(t, mustTar(t, registrytest.File(strings.Repeat("d/", 30)+"f", "x")), filepath.Join(dir, "tree"), unpack.Limits{})
+		if !errors.Is(err, syscall.ENOSPC) || errdefs.IsInvalidArgument(err) {
+			t.Errorf("%v, want %v alone", err, syscall.ENOSPC)
+		}
+	})
+}
+
+type failing struct{ err error }
+
+func (f failing) Read([]byte) (int, error) { return 0, f.err }

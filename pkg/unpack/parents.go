@@ -8,7 +8,6 @@ import (
 	"strconv"
 	"syscall"
 
-	"github.com/containerd/errdefs"
 	"github.com/cyphar/filepath-securejoin/pathrs-lite"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
@@ -28,7 +27,7 @@ func (u *unpacker) parent(name string) (*os.File, error) {
 	}
 	dir, err := pathrs.MkdirAllHandle(u.root, name, 0o755)
 	if err != nil {
-		return nil, fmt.Errorf("%w: open directory %s: %w", errdefs.ErrInvalidArgument, name, err)
+		return nil, fmt.Errorf("open directory %s: %w", shorten(name), err)
 	}
 	if len(u.parents) >= maxParents {
 		u.closeParents()

@@ -23,7 +23,7 @@ func (u *unpacker) copyContent(file *os.File, size int64, content io.Reader) err
 	for offset < size {
 		n, err := io.ReadFull(content, u.buffer[:min(size-offset, copySize)])
 		if err != nil {
-			return fmt.Errorf("read the tar: %w", markInvalid(err))
+			return fmt.Errorf("read the tar: %w", err)
 		}
 		for from := 0; from < n; {
 			length, zero := zeroRun(u.buffer[from:n])

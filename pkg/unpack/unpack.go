@@ -10,6 +10,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 )
@@ -111,7 +113,8 @@ func (u *unpacker) close() {
 }
 
 func (u *unpacker) unpack(ctx context.Context, from io.Reader) error {
-	reader := tar.NewReader(&tarSource{ctx, u, from})
+	source := &tarSource{ctx: ctx, u: u, from: from}
+	reader := tarReader{tar.NewReader(source), source}
 	content := contextReader{ctx, reader}
 	for {
 		if err := ctx.Err(); err != nil {
@@ -125,9 +128,12 @@ func (u *unpacker) unpack(ctx context.Context, from io.Reader) error {
 			return context.Cause(ctx)
 		}
 		if err != nil {
-			return fmt.Errorf("read the tar after %d entries: %w", u.entries, markInvalid(err))
+			return fmt.Errorf("read the tar after %d entries: %w", u.entries, err)
 		}
 		if err := u.unpackEntry(header, content); err != nil {
+			if source.err == nil {
+				err = markEntryInvalid(err)
+			}
 			return fmt.Errorf("unpack %q: %w", shorten(header.Name), err)
 		}
 	}
@@ -160,9 +166,19 @@ type tarSource struct {
 	ctx  context.Context
 	u    *unpacker
 	from io.Reader
+	// err is why the tar could not be read.
+	err error
 }
 
 func (s *tarSource) Read(data []byte) (int, error) {
+	n, err := s.read(data)
+	if err != nil && err != io.EOF {
+		s.err = err
+	}
+	return n, err
+}
+
+func (s *tarSource) read(data []byte) (int, error) {
 	if limit := s.u.limits.MaxBytes; limit > 0 && s.u.tarBytes-s.u.contentBytes > limit {
 		return 0, fmt.Errorf("%w: the headers of the layer have more than %d bytes; raise --max-layer-size", errdefs.ErrResourceExhausted, limit)
 	}
@@ -180,10 +196,42 @@ func drain(from io.Reader) error {
 	return err
 }
 
-// markInvalid wraps errdefs.ErrInvalidArgument around an error of an invalid tar. It returns any other error unchanged.
-func markInvalid(err error) error {
-	if errors.Is(err, tar.ErrHeader) || errors.Is(err, tar.ErrFieldTooLong) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
+// tarReader reads a tar.
+type tarReader struct {
+	reader *tar.Reader
+	source *tarSource
+}
+
+func (r tarReader) Next() (*tar.Header, error) {
+	header, err := r.reader.Next()
+	return header, r.markInvalid(err)
+}
+
+func (r tarReader) Read(data []byte) (int, error) {
+	n, err := r.reader.Read(data)
+	return n, r.markInvalid(err)
+}
+
+// markInvalid wraps errdefs.ErrInvalidArgument around an error. If the source could be read, the reason is what it has.
+func (r tarReader) markInvalid(err error) error {
+	if err == nil || err == io.EOF || r.source.err != nil {
+		return err
 	}
-	return err
+	return fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
+}
+
+// entryErrors are errors of system calls whose reason is what an entry asks for, and not the machine.
+var entryErrors = []error{
+	syscall.ENAMETOOLONG, syscall.ELOOP, syscall.ENOTDIR, syscall.ENOENT, syscall.EINVAL, syscall.ERANGE, syscall.E2BIG, syscall.EFBIG,
+	syscall.EMLINK,
+}
+
+// markEntryInvalid wraps errdefs.ErrInvalidArgument around an error of an entry that Linux cannot have. It returns any other error
+// unchanged.
+func markEntryInvalid(err error) error {
+	isOfEntry := slices.ContainsFunc(entryErrors, func(target error) bool { return errors.Is(err, target) })
+	if !isOfEntry || errdefs.IsInvalidArgument(err) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
 }
