@@ -29,7 +29,12 @@ func (u *unpacker) unpackEntry(header *tar.Header, content io.Reader) error {
 		return fmt.Errorf("%w: the layer has more than %d entries; raise --max-layer-entries",
 			errdefs.ErrResourceExhausted, u.limits.MaxEntries)
 	}
-	if err := u.reserve(blockSize); err != nil {
+	attributes := xattrBytes(header)
+	u.attributeBytes += attributes
+	if err := u.checkSize(); err != nil {
+		return err
+	}
+	if err := u.reserve(blockSize + attributes); err != nil {
 		return err
 	}
 	if header.Typeflag == tar.TypeXGlobalHeader {

@@ -4,8 +4,11 @@ import (
 	"archive/tar"
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
+	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -160,3 +163,67 @@ func TestErrorsOfTheMachineAreNotOfTheLayer(t *testing.T) {
 type failing struct{ err error }
 
 func (f failing) Read([]byte) (int, error) { return 0, f.err }
+
+// TestAttributesTakeSpace checks that extended attributes count against the limits: compressed, they are next to nothing.
+func TestAttributesTakeSpace(t *testing.T) {
+	needs.Root(t)
+	const size, files = 60_000, 1200
+	many := func(files int, entries ...registrytest.Entry) []byte {
+		for i := range files {
+			e := registrytest.File(fmt.Sprint(i), "")
+			e.PAXRecords = map[string]string{"SCHILY.xattr.user.a": strings.Repeat("x", size)}
+			entries = append(entries, e)
+		}
+		return mustTar(t, entries...)
+	}
+	image, dir := filepath.Join(t.TempDir(), "image"), t.TempDir()
+	needs.Program(t, drivertest.MakeImage("xfs", image, 320<<20, ""))
+	must(t, drivertest.MountImage("xfs", image, dir))
+	t.Cleanup(func() { must(t, drivertest.UnmountBeneath(dir)) })
+	if result := mustUnpack(t, many(3), filepath.Join(dir, "small")); result.DiskBytes < 3*size {
+		t.Errorf("the layer is said to take %d bytes; the attributes alone have %d", result.DiskBytes, 3*size)
+	}
+	_, err := unpackTar(t, many(files), filepath.Join(dir, "reserve"), unpack.Limits{MinFreePercent: 75})
+	wantError(t, err, "--min-free-disk-percent")
+	// Content and attributes are each within the limit.
+	both := many(10, registrytest.File("f", strings.Repeat("x", 700_000)))
+	_, err = unpackTar(t, both, filepath.Join(dir, "limit"), unpack.Limits{MaxBytes: 1 << 20})
+	wantError(t, err, "--max-layer-size")
+	if !errdefs.IsResourceExhausted(err) {
+		t.Errorf("the error is of another kind: %v", err)
+	}
+}
+
+// TestReplacedDirectoriesTakeNoMemory: entries may replace one directory any number of times.
+func TestReplacedDirectoriesTakeNoMemory(t *testing.T) {
+	needs.Root(t)
+	dir := t.TempDir()
+	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, ""))
+	t.Cleanup(func() { must(t, drivertest.UnmountBeneath(dir)) })
+	must(t, os.Mkdir(filepath.Join(dir, "scratch"), 0o700))
+	const replaced = 50_000
+	// A tar ends with two empty blocks.
+	pair := mustTar(t, registrytest.Dir("d"), registrytest.File("d", ""))
+	pair = pair[:len(pair)-1024]
+	from := &endless{data: pair}
+	var before, after uint64
+	reader := io.MultiReader(
+		io.LimitReader(from, int64(len(pair))*10), heapReader{&before},
+		io.LimitReader(from, int64(len(pair))*replaced), heapReader{&after})
+	_, err := unpack.Tar(t.Context(), reader, filepath.Join(dir, "tree"), filepath.Join(dir, "scratch"), unpack.Limits{})
+	must(t, err)
+	if grown := int64(after) - int64(before); grown > replaced*20 {
+		t.Errorf("%d bytes for each of %d replaced directories", grown/replaced, replaced)
+	}
+}
+
+// heapReader reads nothing. It sets to to the bytes of the heap that are in use.
+type heapReader struct{ to *uint64 }
+
+func (r heapReader) Read([]byte) (int, error) {
+	runtime.GC()
+	var stats runtime.MemStats
+	runtime.ReadMemStats(&stats)
+	*r.to = stats.HeapAlloc
+	return 0, io.EOF
+}

@@ -14,12 +14,21 @@ const checkInterval = 64 << 20
 
 // Limits bound the resources that one layer may take. A zero field is no limit.
 type Limits struct {
-	// MaxBytes is the maximum total size of the layer's files in bytes, holes included.
+	// MaxBytes is the maximum total size of the layer's files in bytes, holes and extended attributes included.
 	MaxBytes int64
 	// MaxEntries is the maximum number of entries in the layer's tar.
 	MaxEntries int64
 	// MinFreePercent is the percentage of the disk that must stay free.
 	MinFreePercent int
+}
+
+// checkSize returns ErrResourceExhausted if the files of the layer are larger than it may be.
+func (u *unpacker) checkSize() error {
+	if u.limits.MaxBytes > 0 && u.contentBytes+u.attributeBytes > u.limits.MaxBytes {
+		return fmt.Errorf("%w: the layer's files have more than %d bytes; raise --max-layer-size",
+			errdefs.ErrResourceExhausted, u.limits.MaxBytes)
+	}
+	return nil
 }
 
 // reserve accounts for bytes before they are written. It checks the free space every checkInterval bytes.

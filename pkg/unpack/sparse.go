@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-
-	"github.com/containerd/errdefs"
 )
 
 // blockSize is the granularity of holes in sparse files in bytes. It is also the estimated disk space of a small file.
@@ -15,9 +13,8 @@ const blockSize = 4096
 // copyContent copies the content of a file with size bytes. It leaves holes in place of blocks of zeros.
 func (u *unpacker) copyContent(file *os.File, size int64, content io.Reader) error {
 	u.contentBytes += size
-	if u.limits.MaxBytes > 0 && u.contentBytes > u.limits.MaxBytes {
-		return fmt.Errorf("%w: the layer's files have more than %d bytes; raise --max-layer-size",
-			errdefs.ErrResourceExhausted, u.limits.MaxBytes)
+	if err := u.checkSize(); err != nil {
+		return err
 	}
 	var offset, end int64
 	for offset < size {

@@ -66,6 +66,8 @@ type unpacker struct {
 
 	entries      int64
 	contentBytes int64
+	// attributeBytes are those of extended attributes, names and values.
+	attributeBytes int64
 	// tarBytes were read of the tar, contentBytes and holes aside those of headers.
 	tarBytes  int64
 	diskBytes int64

@@ -3,6 +3,7 @@ package unpack
 import (
 	"archive/tar"
 	"errors"
+	"iter"
 	"slices"
 	"strings"
 	"syscall"
@@ -20,14 +21,34 @@ var ignoredXattrs = []string{
 // setXattrs calls set for each extended attribute of an entry. It ignores attributes that the file system does not support,
 // as tar(1) does.
 func setXattrs(header *tar.Header, set func(name string, value []byte) error) error {
-	for record, value := range header.PAXRecords {
-		name, ok := strings.CutPrefix(record, xattrRecord)
-		if !ok || slices.ContainsFunc(ignoredXattrs, func(ignored string) bool { return strings.HasPrefix(name, ignored) }) {
-			continue
-		}
+	for name, value := range xattrs(header) {
 		if err := set(name, []byte(value)); err != nil && !errors.Is(err, syscall.ENOTSUP) {
 			return err
 		}
 	}
 	return nil
+}
+
+// xattrBytes returns the size of the extended attributes of an entry, names and values.
+func xattrBytes(header *tar.Header) int64 {
+	var size int64
+	for name, value := range xattrs(header) {
+		size += int64(len(name) + len(value))
+	}
+	return size
+}
+
+// xattrs returns the extended attributes of an entry that are not ignored, the values by name.
+func xattrs(header *tar.Header) iter.Seq2[string, string] {
+	return func(yield func(name, value string) bool) {
+		for record, value := range header.PAXRecords {
+			name, ok := strings.CutPrefix(record, xattrRecord)
+			if !ok || slices.ContainsFunc(ignoredXattrs, func(ignored string) bool { return strings.HasPrefix(name, ignored) }) {
+				continue
+			}
+			if !yield(name, value) {
+				return
+			}
+		}
+	}
 }
