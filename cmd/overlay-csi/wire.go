@@ -90,7 +90,11 @@ func run(ctx context.Context, opts options) error {
 	if err != nil {
 		return err
 	}
-	server, err := newCSIServer(ctx, opts, manager, api)
+	registrar, err := newRegistrar(ctx, opts)
+	if err != nil {
+		return err
+	}
+	server, err := newCSIServer(ctx, opts, manager, api, registrar)
 	if err != nil {
 		return err
 	}
@@ -102,11 +106,9 @@ func run(ctx context.Context, opts options) error {
 	group.Go(func() error { return admin.Serve(ctx, opts.adminSocket, admin.NewHandler(layers, manager, records)) })
 	group.Go(func() error { return server.Serve(ctx) })
 	if opts.httpEndpoint != "" {
-		group.Go(func() error { return serveHealth(ctx, opts.httpEndpoint, manager.Ready) })
+		group.Go(func() error { return serveHealth(ctx, opts.httpEndpoint, manager, server, registrar) })
 	}
-	if opts.register {
-		group.Go(func() error { return serveRegistration(ctx, opts) })
-	}
+	group.Go(func() error { return registrar.run(ctx) })
 	klog.FromContext(ctx).Info("Started",
 		logVersion, version, logDriver, opts.driverName, logNode, opts.nodeID, logEndpoint, opts.endpoint)
 	return group.Wait()
@@ -242,7 +244,9 @@ func newManager(
 }
 
 // newCSIServer returns the server of the CSI socket with its three services.
-func newCSIServer(ctx context.Context, opts options, manager *volume.Manager, api kubeapi.Reader) (*driver.Server, error) {
+func newCSIServer(
+	ctx context.Context, opts options, manager *volume.Manager, api kubeapi.Reader, registrar *registrar,
+) (*driver.Server, error) {
 	server, err := driver.NewServer(opts.endpoint, klog.FromContext(ctx))
 	if err != nil {
 		return nil, err
@@ -261,33 +265,71 @@ func newCSIServer(ctx context.Context, opts options, manager *volume.Manager, ap
 		Volumes:             manager,
 		AllowedMountOptions: opts.allowedMountOptions,
 		Health:              opts.volumeHealth,
+		Registered:          registrar.check,
 	}))
 	return server, nil
 }
 
 // serveHealth serves /healthz and /readyz on a TCP address until ctx is done.
-func serveHealth(ctx context.Context, address string, ready func() bool) error {
+func serveHealth(ctx context.Context, address string, manager *volume.Manager, server *driver.Server, registrar *registrar) error {
 	listener, err := net.Listen("tcp", address)
 	if err != nil {
 		return fmt.Errorf("--http-endpoint: %w", err)
 	}
-	return driver.ServeHealth(ctx, listener, ready)
+	return driver.ServeHealth(ctx, listener, func() error {
+		if !manager.Ready() {
+			return errors.New("cleaning up after an earlier process")
+		}
+		return errors.Join(server.Check(), registrar.check())
+	})
 }
 
-// serveRegistration serves the socket by which kubelet finds the driver, until ctx is done.
-func serveRegistration(ctx context.Context, opts options) error {
+// registrar registers the driver with kubelet. With --register=false it has no server, and somebody else does that.
+type registrar struct {
+	registration *kubelet.Registration
+	server       *driver.Server
+}
+
+func newRegistrar(ctx context.Context, opts options) (*registrar, error) {
+	if !opts.register {
+		return &registrar{}, nil
+	}
 	csiSocket := opts.registrationPath
 	if csiSocket == "" {
 		var err error
 		if csiSocket, err = driver.SocketPath(opts.endpoint); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	socket := filepath.Join(opts.kubeletDir, "plugins_registry", opts.driverName+"-reg.sock")
 	server, err := driver.NewServer(socket, klog.FromContext(ctx))
 	if err != nil {
+		return nil, err
+	}
+	registration := kubelet.NewRegistration(opts.driverName, csiSocket)
+	server.OnRemake = registration.Reset
+	registerapi.RegisterRegistrationServer(server, registration)
+	return &registrar{registration: registration, server: server}, nil
+}
+
+// run serves the socket by which kubelet finds the driver, until ctx is done.
+func (r *registrar) run(ctx context.Context) error {
+	if r.server == nil {
+		return nil
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { r.registration.Run(ctx, r.server.Renew); return nil })
+	group.Go(func() error { return r.server.Serve(ctx) })
+	return group.Wait()
+}
+
+// check returns an error that says why kubelet does not have the driver.
+func (r *registrar) check() error {
+	if r.server == nil {
+		return nil
+	}
+	if err := r.server.Check(); err != nil {
 		return err
 	}
-	registerapi.RegisterRegistrationServer(server, kubelet.NewRegistration(opts.driverName, csiSocket))
-	return server.Serve(ctx)
+	return r.registration.Registered()
 }

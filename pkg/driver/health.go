@@ -50,7 +50,8 @@ func (n *Node) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVolumeHe
 	return &csi.NodeGetVolumeHealthResponse{VolumeHealth: volumeHealth(req.GetVolumeId(), conditions)}, nil
 }
 
-// NodeGetStorageHealth reports the problems that concern all volumes of this node (CSI spec, "NodeGetStorageHealth").
+// NodeGetStorageHealth reports the problems that concern all volumes of this node, and whether kubelet has the driver (CSI spec,
+// "NodeGetStorageHealth").
 func (n *Node) NodeGetStorageHealth(ctx context.Context, req *csi.NodeGetStorageHealthRequest) (*csi.NodeGetStorageHealthResponse, error) {
 	if !n.health {
 		return n.UnimplementedNodeServer.NodeGetStorageHealth(ctx, req)
@@ -65,6 +66,12 @@ func (n *Node) NodeGetStorageHealth(ctx context.Context, req *csi.NodeGetStorage
 			response.BackendHealth,
 			&csi.NodeGetStorageHealthResponse_StorageBackendHealth{Status: status, Reason: c.Reason, Message: c.Message},
 		)
+	}
+	if err := n.registered(); err != nil {
+		// Volumes that are mounted can be used as before.
+		response.BackendHealth = append(response.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{
+			Status: csi.StorageHealthErrorType_STORAGE_DEGRADED, Reason: "NotRegistered", Message: err.Error(),
+		})
 	}
 	return response, nil
 }

@@ -13,13 +13,13 @@ import (
 const readHeaderTimeout = 5 * time.Second
 
 // ServeHealth serves the health endpoint on listener until ctx is done, and closes listener. /healthz answers 200 until then.
-// /readyz answers 503 until ready returns true.
-func ServeHealth(ctx context.Context, listener net.Listener, ready func() bool) error {
+// /readyz answers 503 while ready returns an error, with the error's text.
+func ServeHealth(ctx context.Context, listener net.Listener, ready func() error) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if !ready() {
-			http.Error(w, "cleaning up after an earlier process", http.StatusServiceUnavailable)
+		if err := ready(); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
 			return
 		}
 		fmt.Fprintln(w, "ok")

@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -15,10 +16,16 @@ func TestServeHealth(t *testing.T) {
 		t.Fatal(err)
 	}
 	var ready atomic.Bool
+	check := func() error {
+		if !ready.Load() {
+			return errors.New("not yet")
+		}
+		return nil
+	}
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	served := make(chan error, 1)
-	go func() { served <- ServeHealth(ctx, listener, ready.Load) }()
+	go func() { served <- ServeHealth(ctx, listener, check) }()
 	for _, c := range []struct {
 		name, method, path string
 		ready              bool
@@ -26,7 +33,7 @@ func TestServeHealth(t *testing.T) {
 		body               string
 	}{
 		{"alive before it is ready", http.MethodGet, "/healthz", false, http.StatusOK, "ok\n"},
-		{"not ready", http.MethodGet, "/readyz", false, http.StatusServiceUnavailable, "cleaning up after an earlier process\n"},
+		{"not ready", http.MethodGet, "/readyz", false, http.StatusServiceUnavailable, "not yet\n"},
 		{"ready", http.MethodGet, "/readyz", true, http.StatusOK, "ok\n"},
 		{"alive", http.MethodGet, "/healthz", true, http.StatusOK, "ok\n"},
 		{"another path", http.MethodGet, "/metrics", true, http.StatusNotFound, "404 page not found\n"},
@@ -68,7 +75,7 @@ func TestServeHealthReportsAListenerThatFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	listener.Close()
-	if err := ServeHealth(t.Context(), listener, func() bool { return true }); err == nil {
+	if err := ServeHealth(t.Context(), listener, func() error { return nil }); err == nil {
 		t.Error("ServeHealth on a closed listener returns nil")
 	}
 }

@@ -32,6 +32,7 @@ type Node struct {
 	topology            *csi.Topology
 	allowedMountOptions []string
 	health              bool
+	registered          func() error
 }
 
 // NodeConfig is what a [Node] consists of.
@@ -43,6 +44,8 @@ type NodeConfig struct {
 	AllowedMountOptions []string
 	// Health enables the health RPCs.
 	Health bool
+	// Registered returns an error that says why kubelet does not have the driver, nil if it does.
+	Registered func() error
 }
 
 // NewNode returns the service of a node.
@@ -53,6 +56,7 @@ func NewNode(config NodeConfig) *Node {
 		topology:            nodeTopology(config.DriverName, config.NodeID),
 		allowedMountOptions: config.AllowedMountOptions,
 		health:              config.Health,
+		registered:          config.Registered,
 	}
 }
 

@@ -2,18 +2,32 @@ package driver
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
+	"math"
 	"net"
-	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/klog/v2"
+	"k8s.io/utils/clock"
 )
+
+// socketInterval is the time between two looks whether the socket is there.
+const socketInterval = 2 * time.Second
+
+// remakeDelay returns the times between two tries to make a lost socket again. They grow, so that whatever removes the socket again
+// and again does not keep kubelet busy.
+func remakeDelay() wait.DelayFunc {
+	return wait.Backoff{Duration: socketInterval, Factor: 2, Steps: math.MaxInt32, Cap: 5 * time.Minute}.
+		DelayWithReset(clock.RealClock{}, time.Hour)
+}
+
+// logSocket is the log key of the path of a socket.
+const logSocket = "socket"
 
 // stopTimeout is how long a stopping server waits for RPCs that have begun.
 const stopTimeout = 20 * time.Second
@@ -27,7 +41,13 @@ const (
 // Server serves gRPC on a unix socket.
 type Server struct {
 	*grpc.Server
-	path string
+	// OnRemake, if it is set before Serve, is called before the socket is made again.
+	OnRemake func()
+
+	path  string
+	renew chan struct{}
+	// problem is why clients do not find the socket, nil if they do.
+	problem atomic.Pointer[error]
 }
 
 // NewServer returns a server on the socket that endpoint names (unix:///path or /path). It logs to logger. Services must be
@@ -45,7 +65,7 @@ func NewServer(endpoint string, logger klog.Logger) (*Server, error) {
 		grpc.StaticStreamWindowSize(windowSize),
 		grpc.StaticConnWindowSize(windowSize),
 	)
-	return &Server{Server: server, path: path}, nil
+	return &Server{Server: server, path: path, renew: make(chan struct{}, 1)}, nil
 }
 
 // SocketPath returns the path of the socket that an endpoint names.
@@ -57,51 +77,101 @@ func SocketPath(endpoint string) (string, error) {
 	return path, nil
 }
 
-// Serve serves RPCs until ctx is done. It then waits for RPCs that have begun, and removes the socket.
+// Serve serves RPCs until ctx is done. It then waits for RPCs that have begun, and removes the socket. It makes the socket again if
+// another process has removed or replaced it, unless that process listens on one of its own; Check reports that.
 func (s *Server) Serve(ctx context.Context) error {
-	listener, err := listen(s.path)
+	current, err := listen(s.path)
 	if err != nil {
 		return err
 	}
-	stopped := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		defer close(stopped)
-		timer := time.AfterFunc(stopTimeout, s.Stop)
-		defer timer.Stop()
-		s.GracefulStop()
-	})
-	err = s.Server.Serve(listener)
-	if !stop() {
-		<-stopped
-		return nil
+	served := s.serveOn(current)
+	delay := remakeDelay()
+	// The file is looked at, and not watched by inotify(7): a watch is lost with the directory, and whether the file that is there now
+	// is this process's must be looked at in any case.
+	look := time.NewTimer(socketInterval)
+	defer look.Stop()
+	for {
+		renew := false
+		select {
+		case <-ctx.Done():
+			current.remove()
+			timer := time.AfterFunc(stopTimeout, s.Stop)
+			defer timer.Stop()
+			s.GracefulStop()
+			return nil
+		case err := <-served:
+			current.remove()
+			return fmt.Errorf("serve on %s: %w", s.path, err)
+		case <-s.renew:
+			renew = true
+		case <-look.C:
+		}
+		next := socketInterval
+		switch {
+		case current.isThere() && !renew:
+			s.setProblem(ctx, nil)
+		case !current.isThere() && current.isTaken(ctx):
+			s.setProblem(ctx, fmt.Errorf("the socket %s belongs to another process; end that, or give one of the two another --driver-name",
+				s.path))
+		default:
+			if !renew {
+				next = delay()
+			}
+			current, served = s.replace(ctx, current, served)
+		}
+		look.Reset(next)
 	}
-	return fmt.Errorf("serve on %s: %w", s.path, err)
 }
 
-// listen creates the socket. It replaces a socket that a crash left, and refuses to replace any other file.
-func listen(path string) (net.Listener, error) {
-	info, err := os.Lstat(path)
-	switch {
-	case err == nil && info.Mode().Type() != fs.ModeSocket:
-		return nil, fmt.Errorf("listen on %s: the file exists and is not a socket", path)
-	case err == nil:
-		if err := os.Remove(path); err != nil {
-			return nil, fmt.Errorf("remove the socket of an earlier process: %w", err)
-		}
-	case !errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("listen on %s: %w", path, err)
+// Renew has Serve make the socket again, although it is there: kubelet asks a registration socket once.
+func (s *Server) Renew() {
+	select {
+	case s.renew <- struct{}{}:
+	default:
+		// It is asked for already.
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
-		return nil, fmt.Errorf("create the directory of the socket: %w", err)
+}
+
+// Check returns an error that says why clients do not find the socket.
+func (s *Server) Check() error {
+	if problem := s.problem.Load(); problem != nil {
+		return *problem
 	}
-	listener, err := net.Listen("unix", path)
+	return nil
+}
+
+// setProblem stores what Check returns, and logs it if it is new.
+func (s *Server) setProblem(ctx context.Context, err error) {
+	if err == nil {
+		s.problem.Store(nil)
+		return
+	}
+	if old := s.problem.Swap(&err); old == nil || (*old).Error() != err.Error() {
+		klog.FromContext(ctx).Error(err, "Clients do not find the socket", logSocket, s.path)
+	}
+}
+
+// serveOn serves RPCs on a socket. The channel gets the error with which that ends.
+func (s *Server) serveOn(listener net.Listener) <-chan error {
+	served := make(chan error, 1)
+	go func() { served <- s.Server.Serve(listener) }()
+	return served
+}
+
+// replace makes the socket again and serves on it. It returns the old one if that is not possible.
+func (s *Server) replace(ctx context.Context, old *socket, served <-chan error) (*socket, <-chan error) {
+	if s.OnRemake != nil {
+		s.OnRemake()
+	}
+	made, err := listen(s.path)
 	if err != nil {
-		return nil, fmt.Errorf("listen: %w", err)
+		s.setProblem(ctx, fmt.Errorf("make the socket again: %w", err))
+		return old, served
 	}
-	// Whoever can write to the socket can have directories mounted.
-	if err := os.Chmod(path, 0o600); err != nil {
-		listener.Close()
-		return nil, fmt.Errorf("restrict access to the socket: %w", err)
-	}
-	return listener, nil
+	s.setProblem(ctx, nil)
+	klog.FromContext(ctx).Info("Socket made again", logSocket, s.path)
+	served = s.serveOn(made)
+	// RPCs that came by the old socket go on.
+	old.Close()
+	return made, served
 }

@@ -5,63 +5,40 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
-
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
-	registerapi "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 
 	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
-func TestRegistersWithKubelet(t *testing.T) {
-	node := newNode(t, "--register=true", "--registration-path=/host/path/csi.sock")
-	start(t, node)
-	socket := filepath.Join(node.KubeletDir, "plugins_registry/overlay-csi.github.io-reg.sock")
-	eventually(t, "the registration socket is there", func() bool {
-		_, err := os.Stat(socket)
-		return err == nil
-	})
-	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	must(t, err)
-	defer conn.Close()
-	client := registerapi.NewRegistrationClient(conn)
-	info, err := client.GetInfo(timeout(t), &registerapi.InfoRequest{})
-	must(t, err)
-	if info.GetType() != registerapi.CSIPlugin || info.GetName() != "overlay-csi.github.io" || info.GetEndpoint() != "/host/path/csi.sock" ||
-		len(info.GetSupportedVersions()) != 1 {
-		t.Errorf("registered as %v", info)
-	}
-	_, err = client.NotifyRegistrationStatus(timeout(t), &registerapi.RegistrationStatus{PluginRegistered: false, Error: "because"})
-	must(t, err)
-	if log := node.Log(); !strings.Contains(log, "Kubelet refused the driver") || !strings.Contains(log, "because") {
-		t.Error("the log does not say that kubelet refused the driver")
-	}
-	must(t, node.Stop())
-	wantAbsent(t, socket)
-	wantAbsent(t, node.Socket)
-}
-
 func TestHealth(t *testing.T) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	address := listener.Addr().String()
-	must(t, listener.Close())
+	address := freeAddress(t)
 	startNode(t, "--http-endpoint="+address)
 	for _, path := range []string{"/healthz", "/readyz"} {
-		response, err := http.Get("http://" + address + path)
-		must(t, err)
-		body, err := io.ReadAll(response.Body)
-		must(t, err)
-		response.Body.Close()
-		if response.StatusCode != http.StatusOK || string(body) != "ok\n" {
-			t.Errorf("%s: %s %q", path, response.Status, body)
+		if code, body := get(t, "http://"+address+path); code != http.StatusOK || body != "ok\n" {
+			t.Errorf("%s: %d %q", path, code, body)
 		}
 	}
+}
+
+// freeAddress returns an address of this host that nobody listens on.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+func get(t *testing.T, url string) (code int, body string) {
+	t.Helper()
+	response, err := http.Get(url)
+	must(t, err)
+	defer response.Body.Close()
+	content, err := io.ReadAll(response.Body)
+	must(t, err)
+	return response.StatusCode, string(content)
 }
 
 func TestLogHasOneLineForAnRPC(t *testing.T) {
