@@ -117,6 +117,8 @@ func (c *Client) resolve(ctx context.Context, pod *corev1.Pod, volume corev1.Vol
 		return kubelet.Volume{Unreachable: "kubelet has no directory for a hostPath volume; configure the directory as a layer root"}, nil
 	case volume.Image != nil:
 		return kubelet.Volume{Unreachable: "the container runtime mounts image volumes; name the image as an oci:// layer"}, nil
+	case volume.EmptyDir != nil:
+		return kubelet.Volume{InMemory: volume.EmptyDir.Medium != corev1.StorageMediumDefault}, nil
 	case volume.PersistentVolumeClaim != nil:
 		claimName = volume.PersistentVolumeClaim.ClaimName
 	case volume.Ephemeral != nil:

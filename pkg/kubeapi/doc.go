@@ -1,6 +1,7 @@
 // Package kubeapi asks the API server for what the driver needs to know of pods and claims.
 //
-// The driver needs the API server for two things: to find the volumes of a pod that belong to claims, which kubelet stores under
-// the names of their PersistentVolumes, and to read the annotation in which a claim names its layers. It works without one for
-// everything else. [None] then takes the place of a [Client], and its errors say what to configure.
+// The driver needs the API server for three things: to find the volumes of a pod that belong to claims, which kubelet stores under
+// the names of their PersistentVolumes, to know after a reboot whether an emptyDir is in memory, and to read the annotation in which a
+// claim names its layers. It works without one for everything else. [None] then takes the place of a [Client], and its errors say what
+// to configure.
 package kubeapi

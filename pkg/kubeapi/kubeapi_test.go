@@ -68,6 +68,7 @@ func TestPodVolume(t *testing.T) {
 	}
 	pod.Spec.Volumes = []corev1.Volume{
 		{Name: "empty", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}},
+		{Name: "memory", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{Medium: corev1.StorageMediumMemory}}},
 		{Name: "bound", VolumeSource: claimSource("bound")},
 		{Name: "unbound", VolumeSource: claimSource("unbound")},
 		{Name: "block", VolumeSource: claimSource("block")},
@@ -106,6 +107,7 @@ func TestPodVolume(t *testing.T) {
 		word   string
 	}{
 		"emptyDir":          {pod: testPod, volume: "empty"},
+		"emptyDir, memory":  {pod: testPod, volume: "memory", want: kubelet.Volume{InMemory: true}},
 		"claim":             {pod: testPod, volume: "bound", want: kubelet.Volume{Claim: "bound", PersistentVolume: "pv-1"}},
 		"unbound claim":     {pod: testPod, volume: "unbound", want: kubelet.Volume{Claim: "unbound"}},
 		"generic ephemeral": {pod: testPod, volume: "generic", want: kubelet.Volume{Claim: "pod-generic", PersistentVolume: "pv-3"}},

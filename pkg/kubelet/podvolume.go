@@ -23,6 +23,8 @@ type Volume struct {
 	PersistentVolume string
 	// Claim is the name of the claim, "" if the volume has none.
 	Claim string
+	// InMemory says that it is an emptyDir whose medium is memory or huge pages, so that kubelet mounts a file system for it.
+	InMemory bool
 	// Unreachable says why kubelet has no directory for this volume, "" if it has one.
 	Unreachable string
 }
@@ -49,10 +51,7 @@ func NewPodVolumes(dir Dir, api apiServer, wait time.Duration) *PodVolumes {
 	return &PodVolumes{dir: dir, api: api, wait: wait}
 }
 
-// Plugins whose directories have the name of the pod's volume, never that of a PersistentVolume. They differ in how kubelet marks a
-// volume that is set up.
-const emptyDirPlugin = "kubernetes.io~empty-dir"
-
+// writtenByKubelet are plugins whose directories have the name of the pod's volume, never that of a PersistentVolume.
 var writtenByKubelet = []string{"kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api"}
 
 const csiPlugin = "kubernetes.io~csi"
@@ -74,9 +73,9 @@ func (v *PodVolumes) Open(ctx context.Context, pod Pod, name string) (*os.File, 
 		return nil, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
 	}
 	deadline := time.Now().Add(v.wait)
-	var known *Volume
+	volume := &search{pod: pod, name: name}
 	for {
-		root, err := v.open(ctx, pod, name, &known)
+		root, err := v.open(ctx, volume)
 		if !errors.Is(err, errNotMounted) {
 			return root, err
 		}
@@ -92,10 +91,24 @@ func (v *PodVolumes) Open(ctx context.Context, pod Pod, name string) (*os.File, 
 	}
 }
 
-// open looks once. It asks the API server only for a volume that it does not find by its own name, and stores the answer in known
-// once that is final.
-func (v *PodVolumes) open(ctx context.Context, pod Pod, name string, known **Volume) (*os.File, error) {
-	for _, plugin := range slices.Concat([]string{emptyDirPlugin}, writtenByKubelet) {
+// search is a volume that Open looks for, with what it has learned of it.
+type search struct {
+	pod  Pod
+	name string
+	// known is the API server's answer, nil as long as it is not final.
+	known *Volume
+	// mediumErr is why the API server does not say what medium an emptyDir has.
+	mediumErr error
+}
+
+// open looks once. It asks the API server only for a volume that it does not find by its own name, and for the medium of an emptyDir.
+func (v *PodVolumes) open(ctx context.Context, volume *search) (*os.File, error) {
+	root, err := v.openEmptyDir(ctx, volume)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return root, err
+	}
+	pod, name := volume.pod, volume.name
+	for _, plugin := range writtenByKubelet {
 		root, err := v.openPlugin(pod, plugin, name)
 		if !errors.Is(err, fs.ErrNotExist) {
 			return root, err
@@ -104,8 +117,8 @@ func (v *PodVolumes) open(ctx context.Context, pod Pod, name string, known **Vol
 	if v.isInlineCSI(pod, name) {
 		return v.openPlugin(pod, csiPlugin, name)
 	}
-	if *known == nil {
-		volume, err := v.api.PodVolume(ctx, pod, name)
+	if volume.known == nil {
+		known, err := v.api.PodVolume(ctx, pod, name)
 		if errors.Is(err, ErrNoAPIServer) {
 			// It may still be a volume that is found by its own name, so this alone is no reason to give up.
 			return nil, fmt.Errorf("%w (%v)", errNotMounted, err)
@@ -113,17 +126,17 @@ func (v *PodVolumes) open(ctx context.Context, pod Pod, name string, known **Vol
 		if err != nil {
 			return nil, err
 		}
-		if volume.Unreachable != "" {
-			return nil, fmt.Errorf("%w: volume %q of pod %s: %s", errdefs.ErrInvalidArgument, name, pod, volume.Unreachable)
+		if known.Unreachable != "" {
+			return nil, fmt.Errorf("%w: volume %q of pod %s: %s", errdefs.ErrInvalidArgument, name, pod, known.Unreachable)
 		}
-		if volume.Claim != "" && volume.PersistentVolume == "" {
-			return nil, fmt.Errorf("%w: volume %q of pod %s: claim %s is not bound", errdefs.ErrUnavailable, name, pod, volume.Claim)
+		if known.Claim != "" && known.PersistentVolume == "" {
+			return nil, fmt.Errorf("%w: volume %q of pod %s: claim %s is not bound", errdefs.ErrUnavailable, name, pod, known.Claim)
 		}
-		*known = &volume
+		volume.known = &known
 	}
 	specName := name
-	if (*known).PersistentVolume != "" {
-		specName = (*known).PersistentVolume
+	if volume.known.PersistentVolume != "" {
+		specName = volume.known.PersistentVolume
 	}
 	return v.openAnyPlugin(pod, specName)
 }
@@ -138,6 +151,10 @@ func (v *PodVolumes) openAnyPlugin(pod Pod, specName string) (*os.File, error) {
 		return nil, fmt.Errorf("list volumes of pod %s: %w", pod, err)
 	}
 	for _, plugin := range plugins {
+		if plugin.Name() == emptyDirPlugin {
+			// It would have been found by its own name.
+			continue
+		}
 		root, err := v.openPlugin(pod, plugin.Name(), specName)
 		if !errors.Is(err, fs.ErrNotExist) {
 			return root, err
@@ -163,7 +180,7 @@ func (v *PodVolumes) openPlugin(pod Pod, plugin, specName string) (*os.File, err
 		}
 		return nil, err
 	}
-	ready, err := v.isReady(pod, plugin, specName, root)
+	ready, err := v.isReady(plugin, root)
 	if err == nil && !ready {
 		err = errNotMounted
 	}
@@ -174,14 +191,10 @@ func (v *PodVolumes) openPlugin(pod Pod, plugin, specName string) (*os.File, err
 	return root, nil
 }
 
-// isReady reports whether kubelet has finished setting up the volume. An emptyDir then has a file "ready" in kubelet's own data,
-// volumes that kubelet writes have the link "..data", and all others are mounts.
-func (v *PodVolumes) isReady(pod Pod, plugin, specName string, root *os.File) (bool, error) {
-	switch {
-	case plugin == emptyDirPlugin:
-		_, err := os.Lstat(filepath.Join(v.podDir(pod), "plugins", emptyDirPlugin, specName, "ready"))
-		return err == nil, ignoreNotExist(err)
-	case slices.Contains(writtenByKubelet, plugin):
+// isReady reports whether kubelet has finished setting up the volume. Volumes that kubelet writes have the link "..data" then, and all
+// others but emptyDirs are mounts.
+func (v *PodVolumes) isReady(plugin string, root *os.File) (bool, error) {
+	if slices.Contains(writtenByKubelet, plugin) {
 		_, err := linux.Fstatat(root, "..data")
 		return err == nil, ignoreNotExist(err)
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -21,6 +22,15 @@ func BootID() (string, error) {
 		return "", fmt.Errorf("read the boot ID: %w", err)
 	}
 	return strings.TrimSpace(string(id)), nil
+}
+
+// TimeSinceBoot returns how long ago the machine was started, with the time that it was suspended (clock_gettime(2), CLOCK_BOOTTIME).
+func TimeSinceBoot() (time.Duration, error) {
+	var since unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &since); err != nil {
+		return 0, os.NewSyscallError("clock_gettime", err)
+	}
+	return time.Duration(since.Nano()), nil
 }
 
 // KernelVersion returns the version of the running kernel (uname(2)).

@@ -142,11 +142,16 @@ func apiServer(t *testing.T, pod *corev1.Pod, claims map[string]*corev1.Persiste
 	})
 	server := httptest.NewServer(mux)
 	t.Cleanup(server.Close)
+	return kubeconfigOf(t, server.URL)
+}
+
+func kubeconfigOf(t *testing.T, url string) (path string) {
+	t.Helper()
 	config := clientcmdapi.NewConfig()
-	config.Clusters["test"] = &clientcmdapi.Cluster{Server: server.URL}
+	config.Clusters["test"] = &clientcmdapi.Cluster{Server: url}
 	config.Contexts["test"] = &clientcmdapi.Context{Cluster: "test"}
 	config.CurrentContext = "test"
-	path := filepath.Join(t.TempDir(), "kubeconfig")
+	path = filepath.Join(t.TempDir(), "kubeconfig")
 	must(t, clientcmd.WriteToFile(*config, path))
 	return path
 }
@@ -215,6 +220,64 @@ func TestVolumesOfClaimsAreFoundThroughTheAPIServer(t *testing.T) {
 		})
 	}
 	wantNoViews(t, node)
+}
+
+// TestEmptyDirInMemoryAfterAReboot: a reboot leaves kubelet's file "ready" and the directory, but not the tmpfs on it.
+func TestEmptyDirInMemoryAfterAReboot(t *testing.T) {
+	memory, disk := corev1.StorageMediumMemory, corev1.StorageMediumDefault
+	for name, c := range map[string]struct {
+		// medium is what the API server says; nil: there is none.
+		medium *corev1.StorageMedium
+		// args take the API server's place.
+		args []string
+		// content is what lies in the directory on the disk.
+		content map[string]string
+		// word is in the message as long as nothing is mounted, "" if the volume is taken.
+		word string
+	}{
+		"memory":                          {medium: &memory, word: "medium"},
+		"memory, and data of older times": {medium: &memory, content: map[string]string{"old": ""}, word: "medium"},
+		"huge pages":                      {medium: new(corev1.StorageMediumHugePages), word: "medium"},
+		"disk":                            {medium: &disk},
+		"nobody knows":                    {word: "--kubeconfig"},
+		"API server does not answer":      {args: []string{"--kubeconfig=" + kubeconfigOf(t, "http://"+freeAddress(t))}, word: "get pod"},
+		"a tmpfs has no data on the disk": {content: map[string]string{"data": ""}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			object := &corev1.Pod{TypeMeta: metav1.TypeMeta{Kind: "Pod", APIVersion: "v1"},
+				ObjectMeta: metav1.ObjectMeta{Name: "pod", Namespace: "default"}}
+			object.Spec.Containers = []corev1.Container{{VolumeMounts: []corev1.VolumeMount{{Name: "scratch"}}}}
+			args := append(c.args, "--pod-volume-wait=10ms")
+			if c.medium != nil {
+				object.Spec.Volumes = []corev1.Volume{
+					{Name: "scratch", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{Medium: *c.medium}}},
+				}
+				args = append(args, "--kubeconfig="+apiServer(t, object, nil))
+			}
+			node := startNode(t, args...)
+			pod := newPod(t, node, "pod")
+			object.UID = types.UID(pod.UID)
+			scratch, err := pod.EmptyDir("scratch")
+			must(t, err)
+			fill(t, scratch, c.content)
+			earlier := time.Unix(1_000_000_000, 0)
+			must(t, os.Chtimes(filepath.Join(pod.Dir(), "plugins/kubernetes.io~empty-dir/scratch/ready"), earlier, earlier))
+
+			v := inline("layers", layersOf(t, node, map[string]string{"f": "layer"}), "upper", "volume://scratch/over")
+			if c.word != "" {
+				_, err := pod.Publish(timeout(t), v)
+				wantCode(t, err, codes.Unavailable, c.word)
+				wantAbsent(t, filepath.Join(scratch, "over"))
+				wantNoViews(t, node)
+				// Kubelet mounts it, and tries again.
+				mountTmpfs(t, scratch)
+			}
+			write(t, filepath.Join(publish(t, pod, v), "f"), "pod")
+			wantFile(t, filepath.Join(scratch, "over/upper/f"), "pod")
+			unpublish(t, pod, v)
+			wantNoViews(t, node)
+		})
+	}
 }
 
 // wantNoViews is for nodes whose pods have other volumes: nothing of the driver's is left.
