@@ -119,8 +119,13 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 	if err != nil {
 		return volume.CreateRequest{}, err
 	}
-	if required > 0 && parsed.ManagesUpper() {
+	switch {
+	case !parsed.ManagesUpper():
+	case required > 0:
 		parsed.Size = max(required, spec.MinPersistentSize)
+	case limit > 0:
+		// Without a size the volume could become bigger than the limit. The limit is the most useful size that keeps to it.
+		parsed.Size = max(limit, spec.MinPersistentSize)
 	}
 	if limit > 0 && parsed.Size > limit {
 		return volume.CreateRequest{}, fmt.Errorf("%w: the capacity limit is %d bytes, the volume has at least %d",

@@ -178,6 +178,17 @@ func TestCreateRequest(t *testing.T) {
 			mutate: func(r *csi.CreateVolumeRequest) { r.CapacityRange = &csi.CapacityRange{RequiredBytes: 1} },
 			size:   spec.MinPersistentSize, access: spec.ReadWriteOnce, upper: spec.UpperClaim,
 		},
+		"limit alone": {
+			mutate: func(r *csi.CreateVolumeRequest) { r.CapacityRange = &csi.CapacityRange{LimitBytes: 2 << 30} },
+			size:   2 << 30, access: spec.ReadWriteOnce, upper: spec.UpperClaim,
+		},
+		"limit alone, of nothing": {
+			mutate: func(r *csi.CreateVolumeRequest) {
+				r.CapacityRange = &csi.CapacityRange{LimitBytes: 1}
+				r.Parameters[spec.KeyUpper] = "none"
+			},
+			access: spec.ReadWriteOnce, upper: spec.UpperNone,
+		},
 		"size of nothing": {
 			mutate: func(r *csi.CreateVolumeRequest) {
 				r.CapacityRange = &csi.CapacityRange{RequiredBytes: 1 << 30}
@@ -253,6 +264,9 @@ func TestCreateRequestRefuses(t *testing.T) {
 		}, codes.InvalidArgument, "capacity"},
 		"limit below the minimum": {func(r *csi.CreateVolumeRequest) {
 			r.CapacityRange = &csi.CapacityRange{RequiredBytes: 1, LimitBytes: 1}
+		}, codes.OutOfRange, "8388608"},
+		"limit alone, below the minimum": {func(r *csi.CreateVolumeRequest) {
+			r.CapacityRange = &csi.CapacityRange{LimitBytes: 1}
 		}, codes.OutOfRange, "8388608"},
 		"memory of no size": {func(r *csi.CreateVolumeRequest) {
 			r.Parameters[spec.KeyUpper], r.Parameters[spec.KeyMedium] = "pod", "memory"

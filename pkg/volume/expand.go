@@ -34,6 +34,8 @@ func (m *Manager) Expand(ctx context.Context, id, path string, required, limit i
 		return 0, fmt.Errorf("%w: volume %s is not mounted at %s, and is expanded while it is mounted", errdefs.ErrFailedPrecondition, id, path)
 	case r.Spec.Upper == spec.UpperPodVolume:
 		return 0, fmt.Errorf("%w: the upper of volume %s is in another volume; expand that one", errdefs.ErrInvalidArgument, id)
+	case limit > 0 && r.Size == 0 && r.Spec.ManagesUpper():
+		return 0, fmt.Errorf("%w: volume %s has no size and cannot be limited to %d bytes", errdefs.ErrOutOfRange, id, limit)
 	case limit > 0 && size > limit:
 		return 0, fmt.Errorf("%w: volume %s has %d bytes and cannot shrink to %d", errdefs.ErrOutOfRange, id, size, limit)
 	case !r.Spec.ManagesUpper() || r.Size == 0:

@@ -208,6 +208,8 @@ func checkCreated(r *record.Record, req CreateRequest) error {
 	case !r.Spec.Equal(req.Spec) || created.Access != req.Access:
 		return fmt.Errorf("%w: volume %q exists with other layers, another upper policy or another access mode",
 			errdefs.ErrAlreadyExists, req.Name)
+	case req.Limit > 0 && r.Size == 0 && r.Spec.ManagesUpper():
+		return fmt.Errorf("%w: volume %q exists without a size", errdefs.ErrAlreadyExists, req.Name)
 	case r.Size < req.Required || (req.Limit > 0 && r.Size > req.Limit):
 		return fmt.Errorf("%w: volume %q exists with %d bytes", errdefs.ErrAlreadyExists, req.Name, r.Size)
 	}

@@ -275,3 +275,56 @@ func TestCapacityCountsWhatIsPromised(t *testing.T) {
 	createSized(t, node, "twice", readWriteOnce, 220<<20, "layers", layers)
 	createSized(t, node, "twice-2", readWriteOnce, 220<<20, "layers", layers)
 }
+
+// TestLimitWithoutRequiredSize: a volume must not be bigger than limit_bytes, which a volume without a size is.
+func TestLimitWithoutRequiredSize(t *testing.T) {
+	node := startNode(t)
+	layers := layersOf(t, node, map[string]string{"f": "layer"})
+	request := func(name string, mode csi.VolumeCapability_AccessMode_Mode, limit int64, attributes ...string) *csi.CreateVolumeRequest {
+		r := createRequest(name, mode, 0, append(attributes, "layers", layers)...)
+		r.CapacityRange = &csi.CapacityRange{LimitBytes: limit}
+		return r
+	}
+	for _, upper := range []string{"claim", "pod"} {
+		t.Run(upper, func(t *testing.T) {
+			r := request("limited-"+upper, readWriteOnce, 16<<20, "upper", upper)
+			for range 2 {
+				response, err := node.Controller().CreateVolume(timeout(t), r)
+				must(t, err)
+				if got := response.GetVolume().GetCapacityBytes(); got != 16<<20 {
+					t.Errorf("limit_bytes alone, 16 MiB: the volume has %d bytes", got)
+				}
+			}
+			response, err := node.Controller().CreateVolume(timeout(t), r)
+			must(t, err)
+			v := drivertest.Volume{Name: "limited", ID: response.GetVolume().GetVolumeId(), Claim: true, Mode: readWriteOnce,
+				Attributes: response.GetVolume().GetVolumeContext()}
+			pod := newPod(t, node, "pod-"+upper)
+			target := publish(t, pod, v)
+			if written := writeUntilFull(t, filepath.Join(target, "big")); written > 16<<20 {
+				t.Errorf("%d bytes went into 16 MiB", written)
+			}
+			must(t, expand(t, node, pod, v, 0, 20<<20))
+			wantCode(t, expand(t, node, pod, v, 0, 12<<20), codes.OutOfRange, "cannot shrink")
+			unpublish(t, pod, v)
+			deleteVolume(t, node, v)
+		})
+	}
+	_, err := node.Controller().CreateVolume(timeout(t), request("small", readWriteOnce, 1<<20))
+	wantCode(t, err, codes.OutOfRange, "8388608")
+	// A volume without an upper takes no bytes.
+	response, err := node.Controller().CreateVolume(timeout(t), request("reads", readOnlyMany, 1<<20))
+	must(t, err)
+	if got := response.GetVolume().GetCapacityBytes(); got != 0 {
+		t.Errorf("a volume without an upper has %d bytes", got)
+	}
+	// One that has no size exceeds every limit.
+	v := createSized(t, node, "unlimited", readWriteOnce, 0, "layers", layers)
+	_, err = node.Controller().CreateVolume(timeout(t), request("unlimited", readWriteOnce, 16<<20))
+	wantCode(t, err, codes.AlreadyExists, "without a size")
+	pod := newPod(t, node, "pod")
+	publish(t, pod, v)
+	wantCode(t, expand(t, node, pod, v, 0, 16<<20), codes.OutOfRange, "has no size")
+	must(t, expand(t, node, pod, v, 16<<20, 0))
+	unpublish(t, pod, v)
+}
