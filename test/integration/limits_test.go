@@ -328,3 +328,27 @@ func TestLimitWithoutRequiredSize(t *testing.T) {
 	must(t, expand(t, node, pod, v, 16<<20, 0))
 	unpublish(t, pod, v)
 }
+
+// TestLaterPodsSize: a claim with an upper for each pod grows on its nodes as long as it has pods there.
+func TestLaterPodsSize(t *testing.T) {
+	node := startNode(t)
+	v := createSized(t, node, "each", readWriteMany, 16<<20, "layers", layersOf(t, node, map[string]string{"f": "layer"}),
+		"upper", "pod", "medium", "memory")
+	wantSize := func(target string, want int64) {
+		t.Helper()
+		var df unix.Statfs_t
+		must(t, unix.Statfs(target, &df))
+		if got := int64(df.Blocks) * df.Bsize; got != want {
+			t.Errorf("df shows %d bytes, want %d", got, want)
+		}
+	}
+	first, second, third := newPod(t, node, "first"), newPod(t, node, "second"), newPod(t, node, "third")
+	target := publish(t, first, v)
+	must(t, expand(t, node, first, v, 64<<20, 0))
+	wantSize(target, 64<<20)
+	wantSize(publish(t, second, v), 64<<20)
+	unpublish(t, first, v)
+	unpublish(t, second, v)
+	wantSize(publish(t, third, v), 16<<20)
+	unpublish(t, third, v)
+}

@@ -22,6 +22,10 @@ func TestOverlaySemantics(t *testing.T) {
 		"O_TMPFILE":                          tmpfile,
 		"mmap":                               mmap,
 		"inode numbers stay over a copy-up":  inodeNumbers,
+		"a file opened before its copy-up":   openedBeforeCopyUp,
+		"no file handles":                    noFileHandles,
+		"copy_file_range":                    copyFileRange,
+		"no upper on a view":                 noUpperOnAView,
 	} {
 		t.Run(name, func(t *testing.T) {
 			onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
@@ -151,5 +155,95 @@ func inodeNumbers(t *testing.T, view, _, _ string) {
 	must(t, unix.Stat(filepath.Join(view, "dir/a"), &after))
 	if before.Ino != after.Ino || before.Dev != after.Dev {
 		t.Errorf("inode %d on device %d became %d on %d", before.Ino, before.Dev, after.Ino, after.Dev)
+	}
+}
+
+func openedBeforeCopyUp(t *testing.T, view, _, _ string) {
+	file, err := os.Open(filepath.Join(view, "f"))
+	must(t, err)
+	defer file.Close()
+	mapped := func(file *os.File) string {
+		memory, err := unix.Mmap(int(file.Fd()), 0, len("layer"), unix.PROT_READ, unix.MAP_SHARED)
+		must(t, err)
+		defer unix.Munmap(memory)
+		return string(memory)
+	}
+	memory, err := unix.Mmap(int(file.Fd()), 0, len("layer"), unix.PROT_READ, unix.MAP_SHARED)
+	must(t, err)
+	defer unix.Munmap(memory)
+	write(t, filepath.Join(view, "f"), "later")
+	read := make([]byte, len("later"))
+	_, err = file.ReadAt(read, 0)
+	must(t, err)
+	again, err := os.Open(filepath.Join(view, "f"))
+	must(t, err)
+	defer again.Close()
+	for what, values := range map[string][2]string{
+		"read(2)":                  {string(read), "later"},
+		"mmap before the copy-up":  {string(memory), "layer"},
+		"mmap after the copy-up":   {mapped(file), "layer"},
+		"mmap of the file, opened": {mapped(again), "later"},
+	} {
+		if values[0] != values[1] {
+			t.Errorf("%s shows %q, not %q", what, values[0], values[1])
+		}
+	}
+}
+
+func noFileHandles(t *testing.T, view, _, _ string) {
+	write(t, filepath.Join(view, "new"), "pod")
+	for _, name := range []string{"f", "new", "dir"} {
+		if _, _, err := unix.NameToHandleAt(unix.AT_FDCWD, filepath.Join(view, name), 0); !isErrno(err, unix.EOPNOTSUPP) {
+			t.Errorf("name_to_handle_at of %s: %v; want EOPNOTSUPP", name, err)
+		}
+	}
+	byID, err := unix.FanotifyInit(unix.FAN_CLOEXEC|unix.FAN_REPORT_FID, unix.O_RDONLY)
+	must(t, err)
+	defer unix.Close(byID)
+	err = unix.FanotifyMark(byID, unix.FAN_MARK_ADD|unix.FAN_MARK_FILESYSTEM, unix.FAN_MODIFY, unix.AT_FDCWD, view)
+	if !isErrno(err, unix.EOPNOTSUPP) {
+		t.Errorf("fanotify by file ID, the whole view: %v; want EOPNOTSUPP", err)
+	}
+	byDescriptor, err := unix.FanotifyInit(unix.FAN_CLOEXEC, unix.O_RDONLY)
+	must(t, err)
+	defer unix.Close(byDescriptor)
+	must(t, unix.FanotifyMark(byDescriptor, unix.FAN_MARK_ADD|unix.FAN_MARK_MOUNT, unix.FAN_MODIFY, unix.AT_FDCWD, view))
+	must(t, os.Remove(filepath.Join(view, "new")))
+}
+
+func copyFileRange(t *testing.T, view, layer, _ string) {
+	copied := func(from, to string) error {
+		in, err := os.Open(from)
+		must(t, err)
+		defer in.Close()
+		out, err := os.Create(to)
+		must(t, err)
+		defer out.Close()
+		_, err = unix.CopyFileRange(int(in.Fd()), nil, int(out.Fd()), nil, len("layer"), 0)
+		return err
+	}
+	// The layer lies on the file system of the upper.
+	outside := filepath.Join(filepath.Dir(layer), "outside")
+	defer os.Remove(outside)
+	if err := copied(filepath.Join(view, "f"), outside); !isErrno(err, unix.EXDEV) {
+		t.Errorf("out of the view: %v; want EXDEV", err)
+	}
+	if err := copied(filepath.Join(layer, "f"), filepath.Join(view, "in")); !isErrno(err, unix.EXDEV) {
+		t.Errorf("into the view: %v; want EXDEV", err)
+	}
+	must(t, copied(filepath.Join(view, "f"), filepath.Join(view, "within")))
+	wantFile(t, filepath.Join(view, "within"), "layer")
+}
+
+func noUpperOnAView(t *testing.T, view, layer, _ string) {
+	upper, work, target := filepath.Join(view, "upper"), filepath.Join(view, "work"), t.TempDir()
+	must(t, os.Mkdir(upper, 0o755))
+	must(t, os.Mkdir(work, 0o755))
+	err := unix.Mount("overlay", target, "overlay", 0, "lowerdir="+layer+",upperdir="+upper+",workdir="+work)
+	if !isErrno(err, unix.EINVAL) {
+		t.Errorf("an overlay with its upper on a view: %v; want EINVAL", err)
+	}
+	if err == nil {
+		must(t, unix.Unmount(target, 0))
 	}
 }
