@@ -65,6 +65,8 @@ func TestChartRefusesWrongValues(t *testing.T) {
 		class + "parameters.sizeLimit=1Gi":                                     "sizeLimit",
 		class + "parameters.sizeEnforcement=some":                              "sizeEnforcement",
 		class + "parameters.layerOwner=me":                                     "layerOwner",
+		"admissionPolicy.enabled=some":                                         "admissionPolicy",
+		"admissionPolicy.enabled=null":                                         "admissionPolicy",
 		"csiDriver.fsGroupPolicy=Always":                                       "fsGroupPolicy",
 		"overcommit=0":                                                         "overcommit",
 		"resizer.image.tag=null":                                               "tag",

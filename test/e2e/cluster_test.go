@@ -91,6 +91,7 @@ func chartValues() []string {
 		"--set", "layerRoots[0].name=layers,layerRoots[0].hostPath=/var/lib/layers",
 		"--set", "provisioner.capacityPollInterval=5s,provisioner.immediateBindingDelay=1s",
 		"--set", "updateStrategy.rollingUpdate.maxUnavailable=2",
+		"--set", "admissionPolicy.enabled=true",
 		"--values", cluster.valuesFile,
 	}
 }
