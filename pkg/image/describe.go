@@ -47,7 +47,9 @@ func Describe(ctx context.Context, root ocispec.Descriptor, platform platforms.M
 				return Description{}, err
 			}
 			if descriptor.Platform != nil {
-				description.Platform = platforms.Format(*descriptor.Platform)
+				if description.Platform, err = formatPlatform(*descriptor.Platform); err != nil {
+					return Description{}, err
+				}
 			}
 			continue
 		}

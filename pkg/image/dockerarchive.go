@@ -5,7 +5,6 @@ import (
 	"fmt"
 
 	"github.com/containerd/errdefs"
-	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -41,7 +40,10 @@ func (a *Archive) describeDocker() error {
 	if len(diffIDs) != len(manifest.Layers) {
 		return errDiffIDCount(len(manifest.Layers), len(diffIDs))
 	}
-	a.Digest, a.Platform = digest.FromBytes(config), platforms.Format(parsed.Platform)
+	a.Digest = digest.FromBytes(config)
+	if a.Platform, err = formatPlatform(parsed.Platform); err != nil {
+		return err
+	}
 	a.Layers = make([]LayerBlob, len(diffIDs))
 	for i, id := range diffIDs {
 		if err := checkDiffID(id); err != nil {

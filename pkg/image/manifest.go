@@ -15,8 +15,17 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/unpack"
 )
 
-// MaxLayers is the maximum number of layers of an image. It is the limit of overlayfs.
-const MaxLayers = 500
+const (
+	// MaxLayers is the maximum number of layers of an image, repeated ones included. overlayfs takes 500 (OVL_MAX_STACK).
+	MaxLayers = 500
+	// maxMediaType is the maximum length of a media type in bytes: two names of 127 and a slash (RFC 6838, 4.2).
+	maxMediaType = 255
+	// maxPlatform is the maximum length of the name of a platform in bytes.
+	maxPlatform = 255
+	// maxTexts is the maximum total length of the media types and file names of the layers of an image in bytes. The store keeps them
+	// in memory for each image. 500 layers may have 256 bytes each.
+	maxTexts = 128 << 10
+)
 
 // Annotations and media types of artifacts that the OCI image specification does not define.
 const (
@@ -58,7 +67,8 @@ func parseManifest(data []byte) (manifestOrIndex, error) {
 	case isManifest && len(d.Layers) == 0:
 		return d, fmt.Errorf("%w: the image has no layers", errdefs.ErrInvalidArgument)
 	case len(d.Layers) > MaxLayers:
-		return d, fmt.Errorf("%w: the image has %d layers; overlayfs supports at most %d", errdefs.ErrInvalidArgument, len(d.Layers), MaxLayers)
+		return d, fmt.Errorf("%w: the image has %d layers, repeated ones included; the maximum is %d, which is that of overlayfs",
+			errdefs.ErrInvalidArgument, len(d.Layers), MaxLayers)
 	}
 	descriptors := slices.Concat(d.Manifests, d.Layers)
 	if d.Config != nil {
@@ -80,7 +90,19 @@ func checkDescriptor(descriptor ocispec.Descriptor) error {
 	if descriptor.Size < 0 {
 		return fmt.Errorf("%w: %s has a size of %d bytes", errdefs.ErrInvalidArgument, descriptor.Digest, descriptor.Size)
 	}
+	if len(descriptor.MediaType) > maxMediaType {
+		return fmt.Errorf("%w: the media type of %s has %d bytes; the maximum is %d",
+			errdefs.ErrInvalidArgument, descriptor.Digest, len(descriptor.MediaType), maxMediaType)
+	}
 	return nil
+}
+
+// formatPlatform returns the name of a platform, for example "linux/amd64".
+func formatPlatform(platform ocispec.Platform) (string, error) {
+	if length := len(platform.OS) + len(platform.Architecture) + len(platform.Variant); length > maxPlatform {
+		return "", fmt.Errorf("%w: the name of the platform has %d bytes; the maximum is %d", errdefs.ErrInvalidArgument, length, maxPlatform)
+	}
+	return platforms.Format(platform), nil
 }
 
 // choose returns the descriptor of the manifest for a platform in an index.
@@ -140,7 +162,22 @@ func (d manifestOrIndex) layers(config []byte) ([]LayerBlob, error) {
 			return nil, err
 		}
 	}
-	return blobs, nil
+	return blobs, checkTexts(blobs)
+}
+
+// checkTexts returns an error if the media types and file names of the layers are too long together. It removes everything else that the
+// manifest says, so that a pull does not keep it in memory.
+func checkTexts(blobs []LayerBlob) error {
+	length := 0
+	for i, blob := range blobs {
+		length += len(blob.Descriptor.MediaType) + len(blob.FileName)
+		blobs[i].Descriptor = ocispec.Descriptor{MediaType: blob.Descriptor.MediaType, Digest: blob.Descriptor.Digest, Size: blob.Descriptor.Size}
+	}
+	if length > maxTexts {
+		return fmt.Errorf("%w: the media types and file names of the layers have %d bytes; the maximum is %d; pack the files into one tar",
+			errdefs.ErrInvalidArgument, length, maxTexts)
+	}
+	return nil
 }
 
 // errDiffIDCount returns the error for a configuration whose diff IDs do not match the layers of its manifest.
@@ -176,14 +213,21 @@ func (b *LayerBlob) readAnnotations() error {
 	return checkFileName(b.FileName)
 }
 
-// maxNameLength is the maximum length of a file name in bytes (NAME_MAX).
-const maxNameLength = 255
+const (
+	// maxNameLength is the maximum length of a file name in bytes (NAME_MAX).
+	maxNameLength = 255
+	// maxPathLength is the maximum length of a path in bytes (PATH_MAX less the final NUL).
+	maxPathLength = 4095
+)
 
 // checkFileName returns an error if name is not valid for a file in a layer, for example because it is a whiteout. It does
 // not check links, which the unpacker resolves.
 func checkFileName(name string) error {
 	if name == "" {
 		return nil
+	}
+	if len(name) > maxPathLength {
+		return fmt.Errorf("%w: the artifact has a file name of %d bytes; the maximum is %d", errdefs.ErrInvalidArgument, len(name), maxPathLength)
 	}
 	for component := range strings.SplitSeq(strings.Trim(name, "/"), "/") {
 		isSpecial := component == "" || component == "." || component == ".." || strings.HasPrefix(component, unpack.WhiteoutPrefix)

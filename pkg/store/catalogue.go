@@ -3,6 +3,8 @@ package store
 import (
 	"cmp"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -35,26 +37,32 @@ type catalogue struct {
 	layers map[digest.Digest]*LayerStatus
 	// blobs maps blobs to the diff IDs of their layers.
 	blobs  map[blobKey]digest.Digest
-	images map[digest.Digest]*Image
+	images imageTable
 	leases leaseTable
+
+	// records has the layers that volumes use, and prefetch the names of the images that are prefetched.
+	records  records
+	prefetch []string
 
 	// saveMu serializes saveImage. saveImage does not hold mu while it writes, because publishing a volume needs mu.
 	saveMu sync.Mutex
 }
 
 // openCatalogue reads the catalogue of a store. It removes invalid layers and images.
-func openCatalogue(ctx context.Context, layout layout) (*catalogue, error) {
+func openCatalogue(ctx context.Context, layout layout, records records, prefetch []string) (*catalogue, error) {
 	c := &catalogue{
-		layout: layout,
-		layers: map[digest.Digest]*LayerStatus{},
-		blobs:  map[blobKey]digest.Digest{},
-		images: map[digest.Digest]*Image{},
-		leases: leaseTable{counts: map[digest.Digest]int{}},
+		layout:   layout,
+		layers:   map[digest.Digest]*LayerStatus{},
+		blobs:    map[blobKey]digest.Digest{},
+		images:   newImageTable(),
+		leases:   leaseTable{counts: map[digest.Digest]int{}},
+		records:  records,
+		prefetch: prefetch,
 	}
 	if err := c.loadLayers(ctx); err != nil {
 		return nil, err
 	}
-	return c, c.loadImages()
+	return c, c.loadImages(ctx)
 }
 
 func (c *catalogue) loadLayers(ctx context.Context) error {
@@ -78,22 +86,29 @@ func (c *catalogue) loadLayers(ctx context.Context) error {
 	return nil
 }
 
-func (c *catalogue) loadImages() error {
-	names, err := dirNames(c.imagesDir())
+// loadImages reads the images, the last pulled first. It discards those for which there is no room.
+func (c *catalogue) loadImages(ctx context.Context) error {
+	files, err := listRecords(c.imagesDir())
 	if err != nil {
 		return err
 	}
-	for _, name := range names {
-		path := filepath.Join(c.imagesDir(), name)
+	for _, file := range files {
 		var image Image
-		_, err := readJSON(path, &image)
-		if err != nil || image.Digest.Validate() != nil || c.imagePath(image.Digest) != path || image.Version != formatVersion {
-			if err := c.discard(path); err != nil {
-				return err
-			}
+		_, err := readJSON(file.path, &image)
+		switch {
+		case err == nil && (image.Digest.Validate() != nil || c.imagePath(image.Digest) != file.path || image.Version != formatVersion):
+			err = errors.New("it is not a record of this version")
+		case err == nil && c.images.total+weigh(file.size) > maxImageRecords && !c.isPrefetched(&image):
+			err = fmt.Errorf("the records of images have more than %d bytes", maxImageRecords)
+		}
+		if err == nil {
+			c.images.put(&image, file.size)
 			continue
 		}
-		c.images[image.Digest] = &image
+		klog.FromContext(ctx).Info("Forgetting image", keyFile, file.path, keyReason, err.Error())
+		if err := c.discard(file.path); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -149,7 +164,7 @@ func (c *catalogue) acquireBlob(blob image.LayerBlob) (digest.Digest, error) {
 func (c *catalogue) acquireImage(id digest.Digest) (*Image, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	image, ok := c.images[id]
+	image, ok := c.images.images[id]
 	if !ok {
 		return nil, fmt.Errorf("%w: image %s", errdefs.ErrNotFound, id)
 	}
@@ -160,7 +175,7 @@ func (c *catalogue) acquireImage(id digest.Digest) (*Image, error) {
 func (c *catalogue) acquireArchive(archive image.ArchiveFile) (*Image, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, image := range c.images {
+	for _, image := range c.images.images {
 		if image.Archive != nil && *image.Archive == archive && c.acquireLocked(image.diffIDs()) == nil {
 			return image, nil
 		}
@@ -235,7 +250,7 @@ func (c *catalogue) listImages() []Image {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var list []Image
-	for _, image := range c.images {
+	for _, image := range c.images.images {
 		if !slices.ContainsFunc(image.Layers, func(layer ImageLayer) bool { return c.layers[layer.DiffID] == nil }) {
 			list = append(list, *image)
 		}
@@ -246,35 +261,83 @@ func (c *catalogue) listImages() []Image {
 	return list
 }
 
-// maxNames is the maximum length of Image.Names.
-const maxNames = 16
-
-// saveImage writes an image. The caller holds references on its layers.
+// saveImage writes an image. The caller holds references on its layers. saveImage forgets other images if there is no room for its
+// record.
 func (c *catalogue) saveImage(image Image) (*Image, error) {
 	c.saveMu.Lock()
 	defer c.saveMu.Unlock()
 	c.mu.Lock()
-	before := c.images[image.Digest]
+	before := c.images.images[image.Digest]
 	c.mu.Unlock()
 	if before != nil {
 		if image.Archive == nil {
 			image.Archive = before.Archive
 		}
-		for _, name := range before.Names {
-			if !slices.Contains(image.Names, name) && len(image.Names) < maxNames {
-				image.Names = append(image.Names, name)
-			}
-		}
+		image.addNames(before.Names)
 	}
 	slices.Sort(image.Names)
 	image.Version, image.Pulled = formatVersion, time.Now().UTC().Truncate(time.Second)
-	if err := writeJSON(c.imagePath(image.Digest), image); err != nil {
+	data, err := json.Marshal(image)
+	if err != nil {
+		return nil, fmt.Errorf("write image %s: %w", image.Digest, err)
+	}
+	if len(data) > maxRecord {
+		return nil, fmt.Errorf("%w: the record of image %s has %d bytes; the maximum is %d",
+			errdefs.ErrInvalidArgument, image.Digest, len(data), maxRecord)
+	}
+	if err := c.forgetFor(int64(len(data))); err != nil {
+		return nil, err
+	}
+	if err := writeFile(c.imagePath(image.Digest), data); err != nil {
 		return nil, fmt.Errorf("write image %s: %w", image.Digest, err)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.images[image.Digest] = &image
+	c.images.put(&image, int64(len(data)))
 	return &image, nil
+}
+
+// forgetFor forgets images if there is no room for a record of size bytes. Their layers stay until they are collected. The caller holds
+// saveMu.
+func (c *catalogue) forgetFor(size int64) error {
+	c.mu.Lock()
+	hasRoom := c.images.total+weigh(size) <= maxImageRecords
+	c.mu.Unlock()
+	if hasRoom {
+		return nil
+	}
+	// Without this answer the images of volumes have no protection. They can be pulled again.
+	used, _ := c.records.LayersInUse()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, id := range c.images.toForget(size, func(image *Image) protection {
+		isUnused := func(layer ImageLayer) bool { return len(used[layer.DiffID]) == 0 }
+		switch {
+		case c.isPrefetched(image):
+			return isPrefetched
+		case !slices.ContainsFunc(image.Layers, isUnused):
+			return usedByVolume
+		}
+		return unprotected
+	}) {
+		if err := c.forgetLocked(id); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *catalogue) forgetLocked(id digest.Digest) error {
+	c.images.remove(id)
+	if err := c.discard(c.imagePath(id)); err != nil {
+		return fmt.Errorf("remove image %s: %w", id, err)
+	}
+	return nil
+}
+
+// isPrefetched reports whether an image was pulled by a name that is prefetched.
+func (c *catalogue) isPrefetched(image *Image) bool {
+	return slices.ContainsFunc(image.Names, func(name string) bool { return slices.Contains(c.prefetch, name) })
 }
 
 // markUsed sets the time of the last use of the layers in used to now. It also stores the times of all layers on disk, as
@@ -330,11 +393,10 @@ func (c *catalogue) remove(id digest.Digest, dryRun bool) (bool, error) {
 			delete(c.blobs, key)
 		}
 	}
-	for digest, image := range c.images {
+	for digest, image := range c.images.images {
 		if slices.Contains(image.diffIDs(), id) {
-			delete(c.images, digest)
-			if err := c.discard(c.imagePath(digest)); err != nil {
-				return true, fmt.Errorf("remove image %s: %w", digest, err)
+			if err := c.forgetLocked(digest); err != nil {
+				return true, err
 			}
 		}
 	}

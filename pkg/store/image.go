@@ -1,6 +1,7 @@
 package store
 
 import (
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -69,4 +70,28 @@ func (i *Image) diffIDs() []digest.Digest {
 		ids[n] = layer.DiffID
 	}
 	return ids
+}
+
+const (
+	// maxNames is the maximum length of Image.Names.
+	maxNames = 16
+	// maxNameBytes is the maximum total length of Image.Names in bytes, unless the first name alone has more. The name of an archive may
+	// have 12 KiB.
+	maxNameBytes = 16 << 10
+)
+
+// addNames adds names that the image was pulled by before, as long as there is room for them.
+func (i *Image) addNames(names []string) {
+	size := 0
+	for _, name := range i.Names {
+		size += len(name)
+	}
+	for _, name := range names {
+		if size += len(name); len(i.Names) == maxNames || size > maxNameBytes {
+			return
+		}
+		if !slices.Contains(i.Names, name) {
+			i.Names = append(i.Names, name)
+		}
+	}
 }

@@ -3,6 +3,7 @@ package store
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
@@ -86,14 +87,23 @@ func dirNames(path string) ([]string, error) {
 	return names, err
 }
 
-// readJSON reads a file that writeJSON wrote. It returns the modification time of the file, which markUsed sets.
+// readJSON reads a file that writeJSON wrote. It returns the modification time of the file, which markUsed sets. It does not read a file
+// of more than maxRecord bytes, which only an earlier driver wrote.
 func readJSON(path string, into any) (time.Time, error) {
-	info, err := os.Stat(path)
+	file, err := os.Open(path)
 	if err != nil {
 		return time.Time{}, err
 	}
-	data, err := os.ReadFile(path)
+	defer file.Close()
+	info, err := file.Stat()
 	if err != nil {
+		return time.Time{}, err
+	}
+	if info.Size() > maxRecord {
+		return time.Time{}, fmt.Errorf("the file has %d bytes; the maximum is %d", info.Size(), maxRecord)
+	}
+	data := make([]byte, info.Size())
+	if _, err := io.ReadFull(file, data); err != nil {
 		return time.Time{}, err
 	}
 	return info.ModTime(), json.Unmarshal(data, into)
@@ -105,6 +115,11 @@ func writeJSON(path string, value any) error {
 	if err != nil {
 		return err
 	}
+	return writeFile(path, data)
+}
+
+// writeFile writes a file atomically, and syncs it.
+func writeFile(path string, data []byte) error {
 	dir, err := linux.OpenDir(filepath.Dir(path))
 	if err != nil {
 		return err

@@ -7,6 +7,7 @@ const (
 	keyDigest    = "digest"
 	keyDirectory = "directory"
 	keyDuration  = "duration"
+	keyFile      = "file"
 	keyImage     = "image"
 	keyLayers    = "layers"
 	keyProgress  = "progress"

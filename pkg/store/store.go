@@ -66,7 +66,7 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 	if err := layout.create(); err != nil {
 		return nil, fmt.Errorf("open the layer store: %w", err)
 	}
-	catalogue, err := openCatalogue(ctx, layout)
+	catalogue, err := openCatalogue(ctx, layout, records, config.Prefetch)
 	if err != nil {
 		return nil, fmt.Errorf("open the layer store: %w", err)
 	}

@@ -1,0 +1,88 @@
+package image
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// blobOf returns a descriptor of any blob.
+func blobOf(mediaType string, annotations map[string]string) ocispec.Descriptor {
+	return ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromString("x"), Size: 1, Annotations: annotations}
+}
+
+func titled(name string) ocispec.Descriptor {
+	return blobOf("x/y", map[string]string{ocispec.AnnotationTitle: name})
+}
+
+// describeDocument describes the image of a manifest or index that is given as a value.
+func describeDocument(t *testing.T, document any) (Description, error) {
+	t.Helper()
+	data, err := json.Marshal(document)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := ocispec.Descriptor{Digest: digest.FromBytes(data), Size: int64(len(data))}
+	return Describe(t.Context(), root, platforms.Default(), func(context.Context, ocispec.Descriptor) ([]byte, error) { return data, nil })
+}
+
+// TestManifestIsBounded checks what a manifest may have of each thing that the store keeps.
+func TestManifestIsBounded(t *testing.T) {
+	long := strings.Repeat("a/", 2047)
+	repeat := func(count int, layer ocispec.Descriptor) []ocispec.Descriptor {
+		return slices.Repeat([]ocispec.Descriptor{layer}, count)
+	}
+	longType := blobOf(strings.Repeat("x", 255), titled(long+"f").Annotations)
+	for name, c := range map[string]struct {
+		layers []ocispec.Descriptor
+		// word is in the error. It is "" if the manifest is valid.
+		word string
+	}{
+		"layers":                  {repeat(500, titled("f")), ""},
+		"too many layers":         {repeat(501, titled("f")), "has 501 layers, repeated ones included; the maximum is 500"},
+		"a media type":            {[]ocispec.Descriptor{blobOf(strings.Repeat("x", 255), nil)}, ""},
+		"a too long media type":   {[]ocispec.Descriptor{blobOf(strings.Repeat("x", 256), nil)}, "has 256 bytes; the maximum is 255"},
+		"a file name":             {[]ocispec.Descriptor{titled(long + "f")}, ""},
+		"a too long file name":    {[]ocispec.Descriptor{titled(long + "ff")}, "file name of 4096 bytes; the maximum is 4095"},
+		"file names":              {repeat(31, titled(long+"f")), ""},
+		"too much of file names":  {repeat(32, titled(long+"f")), "have 131136 bytes; the maximum is 131072"},
+		"too much of media types": {repeat(32, longType), "have"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			config := blobOf("application/vnd.oci.empty.v1+json", nil)
+			got, err := describeDocument(t, ocispec.Manifest{Config: config, Layers: c.layers})
+			if c.word != "" {
+				if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), c.word) {
+					t.Errorf("the error is %v; want InvalidArgument with %q", err, c.word)
+				}
+				return
+			}
+			if err != nil || len(got.Layers) != len(c.layers) {
+				t.Errorf("%d layers, error %v", len(got.Layers), err)
+			}
+		})
+	}
+}
+
+// TestDescriptionKeepsNoAnnotations checks that a pull does not keep what it does not need.
+func TestDescriptionKeepsNoAnnotations(t *testing.T) {
+	blob := titled("f")
+	blob.URLs, blob.Data, blob.ArtifactType = []string{"https://x"}, []byte("x"), "x/y"
+	blob.Platform = &ocispec.Platform{OS: "linux"}
+	got, err := describeDocument(t, ocispec.Manifest{Config: blobOf("x/y", nil), Layers: []ocispec.Descriptor{blob}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := ocispec.Descriptor{MediaType: blob.MediaType, Digest: blob.Digest, Size: blob.Size}
+	if got.Layers[0].FileName != "f" || fmt.Sprint(got.Layers[0].Descriptor) != fmt.Sprint(want) {
+		t.Errorf("the layer %+v; want the descriptor %+v", got.Layers[0], want)
+	}
+}

@@ -1,0 +1,115 @@
+package store
+
+import (
+	"cmp"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// What registries and archives say of images is kept in memory and read at start, so that its total must have a bound. Records are
+// weighed by their size in JSON. In memory they take up to twice that.
+const (
+	// maxImageRecords is the maximum total weight of the records of images in bytes: those of 4096 images with up to 16 layers.
+	maxImageRecords = 16 << 20
+	// keptImageRecords is the weight that is left when images are forgotten, so that not every pull looks for images to forget.
+	keptImageRecords = maxImageRecords / 8 * 7
+	// maxRecord is the maximum size of one record in bytes. package image bounds what a record contains: one of MaxLayers layers, with the
+	// longest names, has less.
+	maxRecord = 2 << 20
+	// recordBlock is what the smallest record weighs in bytes: a block of the file system.
+	recordBlock = 4 << 10
+)
+
+// weigh returns the weight of a record of size bytes.
+func weigh(size int64) int64 { return (size + recordBlock - 1) / recordBlock * recordBlock }
+
+// imageTable has the images of the store. The catalogue's lock guards it.
+type imageTable struct {
+	images  map[digest.Digest]*Image
+	weights map[digest.Digest]int64
+	total   int64
+}
+
+func newImageTable() imageTable {
+	return imageTable{images: map[digest.Digest]*Image{}, weights: map[digest.Digest]int64{}}
+}
+
+// put adds an image, or replaces it. size is the size of its record in bytes.
+func (t *imageTable) put(image *Image, size int64) {
+	t.remove(image.Digest)
+	t.images[image.Digest], t.weights[image.Digest] = image, weigh(size)
+	t.total += weigh(size)
+}
+
+func (t *imageTable) remove(id digest.Digest) {
+	t.total -= t.weights[id]
+	delete(t.images, id)
+	delete(t.weights, id)
+}
+
+// protection says how late an image is forgotten.
+type protection int
+
+const (
+	unprotected protection = iota
+	// usedByVolume protects an image whose layers are all used by volumes. Without its record, a volume is published again only if the
+	// registry answers.
+	usedByVolume
+	// isPrefetched protects an image that the operator configured. Its record protects its layers from garbage collection.
+	isPrefetched
+)
+
+// toForget returns the images to forget before a record of size bytes is added, the least recently pulled first. protects returns the
+// protection of an image. The bound holds whatever it returns, because pods choose what volumes use.
+func (t *imageTable) toForget(size int64, protects func(*Image) protection) []digest.Digest {
+	type candidate struct {
+		*Image
+		protection
+	}
+	var candidates []candidate
+	for _, image := range t.images {
+		candidates = append(candidates, candidate{image, protects(image)})
+	}
+	slices.SortFunc(candidates, func(a, b candidate) int {
+		return cmp.Or(cmp.Compare(a.protection, b.protection), a.Pulled.Compare(b.Pulled), cmp.Compare(a.Digest, b.Digest))
+	})
+	var ids []digest.Digest
+	for left := t.total + weigh(size); left > keptImageRecords && len(candidates) > 0; candidates = candidates[1:] {
+		ids = append(ids, candidates[0].Digest)
+		left -= t.weights[candidates[0].Digest]
+	}
+	return ids
+}
+
+// recordFile is the file of a record that is not read yet.
+type recordFile struct {
+	path     string
+	size     int64
+	modified time.Time
+}
+
+// listRecords returns the files in a directory of records, the last written first.
+func listRecords(dir string) ([]recordFile, error) {
+	names, err := dirNames(dir)
+	if err != nil {
+		return nil, err
+	}
+	files := make([]recordFile, len(names))
+	for i, name := range names {
+		path := filepath.Join(dir, name)
+		info, err := os.Lstat(path)
+		if err != nil {
+			return nil, fmt.Errorf("look at a record: %w", err)
+		}
+		files[i] = recordFile{path, info.Size(), info.ModTime()}
+	}
+	slices.SortFunc(files, func(a, b recordFile) int {
+		return cmp.Or(b.modified.Compare(a.modified), cmp.Compare(a.path, b.path))
+	})
+	return files, nil
+}
