@@ -11,11 +11,16 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/containerd/errdefs"
+	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 	"github.com/overlay-csi/overlay-csi/pkg/unpack"
 )
+
+// maxZstdWindow is the largest window that pkg/image takes.
+const maxZstdWindow = "32 MiB"
 
 // builder makes layers from blobs.
 type builder struct {
@@ -95,16 +100,50 @@ func (b *builder) unpack(ctx context.Context, dir *workDir, blob image.LayerBlob
 func (b *builder) unpackTar(
 	ctx context.Context, dir *workDir, blob image.LayerBlob, compressed io.Reader, uncompressed *hashingReader,
 ) (unpack.Result, error) {
-	content, err := blob.OpenTar(compressed)
+	source := &blobReader{from: compressed}
+	content, err := blob.OpenTar(source)
 	if err != nil {
 		return unpack.Result{}, err
 	}
 	defer content.Close()
-	uncompressed.from = content
+	uncompressed.from = decompressedReader{content, source}
 	if err := os.Mkdir(dir.join(scratchName), 0o700); err != nil {
 		return unpack.Result{}, err
 	}
 	return unpack.Tar(ctx, uncompressed, dir.join(treeName), dir.join(scratchName), b.limits)
+}
+
+// blobReader reads a blob.
+type blobReader struct {
+	from io.Reader
+	// err is why the blob could not be read.
+	err error
+}
+
+func (r *blobReader) Read(buffer []byte) (int, error) {
+	n, err := r.from.Read(buffer)
+	if err != nil && err != io.EOF {
+		r.err = err
+	}
+	return n, err
+}
+
+// decompressedReader reads the decompressed content of a blob. An error wraps errdefs.ErrInvalidArgument if the blob could be read: the
+// reason is then what it has.
+type decompressedReader struct {
+	from io.Reader
+	blob *blobReader
+}
+
+func (r decompressedReader) Read(buffer []byte) (int, error) {
+	n, err := r.from.Read(buffer)
+	if err == nil || err == io.EOF || r.blob.err != nil {
+		return n, err
+	}
+	if errors.Is(err, zstd.ErrWindowSizeExceeded) {
+		err = fmt.Errorf("%w: windows of zstd are limited to %s; use at most --ultra -20, and not --long", err, maxZstdWindow)
+	}
+	return n, fmt.Errorf("%w: decompress: %w", errdefs.ErrInvalidArgument, err)
 }
 
 // hashingReader is a reader that hashes its content.
