@@ -74,7 +74,7 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 	defer root.Close()
-	records := record.NewStore(root.VolumesDir())
+	records := record.NewStore(root.VolumesDir(), opts.kubeletDir)
 	layers, err := newStore(ctx, root, records, opts)
 	if err != nil {
 		return err

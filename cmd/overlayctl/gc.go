@@ -23,6 +23,9 @@ func gcCommand(opts *options) *cobra.Command {
 				for _, layer := range result.Layers {
 					fmt.Fprintf(w, "%s\t%s\tlast used %s ago\n", short(layer.DiffID), humanize.IBytes(uint64(layer.Bytes)), age(layer.LastUsed))
 				}
+				for _, id := range result.Unreadable {
+					fmt.Fprintf(w, "volume %s\tits record is damaged or missing: layers that may be its were left\n", id)
+				}
 				verb := "removed"
 				if dryRun {
 					verb = "would be removed"

@@ -43,6 +43,7 @@ type volumes interface {
 // records are the methods of the record store that the handler calls.
 type records interface {
 	LayersInUse() (map[digest.Digest][]string, error)
+	Unreadable() ([]string, error)
 }
 
 // layerStore are the layers, and a pull that returns a hold on them.
@@ -132,7 +133,11 @@ func (h *handler) gc(r *http.Request) (api.GCResult, error) {
 	if err != nil {
 		return api.GCResult{}, err
 	}
-	result := api.GCResult{Layers: []api.Layer{}, Bytes: collected.Bytes}
+	unreadable, err := h.records.Unreadable()
+	if err != nil {
+		return api.GCResult{}, err
+	}
+	result := api.GCResult{Layers: []api.Layer{}, Bytes: collected.Bytes, Unreadable: unreadable}
 	for _, layer := range collected.Layers {
 		result.Layers = append(result.Layers, wireLayer(layer, nil))
 	}

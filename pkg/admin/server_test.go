@@ -97,6 +97,8 @@ func (fakeVolumes) LayersInUse() (map[digest.Digest][]string, error) {
 	return map[digest.Digest][]string{diffID: {"csi-1"}}, nil
 }
 
+func (fakeVolumes) Unreadable() ([]string, error) { return []string{"csi-2"}, nil }
+
 // serve serves the fakes on a socket, which it returns.
 func serve(t *testing.T, layers *fakeLayers) string {
 	t.Helper()
@@ -152,7 +154,7 @@ func TestJSON(t *testing.T) {
 		},
 		"gc": {
 			func(ctx context.Context) (any, error) { return client.GC(ctx, true, true) },
-			`{"layers":[{` + layer + `}],"bytes":4096}`,
+			`{"layers":[{` + layer + `}],"bytes":4096,"unreadable":["csi-2"]}`,
 		},
 		"volumes": {
 			func(ctx context.Context) (any, error) { return client.Volumes(ctx) },

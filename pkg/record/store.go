@@ -7,11 +7,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"syscall"
 
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/go-digest"
 
 	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
@@ -26,10 +24,11 @@ var (
 )
 
 // Store has the records of a data root. Its methods may be called concurrently, except for Save of one volume.
-type Store struct{ dir string }
+type Store struct{ dir, kubeletDir string }
 
-// NewStore returns the records in a directory of volumes (dataroot.Root.VolumesDir).
-func NewStore(dir string) *Store { return &Store{dir: dir} }
+// NewStore returns the records in a directory of volumes (dataroot.Root.VolumesDir). The views of the volumes are in kubelet's
+// directory.
+func NewStore(dir, kubeletDir string) *Store { return &Store{dir, kubeletDir} }
 
 // Dir returns the directory of a volume.
 func (s *Store) Dir(id string) string { return filepath.Join(s.dir, id) }
@@ -120,30 +119,4 @@ func (s *Store) List() ([]string, error) {
 		ids[i] = entry.Name()
 	}
 	return ids, nil
-}
-
-// LayersInUse returns the IDs of the volumes that use each of the layers in the layer store. It returns an error if a
-// record cannot be read, because the layers that its volume uses are then unknown.
-func (s *Store) LayersInUse() (map[digest.Digest][]string, error) {
-	ids, err := s.List()
-	if err != nil {
-		return nil, err
-	}
-	volumes := map[digest.Digest][]string{}
-	for _, id := range ids {
-		r, err := s.Load(id)
-		switch {
-		case errdefs.IsNotFound(err), errors.Is(err, ErrEmpty):
-			// A volume without a record has no view. Neither has one with an empty record: it is of an earlier boot.
-			continue
-		case err != nil:
-			return nil, fmt.Errorf("the layers that volume %s uses are unknown: %w", id, err)
-		}
-		for _, layer := range r.Layers {
-			if !slices.Contains(volumes[layer], id) {
-				volumes[layer] = append(volumes[layer], id)
-			}
-		}
-	}
-	return volumes, nil
 }

@@ -2,6 +2,7 @@ package record
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -16,7 +17,7 @@ import (
 )
 
 func TestSaveAndLoad(t *testing.T) {
-	s := NewStore(t.TempDir())
+	s := NewStore(t.TempDir(), t.TempDir())
 	group := uint32(7)
 	want := &Record{ID: "v", Spec: spec.Spec{Upper: spec.UpperClaim, Size: 1 << 30}, Size: 2 << 30, Made: true}
 	want = want.With(Publication{Target: "/t", Pod: kubelet.Pod{UID: "u"}, Group: &group, BootID: "b", LowerDirs: []string{"/l"}})
@@ -51,7 +52,7 @@ func TestLoadErrors(t *testing.T) {
 		"wrong reference": {`{"version":1,"id":"v","spec":{"layers":["nothing"],"upper":"pod"}}`, ErrDamaged},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := NewStore(t.TempDir())
+			s := NewStore(t.TempDir(), t.TempDir())
 			if name != "none" {
 				write(t, s, "v", row.content)
 			}
@@ -63,7 +64,7 @@ func TestLoadErrors(t *testing.T) {
 }
 
 func TestLayersInUse(t *testing.T) {
-	s := NewStore(t.TempDir())
+	s := NewStore(t.TempDir(), t.TempDir())
 	a, b := digest.FromString("a"), digest.FromString("b")
 	for id, layers := range map[string][]digest.Digest{"v": {a, b, a}, "w": {b}} {
 		if err := s.Save(&Record{ID: id, Layers: layers}); err != nil {
@@ -78,16 +79,34 @@ func TestLayersInUse(t *testing.T) {
 	if want := (map[digest.Digest][]string{a: {"v"}, b: {"v", "w"}}); err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("%v, %v; want %v", got, err, want)
 	}
-	write(t, s, "damaged", "{")
-	if got, err := s.LayersInUse(); !errors.Is(err, ErrDamaged) {
-		t.Errorf("with a damaged record: %v, %v", got, err)
+	// Of records that cannot be used, what still stands in them counts.
+	c := digest.FromString("c")
+	for id, content := range map[string]string{
+		"half":  fmt.Sprintf(`{"version":1,"id":"half","layers":[%q,%q],"publ`, b, c),
+		"newer": fmt.Sprintf(`{"version":99,"id":"newer","layers":{%q:true}}`, c),
+		"none":  "\x00\x00",
+	} {
+		write(t, s, id, content)
+	}
+	got, err = s.LayersInUse()
+	want := map[digest.Digest][]string{a: {"v"}, b: {"half", "v", "w"}, c: {"half", "newer"}}
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("with records that cannot be used: %v, %v; want %v", got, err, want)
+	}
+	// Nor is an upper without a record forgotten.
+	if err := os.Mkdir(filepath.Join(s.Dir("without"), "upper"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	ids, err := s.Unreadable()
+	if want := []string{"empty", "half", "newer", "none", "without"}; err != nil || !reflect.DeepEqual(ids, want) {
+		t.Errorf("unreadable: %v, %v; want %v", ids, err, want)
 	}
 }
 
 // TestEmptyRecord: a persistent volume whose record was emptied is damaged, never an ephemeral one that a power cut has ended.
 func TestEmptyRecord(t *testing.T) {
 	for kind, want := range map[spec.Policy]error{spec.UpperClaim: ErrDamaged, spec.UpperPod: ErrEmpty, spec.UpperNone: ErrEmpty} {
-		s := NewStore(t.TempDir())
+		s := NewStore(t.TempDir(), t.TempDir())
 		if err := s.Save(&Record{ID: "v", Spec: spec.Spec{Upper: kind}}); err != nil {
 			t.Fatal(err)
 		}

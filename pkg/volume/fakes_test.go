@@ -71,7 +71,7 @@ func newFakeNode(t *testing.T) *fakeNode {
 	check(t, err)
 	n.layerDir = layerDir
 	t.Cleanup(func() { layerDir.Close() })
-	n.records = record.NewStore(fakeRoot{n}.VolumesDir())
+	n.records = record.NewStore(fakeRoot{n}.VolumesDir(), n.dir)
 	n.boot(testBoot)
 	return n
 }

@@ -47,6 +47,7 @@ const (
 	reasonDataRootFails    = "DataRootFails"
 	reasonDataRootFull     = "DataRootFull"
 	reasonLayerRootMissing = "LayerRootMissing"
+	reasonRecordsDamaged   = "RecordsDamaged"
 )
 
 // findings collects conditions. Conditions with the same severity and reason become one, with all of their messages.
@@ -223,7 +224,11 @@ func lacking(usage upper.Usage) string {
 func (m *Manager) StorageHealth() []Condition {
 	var found findings
 	root := m.config.Root
-	found.addError(upper.CheckWritable(root.VolumesDir()), dataRootState)
+	if err := upper.CheckWritable(root.VolumesDir()); err != nil {
+		found.addError(err, dataRootState)
+	} else {
+		m.addRecords(&found)
+	}
 	usage, err := linux.FileSystemUsageAt(root.Path())
 	if err != nil {
 		found.add(Inaccessible, reasonDataRootFails, err.Error())
@@ -234,4 +239,20 @@ func (m *Manager) StorageHealth() []Condition {
 		found.add(Degraded, reasonLayerRootMissing, err.Error())
 	}
 	return found
+}
+
+// maxNamed is how many volumes a message names.
+const maxNamed = 10
+
+// addRecords adds the records that cannot be used, of a data root that works.
+func (m *Manager) addRecords(found *findings) {
+	ids, err := m.records.Unreadable()
+	switch {
+	case err != nil:
+		found.addError(err, dataRootState)
+	case len(ids) > 0:
+		found.add(Degraded, reasonRecordsDamaged, fmt.Sprintf("the records of %d volumes are damaged or missing (%s); restore them, or the "+
+			"layers that they use may be removed once they are not mounted",
+			len(ids), strings.Join(ids[:min(len(ids), maxNamed)], ", ")))
+	}
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
@@ -34,7 +33,7 @@ func (p *publishing) loadRecord(context.Context) error {
 		return err
 	}
 	dir := m.records.Dir(id)
-	if !p.req.Inline && containsUppers(dir) {
+	if !p.req.Inline && record.ContainsUppers(dir) {
 		return fmt.Errorf("%w: %s contains an upper without its record, so that its layers are unknown; restore %s or move the directory away",
 			errdefs.ErrDataLoss, dir, dataroot.Record)
 	}
@@ -55,11 +54,6 @@ func (p *publishing) loadRecord(context.Context) error {
 			errdefs.ErrDataLoss, p.req.Target, dataroot.Record, dir)
 	}
 	return m.discard(id)
-}
-
-// containsUppers reports whether the directory of a volume contains the upper of the volume or uppers of pods.
-func containsUppers(dir string) bool {
-	return upper.ContainsUpper(dir) || exists(filepath.Join(dir, dataroot.PodUppers))
 }
 
 // checkConflicts compares the request with the record.

@@ -61,7 +61,7 @@ func (m *Manager) reconcileVolume(ctx context.Context, id string) error {
 // record is saved: if there is one, somebody lost the record, and a person has to decide.
 func (m *Manager) discardWithoutRecord(ctx context.Context, id string) error {
 	dir := m.records.Dir(id)
-	if containsUppers(dir) {
+	if record.ContainsUppers(dir) {
 		klog.FromContext(ctx).Info("Upper without a record; move it away or restore "+dataroot.Record, keyDir, dir)
 		return nil
 	}
