@@ -41,6 +41,8 @@ func (s *Store) Load(id string) (*Record, error) {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("%w: volume %s does not exist on this node", errdefs.ErrNotFound, id)
+	case errors.Is(err, syscall.EISDIR):
+		return nil, fmt.Errorf("read the record of volume %s: %w: %w", id, ErrDamaged, err)
 	case err != nil:
 		return nil, fmt.Errorf("read the record of volume %s: %w", id, err)
 	case len(data) == 0:

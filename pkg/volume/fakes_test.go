@@ -251,6 +251,14 @@ func (b fakeBackends) Open(at upper.Location) upper.Upper {
 	return fakeUpper{b.n, base, at.Limit}
 }
 
+func (b fakeBackends) OpenUnrecorded(base string) upper.Upper {
+	return fakeUpper{b.n, filepath.Join(b.n.dir, "data", base), upper.Limit{}}
+}
+
+func (b fakeBackends) FindPodVolumes(string, string, string) (held []upper.Upper, unknown []string, err error) {
+	return nil, nil, b.n.failing("find pod volumes")
+}
+
 // fakeUpper keeps to the life cycle of upper.Upper.
 type fakeUpper struct {
 	n     *fakeNode

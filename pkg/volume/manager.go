@@ -52,6 +52,8 @@ type podVolumes interface {
 type backends interface {
 	Choose(need upper.Requirements) (upper.Backend, error)
 	Open(at upper.Location) upper.Upper
+	OpenUnrecorded(base string) upper.Upper
+	FindPodVolumes(dir, volumeID, target string) (held []upper.Upper, unknown []string, err error)
 }
 
 // pods knows which pods are on the node.

@@ -22,7 +22,7 @@ import (
 // loadRecord loads the record. An ephemeral volume with an empty record starts again. Uppers without a record are refused,
 // because the layers that they were made on are not known, and pods may be using them. An inline volume, which is of one pod,
 // starts again unless its view is mounted.
-func (p *publishing) loadRecord(context.Context) error {
+func (p *publishing) loadRecord(ctx context.Context) error {
 	m, id := p.m, p.req.VolumeID
 	r, err := m.records.Load(id)
 	if err == nil {
@@ -33,9 +33,10 @@ func (p *publishing) loadRecord(context.Context) error {
 		return err
 	}
 	dir := m.records.Dir(id)
-	if !p.req.Inline && record.ContainsUppers(dir) {
-		return fmt.Errorf("%w: %s contains an upper without its record, so that its layers are unknown; restore %s or move the directory away",
-			errdefs.ErrDataLoss, dir, dataroot.Record)
+	if !p.req.Inline {
+		if err := m.checkNoUppers(id); err != nil {
+			return err
+		}
 	}
 	if p.req.Spec.Persistent() && p.req.Provisioned {
 		return fmt.Errorf("%w: node %s has no record of this volume, so that its upper is on another node or was lost; "+
@@ -53,7 +54,7 @@ func (p *publishing) loadRecord(context.Context) error {
 		return fmt.Errorf("%w: the view at %s has no record; restore %s in %s, or delete the pod",
 			errdefs.ErrDataLoss, p.req.Target, dataroot.Record, dir)
 	}
-	return m.discard(id)
+	return m.discardUnrecorded(ctx, id)
 }
 
 // checkConflicts compares the request with the record.

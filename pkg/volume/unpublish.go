@@ -9,12 +9,13 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 )
 
 // Unpublish unmounts what is mounted at the target of the request, and removes the target directory. The rest goes by the
 // record: it discards an ephemeral upper, and releases a persistent one, which stays. It returns nil if there is nothing to do.
-// With a damaged record it returns nil too: the upper is not released until the record is restored and reconciled.
+// Where the record is damaged or missing, it releases what it finds of the view, and leaves what is in the data root for a person.
 func (m *Manager) Unpublish(ctx context.Context, id, target string) error {
 	unlock, err := m.locks.acquire(ctx, id)
 	if err != nil {
@@ -30,13 +31,22 @@ func (m *Manager) Unpublish(ctx context.Context, id, target string) error {
 	r, err := m.records.Load(id)
 	switch {
 	case errdefs.IsNotFound(err):
-		return nil
+		return m.releaseUnrecorded(ctx, id, target)
 	case errors.Is(err, record.ErrEmpty):
-		return m.discard(id)
+		if err := m.releaseUnrecorded(ctx, id, target); err != nil {
+			return err
+		}
+		err := m.discardUnrecorded(ctx, id)
+		if errors.Is(err, overlay.ErrUpperInUse) {
+			// That is another pod's. Reconcile discards the volume after it.
+			klog.FromContext(ctx).Error(err, "Unpublished; the record is empty", keyVolume, id)
+			return nil
+		}
+		return err
 	case errdefs.IsDataLoss(err):
 		// kubelet asked for the unmount. A pod must not stay Terminating because of a damaged record; reconcile reports it.
 		klog.FromContext(ctx).Error(err, "Unpublished; the record is damaged", keyVolume, id)
-		return nil
+		return m.releaseUnrecorded(ctx, id, target)
 	case linux.IsNotWritable(err):
 		// The disk has failed.
 		klog.FromContext(ctx).Error(err, "Unpublished; the data root cannot be read, reconcile will retry", keyVolume, id)

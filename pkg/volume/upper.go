@@ -42,11 +42,17 @@ func (u uppers) open(r *record.Record, p *record.Publication) upper.Upper {
 
 // base returns the base directory of an upper, beneath the data root.
 func (u uppers) base(r *record.Record, target string) string {
-	dir := filepath.Join(dataroot.Volumes, r.ID)
 	if r.Spec.Ephemeral() && !r.Inline {
-		return filepath.Join(dir, dataroot.PodUppers, u.podKey(target))
+		return u.podBase(r.ID, target)
 	}
-	return dir
+	return u.volumeBase(r.ID)
+}
+
+// volumeBase is the base directory of the upper of a volume, and podBase that of the upper of one pod.
+func (uppers) volumeBase(id string) string { return filepath.Join(dataroot.Volumes, id) }
+
+func (u uppers) podBase(id, target string) string {
+	return filepath.Join(u.volumeBase(id), dataroot.PodUppers, u.podKey(target))
 }
 
 // path returns the path of the base directory of an upper.

@@ -1,12 +1,18 @@
 package integration
 
 import (
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+
+	"github.com/overlay-csi/overlay-csi/test/drivertest"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
 
@@ -96,5 +102,126 @@ func TestCollectBesideAViewOfUnknownLayers(t *testing.T) {
 				t.Errorf("after the pod: %+v, %v", collected, err)
 			}
 		})
+	}
+}
+
+// TestCreateTakesOverNoUpper: a directory without a record that has an upper is somebody's, and neither becomes the upper of a new
+// claim nor is it discarded where that does not fit.
+func TestCreateTakesOverNoUpper(t *testing.T) {
+	node := startNode(t, "--reconcile-interval=1h")
+	layers := layersOf(t, node, map[string]string{"f": "f"})
+	var disk unix.Statfs_t
+	must(t, unix.Statfs(node.DataRoot, &disk))
+	for name, size := range map[string]int64{"fits": 1 << 20, "does-not-fit": int64(disk.Blocks) * disk.Bsize} {
+		for _, dir := range []string{"upper", "pods/pod/upper"} {
+			id := name + "-" + strings.ReplaceAll(dir, "/", "-")
+			precious := filepath.Join(node.DataRoot, "volumes", id, dir, "precious")
+			must(t, os.MkdirAll(filepath.Dir(precious), 0o700))
+			write(t, precious, "bytes")
+			_, err := node.Controller().CreateVolume(timeout(t), createRequest(id, readWriteOnce, size, "layers", layers))
+			wantCode(t, err, codes.DataLoss, "without its record")
+			wantFile(t, precious, "bytes")
+		}
+	}
+	// What a crash between the directory and the record leaves is taken.
+	must(t, os.Mkdir(filepath.Join(node.DataRoot, "volumes", "crashed"), 0o700))
+	v := create(t, node, "crashed", readWriteOnce, "layers", layers)
+	pod := newPod(t, node, "pod")
+	wantFile(t, filepath.Join(publish(t, pod, v), "f"), "f")
+	unpublish(t, pod, v)
+}
+
+// TestEmptyRecordOfALiveView: neither reconcile nor another pod's end throws away an upper that a view is mounted on.
+func TestEmptyRecordOfALiveView(t *testing.T) {
+	node := startNode(t, "--reconcile-interval=50ms")
+	layers := layersOf(t, node, map[string]string{"f": "f"})
+	one, two := newPod(t, node, "one"), newPod(t, node, "two")
+	for name, v := range map[string]drivertest.Volume{
+		"inline":    inline("layers", layers),
+		"image":     inline("layers", layers, "sizeLimit", "16Mi", "sizeEnforcement", "image"),
+		"memory":    inline("layers", layers, "sizeLimit", "16Mi", "medium", "memory"),
+		"each pod":  claim("each", readWriteMany, "layers", layers, "upper", "pod"),
+		"each's fs": claim("memory", readWriteMany, "layers", layers, "upper", "pod", "sizeLimit", "16Mi", "medium", "memory"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			target := publish(t, one, v)
+			if v.Claim {
+				publish(t, two, v)
+			}
+			must(t, os.Truncate(filepath.Join(node.DataRoot, "volumes", one.Request(v).GetVolumeId(), "volume.json"), 0))
+			if v.Claim {
+				unpublish(t, two, v)
+			}
+			waitForReconcile(t, node)
+			write(t, filepath.Join(target, "written"), "after")
+			wantFile(t, filepath.Join(target, "written"), "after")
+			wantFile(t, filepath.Join(target, "f"), "f")
+			unpublish(t, one, v)
+		})
+	}
+	for range 2 {
+		waitForReconcile(t, node)
+	}
+	wantNothingLeft(t, node)
+}
+
+// TestUnpublishWithADamagedRecord unmounts also what no record names any more: the file system of the upper, and the busy mount in
+// another volume of the pod.
+func TestUnpublishWithADamagedRecord(t *testing.T) {
+	for name, damage := range damages {
+		t.Run(name, func(t *testing.T) {
+			node := startNode(t, "--reconcile-interval=1h")
+			layers := layersOf(t, node, map[string]string{"f": "f"})
+			pod := newPod(t, node, "pod")
+			other := sibling(t, pod, "data", "ext4")
+			scratch, err := pod.EmptyDir("scratch")
+			must(t, err)
+			kept := createSized(t, node, "kept", readWriteOnce, 16<<20, "layers", layers, "sizeEnforcement", "image")
+			volumes := []drivertest.Volume{
+				inline("layers", layers, "sizeLimit", "16Mi", "medium", "memory"),
+				inline("layers", layers, "sizeLimit", "16Mi", "sizeEnforcement", "image"),
+				claim("each", readWriteMany, "layers", layers, "upper", "pod", "sizeLimit", "16Mi", "medium", "memory"),
+				inline("layers", layers, "upper", "volume://data/up"),
+				inline("layers", layers, "upper", "volume://scratch/up"),
+				kept,
+			}
+			for i := range volumes {
+				if !volumes[i].Claim {
+					volumes[i].Name = fmt.Sprint("inline-", i)
+				}
+				publish(t, pod, volumes[i])
+			}
+			second := newPod(t, node, "second")
+			shared := publish(t, second, kept)
+			for _, v := range volumes {
+				damage(t, filepath.Join(node.DataRoot, "volumes", pod.Request(v).GetVolumeId(), "volume.json"))
+				unpublish(t, pod, v)
+			}
+			// The file system of an upper that another pod has stays.
+			write(t, filepath.Join(shared, "written"), "by the second")
+			wantFile(t, filepath.Join(shared, "written"), "by the second")
+			unpublish(t, second, kept)
+			must(t, unix.Unmount(other, 0))
+			must(t, os.RemoveAll(scratch))
+			mounts, err := drivertest.Mounts(node.KubeletDir)
+			must(t, err)
+			for _, mount := range mounts {
+				t.Errorf("left mounted: %s", mount.Mountpoint)
+			}
+			images, err := filepath.Glob(filepath.Join(node.DataRoot, "volumes", "*", "disk.img"))
+			must(t, err)
+			for _, image := range images {
+				wantNoLoop(t, image)
+			}
+		})
+	}
+}
+
+// wantNoLoop checks that no loop device has the file.
+func wantNoLoop(t *testing.T, path string) {
+	t.Helper()
+	output, err := exec.Command("losetup", "--noheadings", "--associated", path).CombinedOutput()
+	if err != nil || len(output) > 0 {
+		t.Errorf("%s has a loop device: %s %v", path, output, err)
 	}
 }

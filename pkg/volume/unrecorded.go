@@ -1,0 +1,112 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/record"
+)
+
+// releaseUnrecorded releases what a view at a target had, of a volume whose record cannot be read: its upper in the data root, unless
+// another view has it, and its uppers in other volumes of the pod. It returns ErrDataLoss if there is something of which it is not
+// known whose it is.
+func (m *Manager) releaseUnrecorded(ctx context.Context, id, target string) error {
+	for _, base := range []string{m.uppers.volumeBase(id), m.uppers.podBase(id, target)} {
+		if err := m.releaseBase(ctx, base); err != nil && !errors.Is(err, overlay.ErrUpperInUse) {
+			return err
+		}
+	}
+	dir := m.podDir(target)
+	if dir == "" || !exists(dir) {
+		return nil
+	}
+	held, unknown, err := m.config.Backends.FindPodVolumes(dir, id, target)
+	if err != nil {
+		return err
+	}
+	for _, upper := range held {
+		if err := upper.Release(ctx); err != nil {
+			return err
+		}
+	}
+	if len(unknown) > 0 {
+		return fmt.Errorf("%w: the record of volume %s is damaged or missing, and the mounts at %s may be the volume's, so that the pod "+
+			"cannot end; restore %s, or unmount them",
+			errdefs.ErrDataLoss, id, strings.Join(unknown, ", "), dataroot.Record)
+	}
+	return nil
+}
+
+// checkNoUppers returns ErrDataLoss if the directory of a volume without a record contains an upper, which another volume must not
+// take over.
+func (m *Manager) checkNoUppers(id string) error {
+	dir := m.records.Dir(id)
+	if !record.ContainsUppers(dir) {
+		return nil
+	}
+	return fmt.Errorf("%w: %s contains an upper without its record, so that its layers are unknown; restore %s or move the directory away",
+		errdefs.ErrDataLoss, dir, dataroot.Record)
+}
+
+// discardUnrecorded discards the directory of a volume that has no record or an empty one. It returns ErrFailedPrecondition if a view
+// is mounted on one of its uppers.
+func (m *Manager) discardUnrecorded(ctx context.Context, id string) error {
+	bases := []string{m.uppers.volumeBase(id)}
+	pods := filepath.Join(m.uppers.volumeBase(id), dataroot.PodUppers)
+	entries, err := os.ReadDir(filepath.Join(m.uppers.root, pods))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("find the uppers of volume %s: %w", id, err)
+	}
+	for _, entry := range entries {
+		bases = append(bases, filepath.Join(pods, entry.Name()))
+	}
+	for _, base := range bases {
+		if err := m.releaseBase(ctx, base); err != nil {
+			return fmt.Errorf("discard volume %s, which has no record: %w", id, err)
+		}
+	}
+	return m.discard(id)
+}
+
+// releaseBase releases the upper in a base directory of which no record says anything. It returns ErrUpperInUse if an overlay is
+// mounted on it.
+func (m *Manager) releaseBase(ctx context.Context, base string) error {
+	u := m.config.Backends.OpenUnrecorded(base)
+	path, _ := u.Paths()
+	dir, err := linux.Open(nil, path, linux.O_PATH|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
+	switch {
+	case err == nil:
+		inUse, err := m.views.UpperInUse(dir)
+		dir.Close()
+		if err != nil {
+			return err
+		}
+		if inUse {
+			return fmt.Errorf("%w: %w: %s; restore %s, or delete the pod",
+				errdefs.ErrFailedPrecondition, overlay.ErrUpperInUse, path, dataroot.Record)
+		}
+	case !errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("open the upper: %w", err)
+	}
+	return u.Release(ctx)
+}
+
+// podDir returns kubelet's directory of the pod that a target belongs to, "" if the target does not have it.
+func (m *Manager) podDir(target string) string {
+	uid := m.config.Pods.PodUID(target)
+	if uid == "" {
+		return ""
+	}
+	before, _, _ := strings.Cut(target, "/"+uid+"/")
+	return before + "/" + uid
+}
