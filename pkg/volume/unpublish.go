@@ -50,7 +50,7 @@ func (m *Manager) Unpublish(ctx context.Context, id, target string) error {
 	case linux.IsNotWritable(err):
 		// The disk has failed.
 		klog.FromContext(ctx).Error(err, "Unpublished; the data root cannot be read, reconcile will retry", keyVolume, id)
-		return nil
+		return m.releasePodVolumes(ctx, id, target)
 	case err != nil:
 		return err
 	}

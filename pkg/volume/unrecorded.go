@@ -18,14 +18,19 @@ import (
 )
 
 // releaseUnrecorded releases what a view at a target had, of a volume whose record cannot be read: its upper in the data root, unless
-// another view has it, and its uppers in other volumes of the pod. It returns ErrDataLoss if there is something of which it is not
-// known whose it is.
+// another view has it, and its uppers in other volumes of the pod.
 func (m *Manager) releaseUnrecorded(ctx context.Context, id, target string) error {
 	for _, base := range []string{m.uppers.volumeBase(id), m.uppers.podBase(id, target)} {
 		if err := m.releaseBase(ctx, base); err != nil && !errors.Is(err, overlay.ErrUpperInUse) {
 			return err
 		}
 	}
+	return m.releasePodVolumes(ctx, id, target)
+}
+
+// releasePodVolumes releases what a view at a target had in other volumes of the pod, where the record cannot be read. It returns
+// ErrDataLoss if there is something of which it is not known whose it is.
+func (m *Manager) releasePodVolumes(ctx context.Context, id, target string) error {
 	dir := m.podDir(target)
 	if dir == "" || !exists(dir) {
 		return nil
@@ -40,7 +45,7 @@ func (m *Manager) releaseUnrecorded(ctx context.Context, id, target string) erro
 		}
 	}
 	if len(unknown) > 0 {
-		return fmt.Errorf("%w: the record of volume %s is damaged or missing, and the mounts at %s may be the volume's, so that the pod "+
+		return fmt.Errorf("%w: the record of volume %s cannot be read, and the mounts at %s may be the volume's, so that the pod "+
 			"cannot end; restore %s, or unmount them",
 			errdefs.ErrDataLoss, id, strings.Join(unknown, ", "), dataroot.Record)
 	}

@@ -36,6 +36,20 @@ func TestPodsEndOnAFailedDisk(t *testing.T) {
 				t.Errorf("something of the pod is still mounted:\n%s", mounted)
 			}
 		})
+		t.Run("upper elsewhere, data root on "+kind, func(t *testing.T) {
+			node := newNode(t)
+			mountImage(t, kind, 512<<20, node.DataRoot, "")
+			start(t, node)
+			pod := newPod(t, node, "pod")
+			scratch, err := pod.EmptyDir("scratch")
+			must(t, err)
+			v := inline("layers", layersOf(t, node, map[string]string{"f": "f"}), "upper", "volume://scratch/up")
+			publish(t, pod, v)
+			must(t, drivertest.ShutDown(node.DataRoot))
+			unpublish(t, pod, v)
+			must(t, os.RemoveAll(filepath.Dir(scratch)))
+			removePod(t, pod)
+		})
 		t.Run("other volume on "+kind, func(t *testing.T) {
 			node := startNode(t)
 			pod := newPod(t, node, "pod")

@@ -141,10 +141,7 @@ func TestLostSocketIsMadeAgain(t *testing.T) {
 		"deleted":           func(t *testing.T) { must(t, os.Remove(watcher.socket)) },
 		"directory deleted": func(t *testing.T) { must(t, os.RemoveAll(filepath.Dir(watcher.socket))) },
 		"a dead process's": func(t *testing.T) {
-			must(t, os.Remove(watcher.socket))
-			listener := listenUnix(t, watcher.socket)
-			listener.SetUnlinkOnClose(false)
-			must(t, listener.Close())
+			must(t, replaceSocket(t, watcher.socket).Close())
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -172,16 +169,14 @@ func TestLostSocketIsMadeAgain(t *testing.T) {
 func TestSocketOfAnotherProcess(t *testing.T) {
 	node, watcher, url := startRegistering(t)
 	watcher.register(t, "")
-	must(t, os.Remove(watcher.socket))
-	other := listenUnix(t, watcher.socket)
+	other := replaceSocket(t, watcher.socket)
 	wantUnregistered(t, node, url, "another process")
 	// When the other ends, the socket is this driver's again.
 	must(t, other.Close())
 	watcher.register(t, "")
 	wantRegistered(t, node, url)
 
-	must(t, os.Remove(watcher.socket))
-	listenUnix(t, watcher.socket)
+	replaceSocket(t, watcher.socket)
 	must(t, node.Stop())
 	conn, err := net.Dial("unix", watcher.socket)
 	if err != nil {
@@ -190,10 +185,13 @@ func TestSocketOfAnotherProcess(t *testing.T) {
 	conn.Close()
 }
 
-func listenUnix(t *testing.T, path string) *net.UnixListener {
+// replaceSocket puts a socket of the test's in the place of another, at once. The file stays when the listener is closed.
+func replaceSocket(t *testing.T, path string) *net.UnixListener {
 	t.Helper()
-	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: path + ".new", Net: "unix"})
 	must(t, err)
+	listener.SetUnlinkOnClose(false)
 	t.Cleanup(func() { listener.Close() })
+	must(t, os.Rename(path+".new", path))
 	return listener
 }
