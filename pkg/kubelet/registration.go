@@ -55,8 +55,14 @@ func (r *Registration) Registered() error {
 	return r.status
 }
 
-// Reset makes Registered wait for kubelet's next answer. It is called before the socket is made again.
-func (r *Registration) Reset() { r.set(errNotAsked) }
+// Reset makes Registered wait for kubelet's next answer. It is called before the socket is made again. A refusal stays known until then.
+func (r *Registration) Reset() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.status == nil {
+		r.status = errNotAsked
+	}
+}
 
 func (r *Registration) set(status error) {
 	r.mu.Lock()
