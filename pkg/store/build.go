@@ -137,7 +137,7 @@ type decompressedReader struct {
 
 func (r decompressedReader) Read(buffer []byte) (int, error) {
 	n, err := r.from.Read(buffer)
-	if err == nil || err == io.EOF || r.blob.err != nil {
+	if err == nil || errors.Is(err, io.EOF) || r.blob.err != nil {
 		return n, err
 	}
 	if errors.Is(err, zstd.ErrWindowSizeExceeded) {

@@ -123,7 +123,7 @@ func (u *unpacker) unpack(ctx context.Context, from io.Reader) error {
 			return context.Cause(ctx)
 		}
 		header, err := reader.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return u.setDirTimes()
 		}
 		if ctx.Err() != nil {
@@ -174,7 +174,7 @@ type tarSource struct {
 
 func (s *tarSource) Read(data []byte) (int, error) {
 	n, err := s.read(data)
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		s.err = err
 	}
 	return n, err
@@ -216,7 +216,7 @@ func (r tarReader) Read(data []byte) (int, error) {
 
 // markInvalid wraps errdefs.ErrInvalidArgument around an error. If the source could be read, the reason is what it has.
 func (r tarReader) markInvalid(err error) error {
-	if err == nil || err == io.EOF || r.source.err != nil {
+	if err == nil || errors.Is(err, io.EOF) || r.source.err != nil {
 		return err
 	}
 	return fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
