@@ -227,7 +227,7 @@ func (m *Manager) StorageHealth() []Condition {
 	if err := upper.CheckWritable(root.VolumesDir()); err != nil {
 		found.addError(err, dataRootState)
 	} else {
-		m.addRecords(&found)
+		found.addRecords(m.records)
 	}
 	usage, err := linux.FileSystemUsageAt(root.Path())
 	if err != nil {
@@ -245,13 +245,13 @@ func (m *Manager) StorageHealth() []Condition {
 const maxNamed = 10
 
 // addRecords adds the records that cannot be used, of a data root that works.
-func (m *Manager) addRecords(found *findings) {
-	ids, err := m.records.Unreadable()
+func (f *findings) addRecords(records *record.Store) {
+	ids, err := records.Unreadable()
 	switch {
 	case err != nil:
-		found.addError(err, dataRootState)
+		f.addError(err, dataRootState)
 	case len(ids) > 0:
-		found.add(Degraded, reasonRecordsDamaged, fmt.Sprintf("the records of %d volumes are damaged or missing (%s); restore them, or the "+
+		f.add(Degraded, reasonRecordsDamaged, fmt.Sprintf("the records of %d volumes are damaged or missing (%s); restore them, or the "+
 			"layers that they use may be removed once they are not mounted",
 			len(ids), strings.Join(ids[:min(len(ids), maxNamed)], ", ")))
 	}

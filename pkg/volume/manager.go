@@ -88,22 +88,26 @@ type Manager struct {
 	records *record.Store
 	views   views
 	uppers  uppers
-	ledger  *ledger
-	usage   usageCache
-	locks   *locks
-	ready   atomic.Bool
+	// unrecorded is for volumes whose records cannot be read.
+	unrecorded unrecorded
+	ledger     *ledger
+	usage      usageCache
+	locks      *locks
+	ready      atomic.Bool
 }
 
 // NewManager returns a manager of the volumes in a data root.
 func NewManager(config Config) *Manager {
 	uppers := uppers{config.Backends, config.Pods, config.Root.Path(), config.Node}
+	views := views{config.Mounter}
 	return &Manager{
-		config:  config,
-		records: config.Records,
-		views:   views{config.Mounter},
-		uppers:  uppers,
-		ledger:  newLedger(config, uppers),
-		locks:   newLocks(),
+		config:     config,
+		records:    config.Records,
+		views:      views,
+		uppers:     uppers,
+		unrecorded: unrecorded{config.Records, uppers, views, config.Root},
+		ledger:     newLedger(config, uppers),
+		locks:      newLocks(),
 	}
 }
 

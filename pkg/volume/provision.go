@@ -61,7 +61,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error)
 		return Volume{}, err
 	}
 	// A crash can have left a directory without a record, and then it has no upper.
-	if err := m.checkNoUppers(id); err != nil {
+	if err := m.unrecorded.checkNoUppers(id); err != nil {
 		return Volume{}, fmt.Errorf("create volume %s: %w", req.Name, err)
 	}
 	requested, err := m.resolveRequested(ctx, &req)

@@ -34,7 +34,7 @@ func (p *publishing) loadRecord(ctx context.Context) error {
 	}
 	dir := m.records.Dir(id)
 	if !p.req.Inline {
-		if err := m.checkNoUppers(id); err != nil {
+		if err := m.unrecorded.checkNoUppers(id); err != nil {
 			return err
 		}
 	}
@@ -54,7 +54,7 @@ func (p *publishing) loadRecord(ctx context.Context) error {
 		return fmt.Errorf("%w: the view at %s has no record; restore %s in %s, or delete the pod",
 			errdefs.ErrDataLoss, p.req.Target, dataroot.Record, dir)
 	}
-	return m.discardUnrecorded(ctx, id)
+	return m.unrecorded.discard(ctx, id)
 }
 
 // checkConflicts compares the request with the record.

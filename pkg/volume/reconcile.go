@@ -42,7 +42,7 @@ func (m *Manager) reconcileVolume(ctx context.Context, id string) error {
 	case errdefs.IsNotFound(err):
 		return m.discardWithoutRecord(ctx, id)
 	case errors.Is(err, record.ErrEmpty):
-		return m.discardUnrecorded(ctx, id)
+		return m.unrecorded.discard(ctx, id)
 	case err != nil:
 		return err
 	}
@@ -65,7 +65,7 @@ func (m *Manager) discardWithoutRecord(ctx context.Context, id string) error {
 		klog.FromContext(ctx).Info("Upper without a record; move it away or restore "+dataroot.Record, keyDir, dir)
 		return nil
 	}
-	return m.discardUnrecorded(ctx, id)
+	return m.unrecorded.discard(ctx, id)
 }
 
 func (m *Manager) reconcilePublication(ctx context.Context, id string, p record.Publication) error {

@@ -31,12 +31,12 @@ func (m *Manager) Unpublish(ctx context.Context, id, target string) error {
 	r, err := m.records.Load(id)
 	switch {
 	case errdefs.IsNotFound(err):
-		return m.releaseUnrecorded(ctx, id, target)
+		return m.unrecorded.release(ctx, id, target)
 	case errors.Is(err, record.ErrEmpty):
-		if err := m.releaseUnrecorded(ctx, id, target); err != nil {
+		if err := m.unrecorded.release(ctx, id, target); err != nil {
 			return err
 		}
-		err := m.discardUnrecorded(ctx, id)
+		err := m.unrecorded.discard(ctx, id)
 		if errors.Is(err, overlay.ErrUpperInUse) {
 			// That is another pod's. Reconcile discards the volume after it.
 			klog.FromContext(ctx).Error(err, "Unpublished; the record is empty", keyVolume, id)
@@ -46,11 +46,11 @@ func (m *Manager) Unpublish(ctx context.Context, id, target string) error {
 	case errdefs.IsDataLoss(err):
 		// kubelet asked for the unmount. A pod must not stay Terminating because of a damaged record; reconcile reports it.
 		klog.FromContext(ctx).Error(err, "Unpublished; the record is damaged", keyVolume, id)
-		return m.releaseUnrecorded(ctx, id, target)
+		return m.unrecorded.release(ctx, id, target)
 	case linux.IsNotWritable(err):
 		// The disk has failed.
 		klog.FromContext(ctx).Error(err, "Unpublished; the data root cannot be read, reconcile will retry", keyVolume, id)
-		return m.releasePodVolumes(ctx, id, target)
+		return m.unrecorded.releasePodVolumes(ctx, id, target)
 	case err != nil:
 		return err
 	}

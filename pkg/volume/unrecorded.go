@@ -17,25 +17,33 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 )
 
-// releaseUnrecorded releases what a view at a target had, of a volume whose record cannot be read: its upper in the data root, unless
-// another view has it, and its uppers in other volumes of the pod.
-func (m *Manager) releaseUnrecorded(ctx context.Context, id, target string) error {
-	for _, base := range []string{m.uppers.volumeBase(id), m.uppers.podBase(id, target)} {
-		if err := m.releaseBase(ctx, base); err != nil && !errors.Is(err, overlay.ErrUpperInUse) {
+// unrecorded finds and releases what volumes have whose records cannot be read.
+type unrecorded struct {
+	records *record.Store
+	uppers  uppers
+	views   views
+	root    dataRoot
+}
+
+// release releases what a view at a target had: its upper in the data root, unless another view has it, and its uppers in other
+// volumes of the pod.
+func (u unrecorded) release(ctx context.Context, id, target string) error {
+	for _, base := range []string{u.uppers.volumeBase(id), u.uppers.podBase(id, target)} {
+		if err := u.releaseBase(ctx, base); err != nil && !errors.Is(err, overlay.ErrUpperInUse) {
 			return err
 		}
 	}
-	return m.releasePodVolumes(ctx, id, target)
+	return u.releasePodVolumes(ctx, id, target)
 }
 
-// releasePodVolumes releases what a view at a target had in other volumes of the pod, where the record cannot be read. It returns
-// ErrDataLoss if there is something of which it is not known whose it is.
-func (m *Manager) releasePodVolumes(ctx context.Context, id, target string) error {
-	dir := m.podDir(target)
+// releasePodVolumes releases what a view at a target had in other volumes of the pod. It returns ErrDataLoss if there is something of
+// which it is not known whose it is.
+func (u unrecorded) releasePodVolumes(ctx context.Context, id, target string) error {
+	dir := u.podDir(target)
 	if dir == "" || !exists(dir) {
 		return nil
 	}
-	held, unknown, err := m.config.Backends.FindPodVolumes(dir, id, target)
+	held, unknown, err := u.uppers.backends.FindPodVolumes(dir, id, target)
 	if err != nil {
 		return err
 	}
@@ -54,8 +62,8 @@ func (m *Manager) releasePodVolumes(ctx context.Context, id, target string) erro
 
 // checkNoUppers returns ErrDataLoss if the directory of a volume without a record contains an upper, which another volume must not
 // take over.
-func (m *Manager) checkNoUppers(id string) error {
-	dir := m.records.Dir(id)
+func (u unrecorded) checkNoUppers(id string) error {
+	dir := u.records.Dir(id)
 	if !record.ContainsUppers(dir) {
 		return nil
 	}
@@ -63,12 +71,12 @@ func (m *Manager) checkNoUppers(id string) error {
 		errdefs.ErrDataLoss, dir, dataroot.Record)
 }
 
-// discardUnrecorded discards the directory of a volume that has no record or an empty one. It returns ErrFailedPrecondition if a view
+// discard discards the directory of a volume that has no record or an empty one. It returns ErrFailedPrecondition if a view
 // is mounted on one of its uppers.
-func (m *Manager) discardUnrecorded(ctx context.Context, id string) error {
-	bases := []string{m.uppers.volumeBase(id)}
-	pods := filepath.Join(m.uppers.volumeBase(id), dataroot.PodUppers)
-	entries, err := os.ReadDir(filepath.Join(m.uppers.root, pods))
+func (u unrecorded) discard(ctx context.Context, id string) error {
+	bases := []string{u.uppers.volumeBase(id)}
+	pods := filepath.Join(u.uppers.volumeBase(id), dataroot.PodUppers)
+	entries, err := os.ReadDir(filepath.Join(u.uppers.root, pods))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("find the uppers of volume %s: %w", id, err)
 	}
@@ -76,22 +84,22 @@ func (m *Manager) discardUnrecorded(ctx context.Context, id string) error {
 		bases = append(bases, filepath.Join(pods, entry.Name()))
 	}
 	for _, base := range bases {
-		if err := m.releaseBase(ctx, base); err != nil {
+		if err := u.releaseBase(ctx, base); err != nil {
 			return fmt.Errorf("discard volume %s, which has no record: %w", id, err)
 		}
 	}
-	return m.discard(id)
+	return u.root.Discard(u.records.Dir(id))
 }
 
 // releaseBase releases the upper in a base directory of which no record says anything. It returns ErrUpperInUse if an overlay is
 // mounted on it.
-func (m *Manager) releaseBase(ctx context.Context, base string) error {
-	u := m.config.Backends.OpenUnrecorded(base)
-	path, _ := u.Paths()
+func (u unrecorded) releaseBase(ctx context.Context, base string) error {
+	found := u.uppers.backends.OpenUnrecorded(base)
+	path, _ := found.Paths()
 	dir, err := linux.Open(nil, path, linux.O_PATH|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
 	switch {
 	case err == nil:
-		inUse, err := m.views.UpperInUse(dir)
+		inUse, err := u.views.UpperInUse(dir)
 		dir.Close()
 		if err != nil {
 			return err
@@ -103,12 +111,12 @@ func (m *Manager) releaseBase(ctx context.Context, base string) error {
 	case !errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("open the upper: %w", err)
 	}
-	return u.Release(ctx)
+	return found.Release(ctx)
 }
 
 // podDir returns kubelet's directory of the pod that a target belongs to, "" if the target does not have it.
-func (m *Manager) podDir(target string) string {
-	uid := m.config.Pods.PodUID(target)
+func (u unrecorded) podDir(target string) string {
+	uid := u.uppers.pods.PodUID(target)
 	if uid == "" {
 		return ""
 	}
