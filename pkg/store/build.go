@@ -122,6 +122,7 @@ type blobReader struct {
 
 func (r *blobReader) Read(buffer []byte) (int, error) {
 	n, err := r.from.Read(buffer)
+	// An error that wraps io.EOF, such as one of a connection, is not the end.
 	if err != nil && err != io.EOF {
 		r.err = err
 	}

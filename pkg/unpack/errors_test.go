@@ -136,7 +136,7 @@ func TestWrongLayersAreInvalid(t *testing.T) {
 // TestErrorsOfTheMachineAreNotOfTheLayer: what a person should look into then is the disk or the network, not the image.
 func TestErrorsOfTheMachineAreNotOfTheLayer(t *testing.T) {
 	needs.Root(t)
-	failed := errors.New("connection reset")
+	failed := fmt.Errorf("connection closed: %w", io.EOF)
 	for name, from := range map[string]io.Reader{
 		"between entries": io.MultiReader(bytes.NewReader(mustTar(t, registrytest.File("f", "x"))[:1024]), failing{failed}),
 		"within a file": io.MultiReader(

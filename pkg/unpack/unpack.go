@@ -122,15 +122,15 @@ func (u *unpacker) unpack(ctx context.Context, from io.Reader) error {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
 		}
-		header, err := reader.Next()
-		if errors.Is(err, io.EOF) {
+		header, err := reader.tar.Next()
+		if err == io.EOF {
 			return u.setDirTimes()
 		}
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 		if err != nil {
-			return fmt.Errorf("read the tar after %d entries: %w", u.entries, err)
+			return fmt.Errorf("read the tar after %d entries: %w", u.entries, reader.markInvalid(err))
 		}
 		if err := u.unpackEntry(header, content); err != nil {
 			if source.err == nil {
@@ -168,24 +168,27 @@ type tarSource struct {
 	ctx  context.Context
 	u    *unpacker
 	from io.Reader
-	// err is why the tar could not be read.
+	// err is why the tar cannot be read.
 	err error
 }
 
 func (s *tarSource) Read(data []byte) (int, error) {
-	n, err := s.read(data)
-	if err != nil && !errors.Is(err, io.EOF) {
+	limit := s.u.limits.MaxBytes
+	switch {
+	case s.ctx.Err() != nil:
+		s.err = context.Cause(s.ctx)
+	case limit > 0 && s.u.tarBytes-s.u.contentBytes > limit:
+		s.err = fmt.Errorf("%w: the headers of the layer have more than %d bytes; raise --max-layer-size", errdefs.ErrResourceExhausted, limit)
+	}
+	if s.err != nil {
+		return 0, s.err
+	}
+	n, err := s.from.Read(data)
+	s.u.tarBytes += int64(n)
+	// An error that wraps io.EOF, such as one of a connection, is not the end.
+	if err != nil && err != io.EOF {
 		s.err = err
 	}
-	return n, err
-}
-
-func (s *tarSource) read(data []byte) (int, error) {
-	if limit := s.u.limits.MaxBytes; limit > 0 && s.u.tarBytes-s.u.contentBytes > limit {
-		return 0, fmt.Errorf("%w: the headers of the layer have more than %d bytes; raise --max-layer-size", errdefs.ErrResourceExhausted, limit)
-	}
-	n, err := contextReader{s.ctx, s.from}.Read(data)
-	s.u.tarBytes += int64(n)
 	return n, err
 }
 
@@ -200,17 +203,12 @@ func drain(from io.Reader) error {
 
 // tarReader reads a tar.
 type tarReader struct {
-	reader *tar.Reader
+	tar    *tar.Reader
 	source *tarSource
 }
 
-func (r tarReader) Next() (*tar.Header, error) {
-	header, err := r.reader.Next()
-	return header, r.markInvalid(err)
-}
-
 func (r tarReader) Read(data []byte) (int, error) {
-	n, err := r.reader.Read(data)
+	n, err := r.tar.Read(data)
 	return n, r.markInvalid(err)
 }
 
