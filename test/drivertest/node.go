@@ -188,7 +188,8 @@ type process struct {
 }
 
 func (n *Node) waitReady(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	// In a virtual machine under emulation, beside other work, a start has taken a minute.
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
 	defer cancel()
 	p := n.running
 	go func() {
