@@ -49,11 +49,14 @@ func (s *Store) LayersInUse() (map[digest.Digest][]string, error) {
 		if still, err := s.isMounted(view); err != nil || still {
 			return nil, errors.Join(err, fmt.Errorf("%w: the records of volumes %s cannot be read, and the view at %s, whose layers the kernel "+
 				"does not name, may be of one of them; restore the record, or delete the pod",
-				errdefs.ErrFailedPrecondition, strings.Join(all.unreadable, ", "), view.Targets[0]))
+				errdefs.ErrFailedPrecondition, strings.Join(all.unreadable[:min(len(all.unreadable), maxNamed)], ", "), view.Targets[0]))
 		}
 	}
 	return all.layers, nil
 }
+
+// maxNamed is how many volumes a message names.
+const maxNamed = 10
 
 // views returns the mounted views of the node. Their targets are as in the records: in the mount table, links are resolved.
 func (s *Store) views() ([]overlay.View, error) {

@@ -3,8 +3,6 @@ package store
 import (
 	"cmp"
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -82,33 +80,6 @@ func (c *catalogue) loadLayers(ctx context.Context) error {
 			continue
 		}
 		c.addLocked(layer, used)
-	}
-	return nil
-}
-
-// loadImages reads the images, the last pulled first. It discards those for which there is no room.
-func (c *catalogue) loadImages(ctx context.Context) error {
-	files, err := listRecords(c.imagesDir())
-	if err != nil {
-		return err
-	}
-	for _, file := range files {
-		var image Image
-		_, err := readJSON(file.path, &image)
-		switch {
-		case err == nil && (image.Digest.Validate() != nil || c.imagePath(image.Digest) != file.path || image.Version != formatVersion):
-			err = errors.New("it is not a record of this version")
-		case err == nil && c.images.total+weigh(file.size) > maxImageRecords && !c.isPrefetched(&image):
-			err = fmt.Errorf("the records of images have more than %d bytes", maxImageRecords)
-		}
-		if err == nil {
-			c.images.put(&image, file.size)
-			continue
-		}
-		klog.FromContext(ctx).Info("Forgetting image", keyFile, file.path, keyReason, err.Error())
-		if err := c.discard(file.path); err != nil {
-			return err
-		}
 	}
 	return nil
 }
@@ -259,85 +230,6 @@ func (c *catalogue) listImages() []Image {
 		return cmp.Or(slices.Compare(a.Names, b.Names), cmp.Compare(a.Digest, b.Digest))
 	})
 	return list
-}
-
-// saveImage writes an image. The caller holds references on its layers. saveImage forgets other images if there is no room for its
-// record.
-func (c *catalogue) saveImage(image Image) (*Image, error) {
-	c.saveMu.Lock()
-	defer c.saveMu.Unlock()
-	c.mu.Lock()
-	before := c.images.images[image.Digest]
-	c.mu.Unlock()
-	if before != nil {
-		if image.Archive == nil {
-			image.Archive = before.Archive
-		}
-		image.addNames(before.Names)
-	}
-	slices.Sort(image.Names)
-	image.Version, image.Pulled = formatVersion, time.Now().UTC().Truncate(time.Second)
-	data, err := json.Marshal(image)
-	if err != nil {
-		return nil, fmt.Errorf("write image %s: %w", image.Digest, err)
-	}
-	if len(data) > maxRecord {
-		return nil, fmt.Errorf("%w: the record of image %s has %d bytes; the maximum is %d",
-			errdefs.ErrInvalidArgument, image.Digest, len(data), maxRecord)
-	}
-	if err := c.forgetFor(int64(len(data))); err != nil {
-		return nil, err
-	}
-	if err := writeFile(c.imagePath(image.Digest), data); err != nil {
-		return nil, fmt.Errorf("write image %s: %w", image.Digest, err)
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.images.put(&image, int64(len(data)))
-	return &image, nil
-}
-
-// forgetFor forgets images if there is no room for a record of size bytes. Their layers stay until they are collected. The caller holds
-// saveMu.
-func (c *catalogue) forgetFor(size int64) error {
-	c.mu.Lock()
-	hasRoom := c.images.total+weigh(size) <= maxImageRecords
-	c.mu.Unlock()
-	if hasRoom {
-		return nil
-	}
-	// Without this answer the images of volumes have no protection. They can be pulled again.
-	used, _ := c.records.LayersInUse()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, id := range c.images.toForget(size, func(image *Image) protection {
-		isUnused := func(layer ImageLayer) bool { return len(used[layer.DiffID]) == 0 }
-		switch {
-		case c.isPrefetched(image):
-			return isPrefetched
-		case !slices.ContainsFunc(image.Layers, isUnused):
-			return usedByVolume
-		}
-		return unprotected
-	}) {
-		if err := c.forgetLocked(id); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (c *catalogue) forgetLocked(id digest.Digest) error {
-	c.images.remove(id)
-	if err := c.discard(c.imagePath(id)); err != nil {
-		return fmt.Errorf("remove image %s: %w", id, err)
-	}
-	return nil
-}
-
-// isPrefetched reports whether an image was pulled by a name that is prefetched.
-func (c *catalogue) isPrefetched(image *Image) bool {
-	return slices.ContainsFunc(image.Names, func(name string) bool { return slices.Contains(c.prefetch, name) })
 }
 
 // markUsed sets the time of the last use of the layers in used to now. It also stores the times of all layers on disk, as

@@ -36,6 +36,9 @@ func (u unrecorded) release(ctx context.Context, id, target string) error {
 	return u.releasePodVolumes(ctx, id, target)
 }
 
+// maxUnknown is how many mounts a message names. The pod chooses their paths.
+const maxUnknown = 3
+
 // releasePodVolumes releases what a view at a target had in other volumes of the pod. It returns ErrDataLoss if there is something of
 // which it is not known whose it is.
 func (u unrecorded) releasePodVolumes(ctx context.Context, id, target string) error {
@@ -55,7 +58,7 @@ func (u unrecorded) releasePodVolumes(ctx context.Context, id, target string) er
 	if len(unknown) > 0 {
 		return fmt.Errorf("%w: the record of volume %s cannot be read, and the mounts at %s may be the volume's, so that the pod "+
 			"cannot end; restore %s, or unmount them",
-			errdefs.ErrDataLoss, id, strings.Join(unknown, ", "), dataroot.Record)
+			errdefs.ErrDataLoss, id, strings.Join(unknown[:min(len(unknown), maxUnknown)], ", "), dataroot.Record)
 	}
 	return nil
 }
