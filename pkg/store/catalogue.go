@@ -222,7 +222,7 @@ func (c *catalogue) listImages() []Image {
 	defer c.mu.Unlock()
 	var list []Image
 	for _, image := range c.images.images {
-		if !slices.ContainsFunc(image.Layers, func(layer ImageLayer) bool { return c.layers[layer.DiffID] == nil }) {
+		if c.hasLayersLocked(image) {
 			list = append(list, *image)
 		}
 	}
@@ -230,6 +230,11 @@ func (c *catalogue) listImages() []Image {
 		return cmp.Or(slices.Compare(a.Names, b.Names), cmp.Compare(a.Digest, b.Digest))
 	})
 	return list
+}
+
+// hasLayersLocked reports whether all layers of an image are present.
+func (c *catalogue) hasLayersLocked(image *Image) bool {
+	return !slices.ContainsFunc(image.Layers, func(layer ImageLayer) bool { return c.layers[layer.DiffID] == nil })
 }
 
 // markUsed sets the time of the last use of the layers in used to now. It also stores the times of all layers on disk, as

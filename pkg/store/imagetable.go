@@ -119,7 +119,8 @@ func listRecords(dir string) ([]recordFile, error) {
 	return files, nil
 }
 
-// loadImages reads the images, the last pulled first. It discards those for which there is no room.
+// loadImages reads the images, the last pulled first. It discards those for which there is no room, and those of which a layer is
+// missing: a crash came between the removal of the layer and that of the image.
 func (c *catalogue) loadImages(ctx context.Context) error {
 	files, err := listRecords(c.imagesDir())
 	if err != nil {
@@ -131,6 +132,8 @@ func (c *catalogue) loadImages(ctx context.Context) error {
 		switch {
 		case err == nil && (image.Digest.Validate() != nil || c.imagePath(image.Digest) != file.path || image.Version != formatVersion):
 			err = errors.New("it is not a record of this version")
+		case err == nil && !c.hasLayersLocked(&image):
+			err = errors.New("a layer is missing")
 		case err == nil && c.images.total+weigh(file.size) > maxImageRecords && !c.isPrefetched(&image):
 			err = fmt.Errorf("the records of images have more than %d bytes", maxImageRecords)
 		}

@@ -168,3 +168,17 @@ func TestTooLargeRecordIsDiscarded(t *testing.T) {
 		t.Errorf("%d images are left", len(images))
 	}
 }
+
+// TestImageWithoutALayerIsForgotten starts after a crash between the removal of a layer and that of the images that contain it.
+func TestImageWithoutALayerIsForgotten(t *testing.T) {
+	n := newNode(t)
+	r := n.startRegistry(registrytest.Options{})
+	lease := n.mustPull(push(t, r, "i:1", image(t, layer(t, registrytest.File("f", "one")), layer(t, registrytest.File("f", "two")))))
+	n.stop()
+	n.Close()
+	must(t, n.Discard(filepath.Join(n.dir, "layers/sha256", lease.Image.Layers[0].DiffID.Encoded())))
+	n.start()
+	if records, err := os.ReadDir(filepath.Join(n.dir, "images")); err != nil || len(records) != 0 {
+		t.Errorf("records of images are left: %v (%v)", records, err)
+	}
+}
