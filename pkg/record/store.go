@@ -68,12 +68,20 @@ func (s *Store) emptyError(id string) error {
 }
 
 // Save writes a record in place of the one before, and makes the directory of the volume if it is missing. If the upper is
-// persistent, the record is on the disk when Save returns.
+// persistent, the first record is on the disk when Save returns, and a power cut leaves a later one or the one before it.
 func (s *Store) Save(r *Record) error {
 	if err := s.write(r); err != nil {
 		return fmt.Errorf("write the record of volume %s: %w", r.ID, err)
 	}
 	return nil
+}
+
+// SaveDurably is like Save, and no power cut brings back the record before.
+func (s *Store) SaveDurably(r *Record) error {
+	if err := s.Save(r); err != nil {
+		return err
+	}
+	return linux.SyncPath(s.Dir(r.ID))
 }
 
 func (s *Store) write(r *Record) error {

@@ -2,7 +2,11 @@ package upper
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // Upper is the writable side of one overlay: an upper directory and the work directory that overlayfs wants beside it.
@@ -89,6 +93,19 @@ type Dirs struct {
 	Upper, Work *os.File
 	// Existed reports whether the upper was there before: it may have content, or an overlay mounted on it.
 	Existed bool
+}
+
+// Sync writes to the disk that the upper exists: what is recorded of it afterwards holds after a power cut.
+func (d Dirs) Sync() error {
+	base, err := linux.Open(d.Upper, "..", linux.O_PATH|linux.O_DIRECTORY, 0)
+	if err != nil {
+		return fmt.Errorf("sync an upper: %w", err)
+	}
+	defer base.Close()
+	if err := errors.Join(linux.SyncDir(d.Upper), linux.SyncDir(base)); err != nil {
+		return fmt.Errorf("sync an upper: %w", err)
+	}
+	return nil
 }
 
 // Close closes the handles. The directories remain.

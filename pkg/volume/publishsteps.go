@@ -292,13 +292,16 @@ func (p *publishing) releaseUpper(ctx context.Context) error {
 	return p.upper.Release(ctx)
 }
 
-// saveMade records that a persistent upper exists: from then on it can be lost.
+// saveMade records that a persistent upper exists: from then on it can be lost. It may lie on another disk than the record.
 func (p *publishing) saveMade(context.Context) error {
 	if !p.prepared || !p.after.Spec.Persistent() || p.after.Made {
 		return nil
 	}
+	if err := p.dirs.Sync(); err != nil {
+		return err
+	}
 	p.after.Made = true
-	return p.m.records.Save(p.after)
+	return p.m.records.SaveDurably(p.after)
 }
 
 // checkUpperFree checks that no other overlay is mounted on an upper that existed.

@@ -92,3 +92,29 @@ func runProgram(t *testing.T, name string, args ...string) {
 		t.Fatalf("%s %q: %v\n%s", name, args, err, output)
 	}
 }
+
+// TestUpperThatIsRecordedIsOnTheDisk cuts the power right after a claim's first publish. A record of an upper that had not reached the
+// disk would have the claim be refused as lost.
+func TestUpperThatIsRecordedIsOnTheDisk(t *testing.T) {
+	for _, system := range []string{"ext4", "xfs"} {
+		for _, enforcement := range []string{"none", "image"} {
+			t.Run(enforcement+" on "+system, func(t *testing.T) {
+				node := newNode(t)
+				mountImage(t, system, 512<<20, node.DataRoot, "")
+				start(t, node)
+				v := createSized(t, node, "kept", readWriteOnce, 32<<20,
+					"layers", layersOf(t, node, map[string]string{"f": "f"}), "sizeEnforcement", enforcement)
+				publish(t, newPod(t, node, "pod"), v)
+				must(t, drivertest.ShutDown(node.DataRoot))
+				must(t, errors.Join(node.Kill(), drivertest.UnmountBeneath(node.KubeletDir), unix.Unmount(node.DataRoot, 0)))
+				mountExisting(t, system, node.DataRoot+".img", node.DataRoot)
+				must(t, node.Reboot())
+				start(t, node)
+				pod := newPod(t, node, "later")
+				wantFile(t, filepath.Join(publish(t, pod, v), "f"), "f")
+				unpublish(t, pod, v)
+				deleteVolume(t, node, v)
+			})
+		}
+	}
+}
