@@ -23,13 +23,17 @@ type Repository struct {
 	registry string
 	resolver remotes.Resolver
 	config   Config
+	// credentialsID identifies the credentials.
+	credentialsID string
 	// lastUser is the user of the last login that was sent. It is "" for a token, and nil if no login was sent.
 	lastUser *atomic.Pointer[string]
 }
 
 // Repository returns the repository of an image. It sends no request.
 func (c *Client) Repository(named reference.Named, credentials Credentials) *Repository {
-	repository := &Repository{named: named, registry: reference.Domain(named), config: c.config, lastUser: &atomic.Pointer[string]{}}
+	repository := &Repository{
+		named: named, registry: reference.Domain(named), config: c.config, credentialsID: credentials.ID(), lastUser: &atomic.Pointer[string]{},
+	}
 	login := func(host string) (string, string, error) {
 		node, err := c.nodeCredentials()
 		if err != nil {
@@ -52,6 +56,9 @@ func (c *Client) Repository(named reference.Named, credentials Credentials) *Rep
 
 // Named returns the name of the image.
 func (r *Repository) Named() reference.Named { return r.named }
+
+// CredentialsID returns the ID of the credentials that the repository is accessed with.
+func (r *Repository) CredentialsID() string { return r.credentialsID }
 
 // Resolve requests the descriptor of the image from the registry.
 func (r *Repository) Resolve(ctx context.Context) (ocispec.Descriptor, error) {

@@ -25,11 +25,13 @@ const maxZstdWindow = "32 MiB"
 // builder makes layers from blobs.
 type builder struct {
 	layout
-	limits unpack.Limits
-	syncer *syncer
+	catalogue *catalogue
+	limits    unpack.Limits
+	syncer    *syncer
 }
 
-// build unpacks a blob in dir, verifies it, and commits the layer to the store. The caller removes dir after an error.
+// build unpacks a blob in dir, verifies it, commits the layer to the store, and acquires a reference on it. The caller removes dir
+// after an error.
 func (b *builder) build(ctx context.Context, dir *workDir, blob image.LayerBlob, content io.Reader) (Layer, error) {
 	layer, err := b.unpack(ctx, dir, blob, content)
 	if err != nil {
@@ -45,25 +47,30 @@ func (b *builder) build(ctx context.Context, dir *workDir, blob image.LayerBlob,
 	if err := b.syncer.sync(); err != nil {
 		return Layer{}, err
 	}
-	return layer, b.commit(dir, layer)
-}
-
-// commit renames dir to the directory of the layer, and syncs the parent.
-func (b *builder) commit(dir *workDir, layer Layer) error {
-	err := os.Rename(dir.path(), b.layerDir(layer.DiffID))
-	if errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EEXIST) {
-		// The layer was already built from another blob with the same content.
+	isNew, err := b.catalogue.commit(dir.path(), layer, keyOf(blob))
+	if err != nil {
+		return Layer{}, fmt.Errorf("commit layer %s: %w", layer.DiffID, err)
+	}
+	if isNew {
+		err = b.syncLayersDir()
+	} else {
 		err = dir.discard()
 	}
 	if err != nil {
-		return fmt.Errorf("commit layer %s: %w", layer.DiffID, err)
+		b.catalogue.unref([]digest.Digest{layer.DiffID})
+		return Layer{}, err
 	}
-	parent, err := os.Open(b.layersDir())
+	return layer, nil
+}
+
+// syncLayersDir writes the names of the layers to the disk.
+func (b *builder) syncLayersDir() error {
+	dir, err := os.Open(b.layersDir())
 	if err != nil {
 		return err
 	}
-	defer parent.Close()
-	if err := parent.Sync(); err != nil {
+	defer dir.Close()
+	if err := dir.Sync(); err != nil {
 		return fmt.Errorf("sync the layer store: %w", err)
 	}
 	return nil

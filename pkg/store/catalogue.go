@@ -3,12 +3,14 @@ package store
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -91,10 +93,17 @@ func (c *catalogue) addLocked(layer Layer, used time.Time) {
 	}
 }
 
-// add adds a committed layer and acquires a reference on it. key is its blob.
-func (c *catalogue) add(layer Layer, key blobKey) {
+// commit renames the directory at path to that of a layer, adds the layer, and acquires a reference on it. key is its blob.
+// isNew is false if the layer was present, because it was also built by another fetch or from another blob. The directory at
+// path then stays. A collection cannot come in between: remove takes the same lock.
+func (c *catalogue) commit(path string, layer Layer, key blobKey) (isNew bool, _ error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	err := os.Rename(path, c.layerDir(layer.DiffID))
+	isPresent := errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EEXIST)
+	if err != nil && !isPresent {
+		return false, err
+	}
 	now := time.Now()
 	if c.layers[layer.DiffID] == nil {
 		c.addLocked(layer, now)
@@ -102,6 +111,7 @@ func (c *catalogue) add(layer Layer, key blobKey) {
 	c.blobs[key] = layer.DiffID
 	c.leases.acquire(layer.DiffID)
 	c.layers[layer.DiffID].LastUsed = now
+	return !isPresent, nil
 }
 
 // findLocked returns the layer of a blob, or nil if it is not present.

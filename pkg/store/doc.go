@@ -10,7 +10,7 @@
 //
 //   - catalogue: the layers and images on disk, and the leases on them
 //   - puller: the pulls in progress, one for each image and set of credentials
-//   - fetcher: the layers in progress, one for each blob
+//   - fetcher: the layers in progress, one for each blob and source
 //   - builder: unpacks, verifies and commits one layer
 //   - collector: garbage collection
 //

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"fmt"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
@@ -10,7 +11,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
 
-// fetcher fetches single layers. Concurrent pulls share the fetch of a layer.
+// fetcher fetches single layers. Concurrent pulls share the fetch of a layer if it is the same for all of them.
 type fetcher struct {
 	catalogue *catalogue
 	// slots bounds the number of layers that are downloaded and unpacked at the same time.
@@ -18,88 +19,151 @@ type fetcher struct {
 
 	mu sync.Mutex
 	// fetches are the fetches in progress. mu is locked before the lock of the catalogue.
-	fetches map[blobKey]*fetch
+	fetches map[fetchKey]*fetch
+}
+
+// source identifies where an origin gets its blobs from.
+type source struct {
+	// host is the registry in the name of the image. It is empty for an archive.
+	host string
+	// repository is the path of the image in the registry, or identifies the archive.
+	repository string
+	// credentials is the ID of the credentials.
+	credentials string
+}
+
+// fetchKey identifies a fetch. Pulls share only a fetch that is the same for each of them: a registry that sends slowly must not
+// make the pulls from others wait, and an image that describes a blob wrongly must not make those of others fail.
+type fetchKey struct {
+	blob   blobKey
+	size   int64
+	diffID digest.Digest
+	from   source
+}
+
+func fetchKeyOf(blob image.LayerBlob, from source) fetchKey {
+	return fetchKey{keyOf(blob), blob.Descriptor.Size, blob.DiffID, from}
+}
+
+// workDirName returns the name of the work directory for a fetch. A later fetch with the same key resumes its download.
+func (k fetchKey) workDirName() string {
+	return k.blob.digest.Encoded() + "-" + digest.FromString(fmt.Sprintf("%#v", k)).Encoded()[:16]
 }
 
 // fetch is the fetch of a layer in progress.
 type fetch struct {
-	done chan struct{}
-	// err may be read after done is closed.
+	// ctx is done when the pull has ended that runs the fetch, or when another fetch has added the layer.
+	ctx    context.Context
+	cancel context.CancelFunc
+	done   chan struct{}
+	// err and canceled may be read after done is closed. canceled reports whether the pull has ended before the fetch.
 	err      error
+	canceled bool
 	received progressCounter
 }
 
 func newFetcher(catalogue *catalogue, slots int) *fetcher {
-	return &fetcher{catalogue: catalogue, slots: semaphore.NewWeighted(int64(max(slots, 1))), fetches: map[blobKey]*fetch{}}
+	return &fetcher{catalogue: catalogue, slots: semaphore.NewWeighted(int64(max(slots, 1))), fetches: map[fetchKey]*fetch{}}
 }
 
 // layer fetches the layer of a blob if it is not present. It returns the diff ID, and acquires a reference on the layer.
 func (f *fetcher) layer(ctx context.Context, blob image.LayerBlob, from origin) (digest.Digest, error) {
-	for tries := 0; ; tries++ {
-		id, current, isOurs := f.join(blob)
+	own := fetchKeyOf(blob, from.source())
+	key := own
+	// The repositories of a registry share their layers.
+	key.from.repository = ""
+	for {
+		id, current, isOurs := f.join(ctx, key, blob)
 		if current == nil {
 			return id, nil
 		}
 		if isOurs {
-			return f.run(ctx, current, blob, from)
+			return f.run(ctx, key, current, blob, from)
 		}
 		select {
 		case <-ctx.Done():
 			return "", context.Cause(ctx)
 		case <-current.done:
 		}
-		// The fetch of another pull may have failed because of its credentials. Retry once with those of this pull.
-		if current.err != nil && tries > 0 {
+		switch {
+		case current.err == nil, current.canceled:
+			// The layer is present, or its download is to be resumed.
+		case key == own:
 			return "", current.err
+		default:
+			// Another repository may not have the blob, or refuse the credentials.
+			key = own
 		}
 	}
 }
 
 // join acquires a reference on the layer of a blob if it is present. Otherwise it returns the fetch in progress. isOurs
 // reports whether the fetch is new, so that the caller must run it.
-func (f *fetcher) join(blob image.LayerBlob) (id digest.Digest, current *fetch, isOurs bool) {
+func (f *fetcher) join(ctx context.Context, key fetchKey, blob image.LayerBlob) (id digest.Digest, current *fetch, isOurs bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if id, err := f.catalogue.acquireBlob(blob); err == nil {
 		return id, nil, false
 	}
-	if current, ok := f.fetches[keyOf(blob)]; ok {
+	if current, ok := f.fetches[key]; ok {
 		return "", current, false
 	}
 	current = &fetch{done: make(chan struct{})}
-	f.fetches[keyOf(blob)] = current
+	current.ctx, current.cancel = context.WithCancel(ctx)
+	f.fetches[key] = current
 	return "", current, true
 }
 
-// run runs a fetch, and wakes the callers that wait for it.
-func (f *fetcher) run(ctx context.Context, current *fetch, blob image.LayerBlob, from origin) (digest.Digest, error) {
-	layer, err := f.fetchInSlot(ctx, current, blob, from)
-	if err == nil {
-		f.catalogue.add(layer, keyOf(blob))
+// run runs a fetch, and wakes the callers that wait for it. If another fetch adds the layer first, that is the result.
+func (f *fetcher) run(ctx context.Context, key fetchKey, current *fetch, blob image.LayerBlob, from origin) (digest.Digest, error) {
+	defer current.cancel()
+	layer, err := f.fetchInSlot(current, key, blob, from)
+	id := layer.DiffID
+	if err != nil {
+		if present, missing := f.catalogue.acquireBlob(blob); missing == nil {
+			id, err = present, nil
+		}
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	delete(f.fetches, keyOf(blob))
-	current.err = err
+	delete(f.fetches, key)
+	if err == nil {
+		f.cancelOthersLocked(key.blob)
+	}
+	current.err, current.canceled = err, ctx.Err() != nil
 	close(current.done)
-	return layer.DiffID, err
+	return id, err
+}
+
+// cancelOthersLocked cancels the fetches of a blob whose layer is present now.
+func (f *fetcher) cancelOthersLocked(blob blobKey) {
+	for key, other := range f.fetches {
+		if key.blob == blob {
+			other.cancel()
+		}
+	}
 }
 
 // fetchInSlot fetches a layer when a slot is free.
-func (f *fetcher) fetchInSlot(ctx context.Context, current *fetch, blob image.LayerBlob, from origin) (Layer, error) {
-	if err := f.slots.Acquire(ctx, 1); err != nil {
+func (f *fetcher) fetchInSlot(current *fetch, key fetchKey, blob image.LayerBlob, from origin) (Layer, error) {
+	if err := f.slots.Acquire(current.ctx, 1); err != nil {
 		return Layer{}, err
 	}
 	defer f.slots.Release(1)
-	return from.fetch(ctx, blob, &current.received)
+	return from.fetch(current.ctx, blob, key.workDirName(), &current.received)
 }
 
-// received returns the number of bytes received of a blob whose fetch is in progress. Otherwise it returns 0.
-func (f *fetcher) received(blob image.LayerBlob) int64 {
+// received returns the number of bytes received of a blob from a source whose fetch is in progress. Otherwise it returns 0.
+func (f *fetcher) received(blob image.LayerBlob, from source) int64 {
+	key := fetchKeyOf(blob, from)
+	shared := key
+	shared.from.repository = ""
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if current, ok := f.fetches[keyOf(blob)]; ok {
-		return current.received.load()
+	for _, key := range []fetchKey{key, shared} {
+		if current, ok := f.fetches[key]; ok {
+			return current.received.load()
+		}
 	}
 	return 0
 }

@@ -17,7 +17,7 @@ import (
 //
 //	layers/sha256/<diff ID>/tree/        an unpacked layer, with whiteouts and opaque directories of overlayfs
 //	layers/sha256/<diff ID>/layer.json   its description (Layer)
-//	layers/incoming/<key>/blob           the download of a layer, resumed after a crash
+//	layers/incoming/<key>/blob           the download of a layer from one source, resumed after a crash
 //	layers/incoming/<key>/tree/          the layer while it is unpacked, deleted after a crash
 //	layers/incoming/<key>/scratch/       temporary files of the unpacker
 //	images/<digest>.json                 the description of an image (Image)

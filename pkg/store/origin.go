@@ -10,6 +10,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
@@ -20,8 +22,11 @@ import (
 type origin interface {
 	// describe returns the image without its layers, and the blobs of its layers.
 	describe(ctx context.Context) (Image, []image.LayerBlob, error)
-	// fetch adds the layer of one of the blobs to the store.
-	fetch(ctx context.Context, blob image.LayerBlob, progress *progressCounter) (Layer, error)
+	// source returns where the blobs come from.
+	source() source
+	// fetch adds the layer of one of the blobs to the store, and acquires a reference on it. dirName is the name of the work
+	// directory.
+	fetch(ctx context.Context, blob image.LayerBlob, dirName string, progress *progressCounter) (Layer, error)
 	// close frees the resources of the origin.
 	close() error
 }
@@ -54,6 +59,11 @@ type registryOrigin struct {
 
 func (o *registryOrigin) close() error { return nil }
 
+func (o *registryOrigin) source() source {
+	named := o.repository.Named()
+	return source{reference.Domain(named), reference.Path(named), o.repository.CredentialsID()}
+}
+
 func (o *registryOrigin) describe(ctx context.Context) (Image, []image.LayerBlob, error) {
 	descriptor, err := o.repository.Resolve(ctx)
 	if err != nil {
@@ -74,8 +84,8 @@ func newImage(description image.Description, name string) Image {
 
 // fetch downloads and unpacks a layer. After a transient error it leaves the partial download for the next attempt. After
 // any other error it removes everything.
-func (o *registryOrigin) fetch(ctx context.Context, blob image.LayerBlob, progress *progressCounter) (Layer, error) {
-	dir, err := o.workDirs.acquire(layerWorkDirName(blob))
+func (o *registryOrigin) fetch(ctx context.Context, blob image.LayerBlob, dirName string, progress *progressCounter) (Layer, error) {
+	dir, err := o.workDirs.acquire(dirName)
 	if err != nil {
 		return Layer{}, err
 	}
@@ -158,6 +168,8 @@ func (o *archiveOrigin) close() error {
 	return errors.Join(err, o.file.Close())
 }
 
+func (o *archiveOrigin) source() source { return source{repository: o.identity.Key().String()} }
+
 func (o *archiveOrigin) describe(ctx context.Context) (Image, []image.LayerBlob, error) {
 	var err error
 	if o.dir, err = o.workDirs.acquire(archiveWorkDirName(o.identity)); err != nil {
@@ -179,8 +191,8 @@ func (o *archiveOrigin) describe(ctx context.Context) (Image, []image.LayerBlob,
 }
 
 // fetch unpacks a layer of the archive.
-func (o *archiveOrigin) fetch(ctx context.Context, blob image.LayerBlob, progress *progressCounter) (Layer, error) {
-	dir, err := o.workDirs.acquire(layerWorkDirName(blob))
+func (o *archiveOrigin) fetch(ctx context.Context, blob image.LayerBlob, dirName string, progress *progressCounter) (Layer, error) {
+	dir, err := o.workDirs.acquire(dirName)
 	if err != nil {
 		return Layer{}, err
 	}
@@ -197,7 +209,11 @@ func (o *archiveOrigin) fetch(ctx context.Context, blob image.LayerBlob, progres
 	if err != nil {
 		return Layer{}, errors.Join(o.builder.explainDiskFull(blob, err), dir.discard())
 	}
-	return layer, o.checkUnchanged()
+	if err := o.checkUnchanged(); err != nil {
+		o.builder.catalogue.unref([]digest.Digest{layer.DiffID})
+		return Layer{}, err
+	}
+	return layer, nil
 }
 
 // openBlob opens the blob of a layer. The blob is the whole file if it is the tar of a root file system.

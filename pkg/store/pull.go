@@ -46,6 +46,7 @@ type pullKey struct {
 // pull is a pull in progress.
 type pull struct {
 	name  string
+	from  source
 	began time.Time
 	done  chan struct{}
 
@@ -66,7 +67,7 @@ type pull struct {
 // acquire acquires references on the layers of an image. It calls present, and pulls the image from an origin if that returns
 // an error. It closes the origin. It returns ErrUnavailable if ctx is done before the pull is.
 func (p *puller) acquire(ctx context.Context, key pullKey, name string, present func() (*Image, error), from origin) (*Image, error) {
-	image, current, isNew := p.join(key, name, present)
+	image, current, isNew := p.join(key, name, from.source(), present)
 	if isNew {
 		p.work.Go(func() { p.run(key, current, from) })
 	} else if err := from.close(); err != nil {
@@ -80,7 +81,7 @@ func (p *puller) acquire(ctx context.Context, key pullKey, name string, present 
 
 // join returns the image if it is present. Otherwise it joins the pull in progress. isNew reports whether the pull is new, so
 // that the caller must run it.
-func (p *puller) join(key pullKey, name string, present func() (*Image, error)) (_ *Image, current *pull, isNew bool) {
+func (p *puller) join(key pullKey, name string, from source, present func() (*Image, error)) (_ *Image, current *pull, isNew bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if image, err := present(); err == nil {
@@ -90,7 +91,7 @@ func (p *puller) join(key pullKey, name string, present func() (*Image, error)) 
 		current.waiters++
 		return nil, current, false
 	}
-	current = &pull{name: name, began: time.Now(), done: make(chan struct{}), waiters: 1}
+	current = &pull{name: name, from: from, began: time.Now(), done: make(chan struct{}), waiters: 1}
 	p.pulls[key] = current
 	return nil, current, true
 }

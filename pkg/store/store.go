@@ -78,7 +78,7 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 	ctx, stop := context.WithCancel(ctx)
 	s := &Store{
 		catalogue: catalogue, workDirs: workDirs, registries: registries, platform: platforms.Default(), stop: stop,
-		builder:    &builder{layout: layout, limits: limits, syncer: newSyncer(root.Dir())},
+		builder:    &builder{layout: layout, catalogue: catalogue, limits: limits, syncer: newSyncer(root.Dir())},
 		prefetcher: &prefetcher{catalogue: catalogue, names: config.Prefetch, resolved: map[string]digest.Digest{}},
 	}
 	s.collector = &collector{config: config.GC, catalogue: catalogue, workDirs: workDirs, prefetcher: s.prefetcher, records: records}

@@ -40,6 +40,8 @@ type node struct {
 	used     map[digest.Digest][]string
 	root     *os.File
 	trashed  atomic.Int64
+	// onDiscard is called before a path is discarded.
+	onDiscard func(path string)
 }
 
 func (n *node) LayersInUse() (map[digest.Digest][]string, error) { return n.used, nil }
@@ -77,6 +79,9 @@ func newNodeIn(t *testing.T, dir string, change ...func(*node)) *node {
 func (n *node) Dir() *os.File { return n.root }
 
 func (n *node) Discard(path string) error {
+	if n.onDiscard != nil {
+		n.onDiscard(path)
+	}
 	err := os.Rename(path, filepath.Join(n.dir, "trash", fmt.Sprint(time.Now().UnixNano(), "-", n.trashed.Add(1))))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil

@@ -8,8 +8,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/opencontainers/go-digest"
-
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
 
@@ -39,14 +37,6 @@ func openWorkDirs(layout layout) (*workDirs, error) {
 type workDir struct {
 	dirs *workDirs
 	name string
-}
-
-// layerWorkDirName returns the name of the work directory for a layer.
-func layerWorkDirName(blob image.LayerBlob) string {
-	if blob.FileName == "" {
-		return blob.Descriptor.Digest.Encoded()
-	}
-	return blob.Descriptor.Digest.Encoded() + "-" + digest.FromString(blob.FileName).Encoded()[:16]
 }
 
 // archiveWorkDirName returns the name of the work directory for an archive.
