@@ -22,6 +22,9 @@ const (
 	maxFailures = 5
 	// minRate is the minimum rate of a download in bytes a second.
 	minRate = 1 << 10
+	// slowRate is the minimum rate in bytes a second that a download must have on average over slowPeriod, pauses included.
+	slowRate   = 16 << 10
+	slowPeriod = 5 * time.Minute
 	// downloadSize is the size in bytes of one read from a registry.
 	downloadSize = 256 << 10
 )
@@ -29,8 +32,12 @@ const (
 // errStalled is the cause of a request that was canceled because it received less than minRate.
 var errStalled = errors.New("the registry has stopped sending")
 
+// errSlow is the cause of a download that was canceled because it received less than slowRate.
+var errSlow = fmt.Errorf("the registry has sent less than %d KiB/s for %s; retry, what it has sent is kept", slowRate>>10, slowPeriod)
+
 // Download downloads the rest of a blob to its spool. It retries transient failures from the current offset, with a longer
-// pause each time. It sets progress to the number of bytes in the spool. It does not verify the blob's digest.
+// pause each time. It sets progress to the number of bytes in the spool. It does not verify the blob's digest. It returns
+// ErrUnavailable if the registry sends less than slowRate over slowPeriod: a download must not take a slot for months.
 func (r *Repository) Download(ctx context.Context, descriptor ocispec.Descriptor, into *Spool, progress *atomic.Int64) error {
 	open := func(ctx context.Context, offset int64) (io.ReadCloser, error) {
 		return r.openBlob(ctx, descriptor, offset)
@@ -51,12 +58,18 @@ type download struct {
 func (d *download) run(ctx context.Context) error {
 	failures, pause := 0, d.repository.config.Backoff
 	d.progress.Store(d.into.Len())
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go cancelIfBelow(ctx, cancel, d.progress, limit{slowRate, slowPeriod, errSlow})
 	for {
 		before := d.into.Len()
 		if before == d.descriptor.Size {
 			return nil
 		}
 		err := d.attempt(ctx)
+		if err != nil && errors.Is(context.Cause(ctx), errSlow) {
+			return d.repository.wrap(fetchOp(d.descriptor), errSlow)
+		}
 		if err == nil || ctx.Err() != nil || !errdefs.IsUnavailable(err) {
 			return err
 		}
@@ -70,7 +83,7 @@ func (d *download) run(ctx context.Context) error {
 			keyLayer, d.descriptor.Digest, keyReceived, d.into.Len(), keySize, d.descriptor.Size, keyReason, err.Error())
 		select {
 		case <-ctx.Done():
-			return ctx.Err()
+			return d.repository.wrap(fetchOp(d.descriptor), context.Cause(ctx))
 		case <-time.After(pause + rand.N(pause/4+1)):
 		}
 		pause *= 2
@@ -82,7 +95,7 @@ func (d *download) attempt(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var received atomic.Int64
-	go cancelIfStalled(ctx, cancel, &received, d.repository.config.StallTimeout)
+	go cancelIfBelow(ctx, cancel, &received, limit{minRate, d.repository.config.StallTimeout, errStalled})
 	body, skip, err := d.openAt(ctx, d.into.Len())
 	if err != nil {
 		return d.repository.wrap(fetchOp(d.descriptor), stallCause(ctx, err))
@@ -153,11 +166,18 @@ func (d *download) openAt(ctx context.Context, offset int64) (body io.ReadCloser
 	}{buffered, body}, 0, nil
 }
 
-// cancelIfStalled cancels a request that receives less than minRate during a timeout. It returns when ctx is done.
-func cancelIfStalled(ctx context.Context, cancel context.CancelCauseFunc, received *atomic.Int64, timeout time.Duration) {
-	ticker := time.NewTicker(timeout)
+// limit is a minimum rate in bytes a second over a period, and the error for less.
+type limit struct {
+	rate   float64
+	period time.Duration
+	cause  error
+}
+
+// cancelIfBelow cancels a request or a download that receives less than a limit. It returns when ctx is done.
+func cancelIfBelow(ctx context.Context, cancel context.CancelCauseFunc, received *atomic.Int64, limit limit) {
+	ticker := time.NewTicker(limit.period)
 	defer ticker.Stop()
-	before := int64(0)
+	before := received.Load()
 	for {
 		select {
 		case <-ctx.Done():
@@ -165,8 +185,8 @@ func cancelIfStalled(ctx context.Context, cancel context.CancelCauseFunc, receiv
 		case <-ticker.C:
 		}
 		now := received.Load()
-		if now-before < int64(timeout.Seconds()*minRate) {
-			cancel(errStalled)
+		if now-before < int64(limit.period.Seconds()*limit.rate) {
+			cancel(limit.cause)
 			return
 		}
 		before = now

@@ -213,6 +213,41 @@ func TestStall(t *testing.T) {
 	})
 }
 
+// trickle is a body that sends rate bytes a second.
+type trickle struct {
+	ctx  context.Context
+	rate int
+}
+
+func (b trickle) Read(buffer []byte) (int, error) {
+	select {
+	case <-b.ctx.Done():
+		return 0, b.ctx.Err()
+	case <-time.After(time.Second):
+		return min(b.rate, len(buffer)), nil
+	}
+}
+
+// TestSlowDownload: a registry that sends, but next to nothing, does not hold a download for ever.
+func TestSlowDownload(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDownload(t, 8<<20, func(ctx context.Context, _ int64) (io.ReadCloser, error) {
+			return io.NopCloser(trickle{ctx, 2 << 10}), nil
+		})
+		began := time.Now()
+		err := d.run(t.Context())
+		if !errdefs.IsUnavailable(err) || !strings.Contains(fmt.Sprint(err), "16 KiB/s") {
+			t.Errorf("the error is %v", err)
+		}
+		if took := time.Since(began); took < slowPeriod || took > slowPeriod+time.Minute {
+			t.Errorf("the download took %s", took)
+		}
+		if d.into.Len() == 0 {
+			t.Error("nothing is kept of the download")
+		}
+	})
+}
+
 // TestSpool reads what an earlier download left, what comes, and why it ended.
 func TestSpool(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "blob")

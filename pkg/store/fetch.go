@@ -2,11 +2,11 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
@@ -14,8 +14,7 @@ import (
 // fetcher fetches single layers. Concurrent pulls share the fetch of a layer if it is the same for all of them.
 type fetcher struct {
 	catalogue *catalogue
-	// slots bounds the number of layers that are downloaded and unpacked at the same time.
-	slots *semaphore.Weighted
+	slots     *slots
 
 	mu sync.Mutex
 	// fetches are the fetches in progress. mu is locked before the lock of the catalogue.
@@ -63,7 +62,7 @@ type fetch struct {
 }
 
 func newFetcher(catalogue *catalogue, slots int) *fetcher {
-	return &fetcher{catalogue: catalogue, slots: semaphore.NewWeighted(int64(max(slots, 1))), fetches: map[fetchKey]*fetch{}}
+	return &fetcher{catalogue: catalogue, slots: newSlots(slots), fetches: map[fetchKey]*fetch{}}
 }
 
 // layer fetches the layer of a blob if it is not present. It returns the diff ID, and acquires a reference on the layer.
@@ -144,13 +143,36 @@ func (f *fetcher) cancelOthersLocked(blob blobKey) {
 	}
 }
 
-// fetchInSlot fetches a layer when a slot is free.
+// fetchInSlot fetches a layer when a slot is free. A fetch that loses its slot waits for another one and goes on.
 func (f *fetcher) fetchInSlot(current *fetch, key fetchKey, blob image.LayerBlob, from origin) (Layer, error) {
-	if err := f.slots.Acquire(current.ctx, 1); err != nil {
+	for {
+		layer, err := f.fetchUntilLost(current, key, blob, from)
+		if !errors.Is(err, errSlotLost) {
+			return layer, err
+		}
+	}
+}
+
+// fetchUntilLost fetches a layer when a slot is free. It returns errSlotLost if another fetch gets the slot.
+func (f *fetcher) fetchUntilLost(current *fetch, key fetchKey, blob image.LayerBlob, from origin) (Layer, error) {
+	ctx, cancel := context.WithCancelCause(current.ctx)
+	defer cancel(nil)
+	var lose func()
+	if key.from.host != "" {
+		// The unpacking of an archive would begin again.
+		lose = func() { cancel(errSlotLost) }
+	}
+	remaining := func() int64 { return blob.Descriptor.Size - current.received.load() }
+	slot, err := f.slots.acquire(ctx, key.from.host, remaining, lose)
+	if err != nil {
 		return Layer{}, err
 	}
-	defer f.slots.Release(1)
-	return from.fetch(current.ctx, blob, key.workDirName(), &current.received)
+	defer slot.release()
+	layer, err := from.fetch(ctx, blob, key.workDirName(), &current.received)
+	if err != nil && errors.Is(context.Cause(ctx), errSlotLost) {
+		err = errSlotLost
+	}
+	return layer, err
 }
 
 // received returns the number of bytes received of a blob from a source whose fetch is in progress. Otherwise it returns 0.

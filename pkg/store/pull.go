@@ -17,13 +17,21 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
-// puller pulls images. A pull continues after the request that started it has ended.
+// abandonAfter is the time after which a pull that nobody waits for ends. kubelet repeats a request within minutes.
+const abandonAfter = 10 * time.Minute
+
+// errAbandoned is the cause of the end of a pull that nobody waits for.
+var errAbandoned = fmt.Errorf("%w: nobody waits for the pull any more", errdefs.ErrUnavailable)
+
+// puller pulls images. A pull continues after the request that started it has ended, until abandonAfter has passed.
 type puller struct {
 	catalogue *catalogue
 	fetcher   *fetcher
 	collector *collector
 	// parallel is the maximum number of layers of one image in progress.
 	parallel int
+	// abandonAfter is the time after which a pull that nobody waits for ends.
+	abandonAfter time.Duration
 	// minFreePercent is the percentage of the disk that must stay free.
 	minFreePercent int
 
@@ -50,8 +58,14 @@ type pull struct {
 	began time.Time
 	done  chan struct{}
 
-	// The lock of the puller guards waiters, blobs and ended.
+	// ctx is done when the store is closed, or when nobody has waited for the pull for too long.
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+
+	// The lock of the puller guards waiters, abandon, blobs and ended.
 	waiters int
+	// abandon ends the pull later. It is nil while a request waits.
+	abandon *time.Timer
 	blobs   []image.LayerBlob
 	ended   bool
 
@@ -89,9 +103,14 @@ func (p *puller) join(key pullKey, name string, from source, present func() (*Im
 	}
 	if current := p.pulls[key]; current != nil {
 		current.waiters++
+		if current.abandon != nil {
+			current.abandon.Stop()
+			current.abandon = nil
+		}
 		return nil, current, false
 	}
 	current = &pull{name: name, from: from, began: time.Now(), done: make(chan struct{}), waiters: 1}
+	current.ctx, current.cancel = context.WithCancelCause(p.ctx)
 	p.pulls[key] = current
 	return nil, current, true
 }
@@ -123,14 +142,27 @@ func (p *puller) wait(ctx context.Context, current *pull) (*Image, error) {
 	return current.image, nil
 }
 
-// leave ends the wait of one request. The last one releases the references of a pull that has ended.
+// leave ends the wait of one request. The last one releases the references of a pull that has ended. Another pull ends later if no
+// request comes, and leaves its downloads to be resumed.
 func (p *puller) leave(current *pull) {
 	p.mu.Lock()
 	current.waiters--
 	isLast := current.ended && current.waiters == 0
+	if current.waiters == 0 && !current.ended {
+		current.abandon = time.AfterFunc(p.abandonAfter, func() { p.cancelIfAbandoned(current) })
+	}
 	p.mu.Unlock()
 	if isLast {
 		p.catalogue.unref(current.held)
+	}
+}
+
+// cancelIfAbandoned cancels a pull unless a request has come.
+func (p *puller) cancelIfAbandoned(current *pull) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if current.waiters == 0 {
+		current.cancel(errAbandoned)
 	}
 }
 
@@ -138,6 +170,9 @@ func (p *puller) leave(current *pull) {
 func (p *puller) end(key pullKey, current *pull, image *Image, err error) {
 	p.mu.Lock()
 	delete(p.pulls, key)
+	if current.abandon != nil {
+		current.abandon.Stop()
+	}
 	current.image, current.err, current.ended = image, err, true
 	close(current.done)
 	isLast := current.waiters == 0
@@ -152,8 +187,12 @@ func (p *puller) run(key pullKey, current *pull, from origin) {
 	logger := klog.FromContext(p.ctx).WithValues(keyImage, current.name)
 	logger.Info("Pulling image")
 	stopLogging := p.logProgress(logger, current)
-	image, err := p.pull(klog.NewContext(p.ctx, logger), current, from)
+	image, err := p.pull(klog.NewContext(current.ctx, logger), current, from)
 	stopLogging()
+	if err != nil && errors.Is(context.Cause(current.ctx), errAbandoned) {
+		err = errAbandoned
+	}
+	current.cancel(nil)
 	err = errors.Join(err, from.close())
 	duration := time.Since(current.began).Round(time.Millisecond).String()
 	if err != nil {

@@ -2,14 +2,18 @@ package store_test
 
 import (
 	"context"
+	"fmt"
 	"net/http"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
@@ -87,6 +91,95 @@ func TestSlowRegistryDelaysNobodyElse(t *testing.T) {
 	}
 }
 
+// TestOneRegistryHasNotAllSlots: a registry that does not send leaves a slot for others.
+func TestOneRegistryHasNotAllSlots(t *testing.T) {
+	n := newNode(t)
+	slow, own := n.startRegistry(registrytest.Options{}), n.startRegistry(registrytest.Options{})
+	var layers []v1.Layer
+	for i := range n.config.MaxConcurrentLayerPulls {
+		layers = append(layers, layer(t, registrytest.File("f", fmt.Sprint("slow", i))))
+	}
+	pinned := push(t, own, "team/data:1", image(t, layer(t, registrytest.File("f", "x"))))
+	pinnedSlow := push(t, slow, "evil/data:1", image(t, layers...))
+	config, err := image(t, layers...).ConfigName()
+	must(t, err)
+	asked, stop := make(chan struct{}, 100), make(chan struct{})
+	slow.SetFault(func(_ http.ResponseWriter, request *http.Request) bool {
+		if registrytest.IsBlob(request, "") && !registrytest.IsBlob(request, config.Hex) {
+			asked <- struct{}{}
+			select {
+			case <-stop:
+			case <-request.Context().Done():
+			}
+		}
+		return false
+	})
+	defer close(stop)
+	request, endRequest := context.WithCancel(t.Context())
+	defer endRequest()
+	go func() { _, _ = n.pullWith(request, pinnedSlow) }()
+	for range n.config.MaxConcurrentLayerPulls - 1 {
+		<-asked
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	lease, err := n.pullWith(ctx, pinned)
+	if err != nil {
+		t.Fatalf("one registry has all slots: %v", err)
+	}
+	lease.Release()
+}
+
+// TestAbandonedPullEnds: a pull ends if no request waits for it, and the next one resumes its download.
+func TestAbandonedPullEnds(t *testing.T) {
+	const size = 4 << 20
+	n := newNode(t, func(n *node) { n.config.AbandonAfter = time.Millisecond })
+	r := n.startRegistry(registrytest.Options{})
+	l := layer(t, incompressible(size))
+	pinned := push(t, r, "a:1", image(t, l))
+	halfway := make(chan struct{})
+	var once sync.Once
+	r.SetFault(func(w http.ResponseWriter, request *http.Request) bool {
+		if registrytest.IsBlob(request, mustHex(t, l)) {
+			w.(*registrytest.ResponseWriter).StopAfter(size/2, func() {
+				once.Do(func() { close(halfway) })
+				<-request.Context().Done()
+			})
+		}
+		return false
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	request := make(chan error, 1)
+	go func() {
+		_, err := n.pullWith(ctx, pinned)
+		request <- err
+	}()
+	<-halfway
+	eventually(t, func() bool { return n.downloaded(l) >= size/4 })
+	cancel()
+	wantError(t, <-request, "still being pulled")
+	_, id, _ := strings.Cut(pinned, "@")
+	eventually(t, func() bool {
+		_, err := n.Progress(digest.Digest(id))
+		return errdefs.IsNotFound(err)
+	})
+	if n.downloaded(l) < size/4 {
+		t.Error("the download is not kept")
+	}
+	ranges := make(chan string, 10)
+	r.SetFault(func(_ http.ResponseWriter, request *http.Request) bool {
+		if registrytest.IsBlob(request, mustHex(t, l)) {
+			ranges <- request.Header.Get("Range")
+		}
+		return false
+	})
+	n.mustPull(pinned)
+	if got := <-ranges; got == "" {
+		t.Error("the next pull did not resume the download")
+	}
+}
+
 // TestLayerIsCommittedTwice: garbage collection comes between the second commit of a layer and its use.
 func TestLayerIsCommittedTwice(t *testing.T) {
 	n := newNode(t)
@@ -121,7 +214,7 @@ func TestLayerIsCommittedTwice(t *testing.T) {
 	// The second commit discards its directory. At that moment nobody else has a lease on the layer.
 	var once sync.Once
 	n.onDiscard = func(path string) {
-		if strings.Contains(path, "layers/incoming/"+mustHex(t, late)) && !strings.HasSuffix(path, "/scratch") && !strings.HasSuffix(path, "/blob") {
+		if strings.HasPrefix(path, filepath.Join(n.dir, "layers/incoming", mustHex(t, late))) && filepath.Base(filepath.Dir(path)) == "incoming" {
 			once.Do(func() { n.collectGarbage(store.GCRequest{All: true}) })
 		}
 	}

@@ -1,10 +1,12 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
@@ -26,6 +28,8 @@ type Config struct {
 	MaxLayerEntries int64
 	// MinFreeDiskPercent is the percentage of the disk of the data root that pulls must leave free.
 	MinFreeDiskPercent int
+	// AbandonAfter is the time after which a pull ends that no request waits for. Zero is 10 minutes.
+	AbandonAfter time.Duration
 	// GC configures garbage collection.
 	GC GCConfig
 	// Prefetch are the names of images that are pulled at start. Their layers are not removed.
@@ -85,7 +89,8 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 	s.puller = &puller{
 		catalogue: catalogue, fetcher: newFetcher(catalogue, config.MaxConcurrentLayerPulls), collector: s.collector,
 		parallel: config.MaxConcurrentLayerPulls, minFreePercent: config.MinFreeDiskPercent,
-		ctx: ctx, work: &s.work, pulls: map[pullKey]*pull{},
+		abandonAfter: cmp.Or(config.AbandonAfter, abandonAfter),
+		ctx:          ctx, work: &s.work, pulls: map[pullKey]*pull{},
 	}
 	return s, nil
 }
@@ -126,6 +131,7 @@ func (s *Store) Acquire(id digest.Digest, path string) (*Lease, error) {
 // Pull leases an image at path, and pulls it first if it is not present. path is as in Acquire. Concurrent calls share the
 // pull of an image and of a layer. If ctx is done, Pull returns ErrUnavailable with the progress. The pull continues, and
 // another call joins it.
+// A pull that no call has waited for during Config.AbandonAfter ends; the next one resumes its downloads.
 func (s *Store) Pull(ctx context.Context, named reference.Canonical, credentials registry.Credentials, path string) (*Lease, error) {
 	key := pullKey{named.Digest(), named.Name(), credentials.ID()}
 	present := func() (*Image, error) { return s.catalogue.acquireImage(named.Digest()) }

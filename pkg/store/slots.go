@@ -1,0 +1,141 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"time"
+)
+
+// slotTurn is the time that a fetch waits for a slot before the slowest download must give its slot up.
+const slotTurn = 2 * time.Minute
+
+// errSlotLost is the cause of the end of a fetch that must wait for a slot again.
+var errSlotLost = errors.New("another layer gets the slot of this slow download")
+
+// slots bounds the number of layers that are downloaded and unpacked at the same time, and shares them fairly:
+//
+//   - No registry has all of the slots, if there is more than one. Archives count as one registry.
+//   - A free slot goes to the registry that has the fewest, and there to the fetch that has waited longest.
+//   - A fetch that has waited for slotTurn gets the slot of the slowest download, which waits again.
+type slots struct {
+	total int
+
+	mu sync.Mutex
+	// held and waiting are in the order in which they began.
+	held    []*slot
+	waiting []*slot
+}
+
+// slot is the slot of a fetch, or its wait for one.
+type slot struct {
+	slots *slots
+	// host is the registry of the fetch.
+	host string
+	// remaining returns the number of bytes left to download.
+	remaining func() int64
+	// lose ends the fetch. It is nil for a fetch that keeps its slot.
+	lose    func()
+	granted chan struct{}
+
+	// The lock of the slots guards these. since is the time when the slot was granted, and before what remained then.
+	since  time.Time
+	before int64
+	isLost bool
+}
+
+func newSlots(total int) *slots { return &slots{total: max(total, 1)} }
+
+// acquire waits until a slot is free for a fetch from a registry.
+func (s *slots) acquire(ctx context.Context, host string, remaining func() int64, lose func()) (*slot, error) {
+	wanted := &slot{slots: s, host: host, remaining: remaining, lose: lose, granted: make(chan struct{})}
+	s.mu.Lock()
+	s.waiting = append(s.waiting, wanted)
+	s.grantLocked()
+	s.mu.Unlock()
+	turn := time.NewTicker(slotTurn)
+	defer turn.Stop()
+	for {
+		select {
+		case <-wanted.granted:
+			return wanted, nil
+		case <-ctx.Done():
+			wanted.release()
+			return nil, context.Cause(ctx)
+		case <-turn.C:
+			s.takeFromSlowest(wanted)
+		}
+	}
+}
+
+// release frees the slot, or ends the wait for it.
+func (w *slot) release() {
+	s := w.slots
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	is := func(other *slot) bool { return other == w }
+	s.held, s.waiting = slices.DeleteFunc(s.held, is), slices.DeleteFunc(s.waiting, is)
+	s.grantLocked()
+}
+
+// grantLocked grants the free slots.
+func (s *slots) grantLocked() {
+	for len(s.held) < s.total {
+		var next *slot
+		for _, candidate := range s.waiting {
+			if s.mayHaveLocked(candidate.host) && (next == nil || s.countLocked(candidate.host) < s.countLocked(next.host)) {
+				next = candidate
+			}
+		}
+		if next == nil {
+			return
+		}
+		s.waiting = slices.DeleteFunc(s.waiting, func(other *slot) bool { return other == next })
+		s.held = append(s.held, next)
+		next.since, next.before = time.Now(), next.remaining()
+		close(next.granted)
+	}
+}
+
+// mayHaveLocked reports whether a registry may have another slot.
+func (s *slots) mayHaveLocked(host string) bool { return s.countLocked(host) < max(s.total-1, 1) }
+
+// countLocked returns the number of slots that a registry has.
+func (s *slots) countLocked(host string) int {
+	var count int
+	for _, held := range s.held {
+		if held.host == host {
+			count++
+		}
+	}
+	return count
+}
+
+// takeFromSlowest ends the slowest download, unless wanted waits for its own registry or a slot is about to be free.
+func (s *slots) takeFromSlowest(wanted *slot) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !slices.Contains(s.waiting, wanted) || !s.mayHaveLocked(wanted.host) {
+		return
+	}
+	var slowest *slot
+	var rate float64
+	for _, held := range s.held {
+		if held.isLost {
+			return
+		}
+		took, remaining := time.Since(held.since), held.remaining()
+		// What is downloaded is only unpacked, at the speed of the node.
+		if took < slotTurn || remaining <= 0 || held.lose == nil {
+			continue
+		}
+		if r := float64(held.before-remaining) / took.Seconds(); slowest == nil || r < rate {
+			slowest, rate = held, r
+		}
+	}
+	if slowest != nil {
+		slowest.isLost = true
+		slowest.lose()
+	}
+}
