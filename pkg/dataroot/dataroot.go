@@ -107,6 +107,10 @@ func (r *Root) Dir() *os.File { return r.dir }
 // Discard moves a file or directory of the data root to the trash. It returns nil if path does not exist.
 func (r *Root) Discard(path string) error { return r.deleter.Discard(path) }
 
+// AwaitDeleted waits until RunDeleter has deleted what was discarded before, as far as it can be deleted. It returns the cause if ctx
+// is done first.
+func (r *Root) AwaitDeleted(ctx context.Context) error { return r.deleter.Wait(ctx) }
+
 // RunDeleter deletes what is in the trash, until ctx is done.
 func (r *Root) RunDeleter(ctx context.Context) { r.deleter.Run(ctx) }
 

@@ -8,6 +8,7 @@ import (
 	"os"
 	"runtime"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -37,6 +38,13 @@ type Deleter struct {
 	trash *os.File
 	next  atomic.Uint64
 	wake  chan struct{}
+
+	// discarded counts what was discarded. What an earlier process left counts as the first.
+	discarded atomic.Uint64
+	mu        sync.Mutex
+	// deleted is how much of it Run has dealt with. changed is closed when it changes.
+	deleted uint64
+	changed chan struct{}
 }
 
 // NewDeleter returns a deleter with the trash in dir. What it discards must be on the file system of dir.
@@ -45,7 +53,9 @@ func NewDeleter(dir string) (*Deleter, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Deleter{trash: trash, wake: make(chan struct{}, 1)}, nil
+	d := &Deleter{trash: trash, wake: make(chan struct{}, 1), changed: make(chan struct{})}
+	d.discarded.Store(1)
+	return d, nil
 }
 
 // Close closes the trash. It must not be called before Run has returned.
@@ -70,6 +80,7 @@ func (d *Deleter) moveToTrash(dir *os.File, name string) error {
 	if err := linux.Renameat(dir, name, d.trash, d.newName(), linux.RenameNoReplace); err != nil {
 		return err
 	}
+	d.discarded.Add(1)
 	select {
 	case d.wake <- struct{}{}:
 	default:
@@ -90,9 +101,11 @@ func (d *Deleter) Run(ctx context.Context) {
 		klog.FromContext(ctx).Info("Deleting at normal priority", "reason", err.Error())
 	}
 	for {
+		discarded := d.discarded.Load()
 		if err := d.empty(ctx); err != nil && ctx.Err() == nil {
 			klog.FromContext(ctx).Error(err, "Could not delete all of the trash")
 		}
+		d.setDeleted(discarded)
 		select {
 		case <-ctx.Done():
 			return
@@ -102,6 +115,32 @@ func (d *Deleter) Run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-time.After(deleteDelay):
+		}
+	}
+}
+
+func (d *Deleter) setDeleted(count uint64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.deleted = count
+	close(d.changed)
+	d.changed = make(chan struct{})
+}
+
+// Wait waits until Run has deleted what was discarded before, as far as it can be deleted. It returns the cause if ctx is done first.
+func (d *Deleter) Wait(ctx context.Context) error {
+	discarded := d.discarded.Load()
+	for {
+		d.mu.Lock()
+		deleted, changed := d.deleted, d.changed
+		d.mu.Unlock()
+		if deleted >= discarded {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-changed:
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
@@ -34,6 +35,31 @@ func wantEmpty(t *testing.T, d *Deleter, rounds int) {
 	if len(entries) != 0 {
 		t.Errorf("%d entries are left in the trash", len(entries))
 	}
+}
+
+// TestWait: who waits for the deleter goes on when its directories are gone, or with the request.
+func TestWait(t *testing.T) {
+	d, dir := newDeleter(t)
+	ended, end := context.WithCancel(t.Context())
+	end()
+	if err := d.Wait(ended); err == nil {
+		t.Error("Wait did not wait for what an earlier process left")
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { d.Run(ctx) })
+	for range 3 {
+		must(t, os.MkdirAll(filepath.Join(dir, "tree/a/b"), 0o700))
+		must(t, d.Discard(filepath.Join(dir, "tree")))
+		must(t, d.Wait(t.Context()))
+		entries, err := os.ReadDir(d.trash.Name())
+		must(t, err)
+		if len(entries) != 0 {
+			t.Errorf("%d entries are left in the trash", len(entries))
+		}
+	}
+	stop()
+	running.Wait()
 }
 
 // makeDeep makes a directory with nested directories of one name.

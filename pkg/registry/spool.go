@@ -16,7 +16,14 @@ type Spool struct {
 	size int64
 	// err is the reason why the download ended. It is io.EOF after a complete download, and nil during the download.
 	err error
+
+	// Check is called after each checkInterval bytes that are written. Its error ends the download. It may be nil.
+	Check     func() error
+	unchecked int64
 }
+
+// checkInterval is the number of bytes between two calls of Spool.Check.
+const checkInterval = 4 << 20
 
 // OpenSpool opens the spool at path. It creates an empty file if there is none.
 func OpenSpool(path string) (*Spool, error) {
@@ -35,6 +42,12 @@ func OpenSpool(path string) (*Spool, error) {
 
 // Write appends data to the spool.
 func (s *Spool) Write(data []byte) (int, error) {
+	if s.unchecked += int64(len(data)); s.Check != nil && s.unchecked >= checkInterval {
+		s.unchecked = 0
+		if err := s.Check(); err != nil {
+			return 0, err
+		}
+	}
 	n, err := s.file.Write(data)
 	s.mu.Lock()
 	s.size += int64(n)

@@ -166,6 +166,11 @@ func (h *hashingReader) Read(buffer []byte) (int, error) {
 	return n, err
 }
 
+// checkFreeSpace returns unpack.ErrNoFreeSpace if the reserve of the disk is taken.
+func (b *builder) checkFreeSpace() error {
+	return unpack.CheckFreeSpace(b.root, b.limits.MinFreePercent)
+}
+
 // isDiskFull reports whether the reason for an error is a full disk or an exhausted quota.
 func isDiskFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)

@@ -9,7 +9,7 @@
 // store are:
 //
 //   - catalogue: the layers and images on disk, and the leases on them
-//   - puller: the pulls in progress, one for each image and set of credentials
+//   - puller: the pulls in progress, one for each image and set of credentials, and the disk space that they reserve
 //   - fetcher: the layers in progress, one for each blob and source
 //   - slots: how many of them may run, and whose turn it is
 //   - builder: unpacks, verifies and commits one layer

@@ -14,6 +14,7 @@ import (
 // fetcher fetches single layers. Concurrent pulls share the fetch of a layer if it is the same for all of them.
 type fetcher struct {
 	catalogue *catalogue
+	collector *collector
 	slots     *slots
 
 	mu sync.Mutex
@@ -44,6 +45,12 @@ func fetchKeyOf(blob image.LayerBlob, from source) fetchKey {
 	return fetchKey{keyOf(blob), blob.Descriptor.Size, blob.DiffID, from}
 }
 
+// shared returns the key of the fetch that all repositories of the registry share.
+func (k fetchKey) shared() fetchKey {
+	k.from.repository = ""
+	return k
+}
+
 // workDirName returns the name of the work directory for a fetch. A later fetch with the same key resumes its download.
 func (k fetchKey) workDirName() string {
 	return k.blob.digest.Encoded() + "-" + digest.FromString(fmt.Sprintf("%#v", k)).Encoded()[:16]
@@ -61,16 +68,14 @@ type fetch struct {
 	received progressCounter
 }
 
-func newFetcher(catalogue *catalogue, slots int) *fetcher {
-	return &fetcher{catalogue: catalogue, slots: newSlots(slots), fetches: map[fetchKey]*fetch{}}
+func newFetcher(collector *collector, slots int) *fetcher {
+	return &fetcher{catalogue: collector.catalogue, collector: collector, slots: newSlots(slots), fetches: map[fetchKey]*fetch{}}
 }
 
 // layer fetches the layer of a blob if it is not present. It returns the diff ID, and acquires a reference on the layer.
 func (f *fetcher) layer(ctx context.Context, blob image.LayerBlob, from origin) (digest.Digest, error) {
 	own := fetchKeyOf(blob, from.source())
-	key := own
-	// The repositories of a registry share their layers.
-	key.from.repository = ""
+	key := own.shared()
 	for {
 		id, current, isOurs := f.join(ctx, key, blob)
 		if current == nil {
@@ -116,7 +121,7 @@ func (f *fetcher) join(ctx context.Context, key fetchKey, blob image.LayerBlob) 
 // run runs a fetch, and wakes the callers that wait for it. If another fetch adds the layer first, that is the result.
 func (f *fetcher) run(ctx context.Context, key fetchKey, current *fetch, blob image.LayerBlob, from origin) (digest.Digest, error) {
 	defer current.cancel()
-	layer, err := f.fetchInSlot(current, key, blob, from)
+	layer, err := f.fetchWithRoom(current, key, blob, from)
 	id := layer.DiffID
 	if err != nil {
 		if present, missing := f.catalogue.acquireBlob(blob); missing == nil {
@@ -175,17 +180,16 @@ func (f *fetcher) fetchUntilLost(current *fetch, key fetchKey, blob image.LayerB
 	return layer, err
 }
 
-// received returns the number of bytes received of a blob from a source whose fetch is in progress. Otherwise it returns 0.
-func (f *fetcher) received(blob image.LayerBlob, from source) int64 {
+// progress returns the number of bytes that are received of a blob from a source, and that are unpacked. Both are 0 if no fetch of
+// it is in progress.
+func (f *fetcher) progress(blob image.LayerBlob, from source) (received, unpacked int64) {
 	key := fetchKeyOf(blob, from)
-	shared := key
-	shared.from.repository = ""
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for _, key := range []fetchKey{key, shared} {
+	for _, key := range []fetchKey{key, key.shared()} {
 		if current, ok := f.fetches[key]; ok {
-			return current.received.load()
+			return current.received.load(), current.received.unpacked.Load()
 		}
 	}
-	return 0
+	return 0, 0
 }

@@ -39,11 +39,16 @@ type GCRequest struct {
 	Bytes int64
 }
 
+// amount is an amount of disk space.
+type amount struct{ bytes, inodes int64 }
+
 // GCResult has the layers that garbage collection removed or, with GCRequest.DryRun, would remove.
 type GCResult struct {
 	Layers []LayerStatus `json:"layers"`
 	// Bytes is the total size of the layers.
 	Bytes int64 `json:"bytes"`
+	// Downloads is the total size of the unfinished downloads that were removed, in bytes.
+	Downloads int64 `json:"downloads"`
 }
 
 // collector is the garbage collection of the store.
@@ -53,6 +58,7 @@ type collector struct {
 	workDirs   *workDirs
 	prefetcher *prefetcher
 	records    records
+	trash      dataRoot
 	// mu serializes collections.
 	mu sync.Mutex
 }
@@ -73,7 +79,8 @@ func (c *collector) run(ctx context.Context) {
 	}
 }
 
-// collect removes unused layers, the least recently used first, and the images that contain them.
+// collect removes what was left of unfinished downloads, then unused layers, the least recently used first, and the images that
+// contain them.
 func (c *collector) collect(ctx context.Context, request GCRequest) (GCResult, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -89,43 +96,52 @@ func (c *collector) collect(ctx context.Context, request GCRequest) (GCResult, e
 		return GCResult{}, err
 	}
 	c.catalogue.markUsed(used)
-	if !request.DryRun {
-		if err := c.workDirs.removeAbandoned(); err != nil {
-			return GCResult{}, err
-		}
+	age := maxBlobAge
+	if target != (amount{}) {
+		age = 0
 	}
-	return c.sweep(ctx, used, target, request.DryRun)
+	downloads, err := c.workDirs.removeAbandoned(age, request.DryRun)
+	if err != nil {
+		return GCResult{}, err
+	}
+	target.bytes -= downloads
+	result, err := c.sweep(ctx, used, target, request.DryRun)
+	result.Downloads = downloads
+	return result, err
 }
 
-// target returns the number of bytes to remove.
-func (c *collector) target(request GCRequest) (int64, error) {
+// target returns how much to remove.
+func (c *collector) target(request GCRequest) (amount, error) {
 	if request.All {
-		return math.MaxInt64, nil
+		return amount{math.MaxInt64, math.MaxInt64}, nil
 	}
 	if request.Bytes > 0 {
-		return request.Bytes, nil
+		return amount{bytes: request.Bytes}, nil
 	}
 	usage, err := linux.FileSystemUsage(c.catalogue.root)
-	if err != nil {
-		return 0, err
-	}
-	used, usable := usage.Bytes.Used, usage.Bytes.Usable()
-	if usable == 0 || used*100 < usable*int64(c.config.HighThreshold) {
-		return 0, nil
-	}
-	return used - usable*int64(c.config.LowThreshold)/100, nil
+	return amount{c.above(usage.Bytes), c.above(usage.Inodes)}, err
 }
 
-// sweep removes unused layers until it has removed target bytes.
-func (c *collector) sweep(ctx context.Context, used map[digest.Digest][]string, target int64, dryRun bool) (GCResult, error) {
+// above returns how much is used above the low threshold, or 0 if the high threshold is not reached.
+func (c *collector) above(space linux.Space) int64 {
+	used, usable := space.Used, space.Usable()
+	if usable == 0 || used*100 < usable*int64(c.config.HighThreshold) {
+		return 0
+	}
+	return used - usable*int64(c.config.LowThreshold)/100
+}
+
+// sweep removes unused layers until it has removed the target.
+func (c *collector) sweep(ctx context.Context, used map[digest.Digest][]string, target amount, dryRun bool) (GCResult, error) {
 	var result GCResult
+	var inodes int64
 	prefetched := c.prefetcher.layers()
 	candidates := c.catalogue.listLayers()
 	slices.SortStableFunc(candidates, func(a, b LayerStatus) int {
 		return cmp.Or(a.LastUsed.Compare(b.LastUsed), cmp.Compare(b.Bytes, a.Bytes))
 	})
 	for _, layer := range candidates {
-		if result.Bytes >= target || ctx.Err() != nil {
+		if result.Bytes >= target.bytes && inodes >= target.inodes || ctx.Err() != nil {
 			break
 		}
 		if len(used[layer.DiffID]) > 0 || prefetched[layer.DiffID] || time.Since(layer.LastUsed) < c.config.MinAge {
@@ -138,6 +154,7 @@ func (c *collector) sweep(ctx context.Context, used map[digest.Digest][]string, 
 		if removed {
 			result.Layers = append(result.Layers, layer)
 			result.Bytes += layer.Bytes
+			inodes += layer.Entries
 		}
 	}
 	if len(result.Layers) > 0 && !dryRun {

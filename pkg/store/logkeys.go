@@ -2,13 +2,13 @@ package store
 
 // Keys of log messages.
 const (
-	keyAvailable = "available"
 	keyBytes     = "bytes"
 	keyDigest    = "digest"
 	keyDirectory = "directory"
 	keyDuration  = "duration"
 	keyFile      = "file"
 	keyImage     = "image"
+	keyLayer     = "layer"
 	keyLayers    = "layers"
 	keyProgress  = "progress"
 	keyReason    = "reason"

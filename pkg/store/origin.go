@@ -31,16 +31,28 @@ type origin interface {
 	close() error
 }
 
-// progressCounter counts the received bytes of a blob.
-type progressCounter struct{ received atomic.Int64 }
+// progressCounter counts the bytes of a blob that are received, and those that are unpacked.
+type progressCounter struct{ received, unpacked atomic.Int64 }
 
 func (p *progressCounter) load() int64 { return p.received.Load() }
 
-// reader returns a reader that counts the bytes that are read from from.
+// reader returns a reader that counts the bytes that are read from from as received and unpacked.
 func (p *progressCounter) reader(from io.Reader) io.Reader {
+	p.received.Store(0)
+	unpacking := p.unpackingReader(from)
+	return readerFunc(func(buffer []byte) (int, error) {
+		n, err := unpacking.Read(buffer)
+		p.received.Add(int64(n))
+		return n, err
+	})
+}
+
+// unpackingReader returns a reader that counts the bytes that are read from from as unpacked.
+func (p *progressCounter) unpackingReader(from io.Reader) io.Reader {
+	p.unpacked.Store(0)
 	return readerFunc(func(buffer []byte) (int, error) {
 		n, err := from.Read(buffer)
-		p.received.Add(int64(n))
+		p.unpacked.Add(int64(n))
 		return n, err
 	})
 }
@@ -122,6 +134,7 @@ func (o *registryOrigin) fetchInto(
 		return Layer{}, false, fmt.Errorf("open the download of layer %s: %w", blob.Descriptor.Digest, err)
 	}
 	defer spool.Close()
+	spool.Check = o.builder.checkFreeSpace
 	if spool.Len() > blob.Descriptor.Size {
 		if err := spool.Reset(); err != nil {
 			return Layer{}, false, fmt.Errorf("reset the download of layer %s: %w", blob.Descriptor.Digest, err)
@@ -135,7 +148,7 @@ func (o *registryOrigin) fetchInto(
 		spool.Finish(err)
 		return err
 	})
-	layer, err := o.builder.build(ctx, dir, blob, spool.Reader())
+	layer, err := o.builder.build(ctx, dir, blob, progress.unpackingReader(spool.Reader()))
 	cancel()
 	if failed := group.Wait(); failed != nil && err != nil && !errors.Is(failed, context.Canceled) {
 		// The failed download is the reason why unpacking failed.

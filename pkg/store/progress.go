@@ -65,7 +65,7 @@ func (p *puller) progress(current *pull) Progress {
 		if p.catalogue.has(blob) {
 			layer.Present, layer.Done = true, layer.Size
 		} else {
-			layer.Done = p.fetcher.received(blob, current.from)
+			layer.Done, _ = p.fetcher.progress(blob, current.from)
 		}
 		progress.Layers = append(progress.Layers, layer)
 	}

@@ -8,13 +8,11 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/dustin/go-humanize"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
-	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // abandonAfter is the time after which a pull that nobody waits for ends. kubelet repeats a request within minutes.
@@ -34,6 +32,8 @@ type puller struct {
 	abandonAfter time.Duration
 	// minFreePercent is the percentage of the disk that must stay free.
 	minFreePercent int
+	// maxLayerBytes is the maximum size of a layer. Zero is no limit.
+	maxLayerBytes int64
 
 	// ctx cancels the pulls. work waits for them.
 	ctx  context.Context
@@ -62,12 +62,16 @@ type pull struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 
-	// The lock of the puller guards waiters, abandon, blobs and ended.
+	// The lock of the puller guards waiters, abandon, blobs, onDisk, reserved and ended.
 	waiters int
 	// abandon ends the pull later. It is nil while a request waits.
 	abandon *time.Timer
 	blobs   []image.LayerBlob
-	ended   bool
+	// onDisk are the numbers of bytes that earlier pulls have downloaded.
+	onDisk map[fetchKey]int64
+	// reserved reports whether the disk space for the missing layers is reserved.
+	reserved bool
+	ended    bool
 
 	heldMu sync.Mutex
 	// held are the references of the pull on layers. They are released after all waiters have their own.
@@ -209,10 +213,8 @@ func (p *puller) pull(ctx context.Context, current *pull, from origin) (*Image, 
 	if err != nil {
 		return nil, err
 	}
-	p.mu.Lock()
-	current.blobs = blobs
-	p.mu.Unlock()
-	if err := p.makeRoom(ctx, blobs); err != nil {
+	defer p.hold(current, blobs)()
+	if err := p.reserve(ctx, current); err != nil {
 		return nil, err
 	}
 	img.Layers = make([]ImageLayer, len(blobs))
@@ -247,38 +249,4 @@ func (p *pull) hold(id digest.Digest) {
 	p.heldMu.Lock()
 	defer p.heldMu.Unlock()
 	p.held = append(p.held, id)
-}
-
-// makeRoom runs garbage collection if there is not enough disk space for the missing blobs. It returns ErrResourceExhausted
-// if there is still not enough.
-func (p *puller) makeRoom(ctx context.Context, blobs []image.LayerBlob) error {
-	var required int64
-	for _, blob := range blobs {
-		if !p.catalogue.has(blob) {
-			required += blob.Descriptor.Size
-		}
-	}
-	if required == 0 {
-		return nil
-	}
-	available, err := p.available()
-	if err != nil || required <= available {
-		return err
-	}
-	klog.FromContext(ctx).Info("Removing unused layers for a pull", keyRequired, required, keyAvailable, available)
-	if _, err := p.collector.collect(ctx, GCRequest{Bytes: required - available}); err != nil {
-		klog.FromContext(ctx).Error(err, "Could not remove unused layers for a pull")
-	}
-	if available, err = p.available(); err != nil || required <= available {
-		return err
-	}
-	return fmt.Errorf("%w: the image has %s to download, but the disk of %s has only %s available and must stay %d %% free; "+
-		"free disk space or lower --min-free-disk-percent", errdefs.ErrResourceExhausted,
-		humanize.IBytes(uint64(required)), p.catalogue.path, humanize.IBytes(uint64(max(available, 0))), p.minFreePercent)
-}
-
-// available returns the number of bytes that pulls may take.
-func (p *puller) available() (int64, error) {
-	usage, err := linux.FileSystemUsage(p.catalogue.root)
-	return usage.Bytes.Available - usage.Bytes.Total*int64(p.minFreePercent)/100, err
 }

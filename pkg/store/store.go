@@ -56,6 +56,8 @@ type dataRoot interface {
 	Dir() *os.File
 	// Discard moves a file or directory of the data root to the trash.
 	Discard(path string) error
+	// AwaitDeleted waits until what was discarded before is deleted, or ctx is done.
+	AwaitDeleted(ctx context.Context) error
 }
 
 // records provides the layers that volumes use. It is a record.Store outside of tests.
@@ -85,10 +87,12 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 		builder:    &builder{layout: layout, catalogue: catalogue, limits: limits, syncer: newSyncer(root.Dir())},
 		prefetcher: &prefetcher{catalogue: catalogue, names: config.Prefetch, resolved: map[string]digest.Digest{}},
 	}
-	s.collector = &collector{config: config.GC, catalogue: catalogue, workDirs: workDirs, prefetcher: s.prefetcher, records: records}
+	s.collector = &collector{
+		config: config.GC, catalogue: catalogue, workDirs: workDirs, prefetcher: s.prefetcher, records: records, trash: root,
+	}
 	s.puller = &puller{
-		catalogue: catalogue, fetcher: newFetcher(catalogue, config.MaxConcurrentLayerPulls), collector: s.collector,
-		parallel: config.MaxConcurrentLayerPulls, minFreePercent: config.MinFreeDiskPercent,
+		catalogue: catalogue, fetcher: newFetcher(s.collector, config.MaxConcurrentLayerPulls), collector: s.collector,
+		parallel: config.MaxConcurrentLayerPulls, minFreePercent: config.MinFreeDiskPercent, maxLayerBytes: config.MaxLayerBytes,
 		abandonAfter: cmp.Or(config.AbandonAfter, abandonAfter),
 		ctx:          ctx, work: &s.work, pulls: map[pullKey]*pull{},
 	}

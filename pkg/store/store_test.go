@@ -3,8 +3,6 @@ package store_test
 import (
 	"bytes"
 	"context"
-	"errors"
-	"fmt"
 	"io/fs"
 	"maps"
 	"os"
@@ -12,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -21,6 +18,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
@@ -39,7 +37,7 @@ type node struct {
 	stop     func()
 	used     map[digest.Digest][]string
 	root     *os.File
-	trashed  atomic.Int64
+	trash    *dataroot.Deleter
 	// onDiscard is called before a path is discarded.
 	onDiscard func(path string)
 }
@@ -65,6 +63,9 @@ func newNodeIn(t *testing.T, dir string, change ...func(*node)) *node {
 	must(t, err)
 	t.Cleanup(func() { root.Close() })
 	n.root = root
+	n.trash, err = dataroot.NewDeleter(filepath.Join(dir, "trash"))
+	must(t, err)
+	t.Cleanup(func() { must(t, n.trash.Close()) })
 	n.registry = registry.Config{CertsDir: n.certsDir, StallTimeout: 5 * time.Second, Backoff: 10 * time.Millisecond}
 	n.config = store.Config{MaxConcurrentLayerPulls: 4, GC: store.GCConfig{HighThreshold: 100, LowThreshold: 100, Interval: time.Hour}}
 	for _, c := range change {
@@ -82,12 +83,10 @@ func (n *node) Discard(path string) error {
 	if n.onDiscard != nil {
 		n.onDiscard(path)
 	}
-	err := os.Rename(path, filepath.Join(n.dir, "trash", fmt.Sprint(time.Now().UnixNano(), "-", n.trashed.Add(1))))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
+	return n.trash.Discard(path)
 }
+
+func (n *node) AwaitDeleted(ctx context.Context) error { return n.trash.Wait(ctx) }
 
 // start opens the store and runs it.
 func (n *node) start() {
@@ -97,6 +96,7 @@ func (n *node) start() {
 	must(n.t, err)
 	var running sync.WaitGroup
 	running.Go(func() { s.Run(ctx) })
+	running.Go(func() { n.trash.Run(ctx) })
 	n.Store, n.stop = s, func() { stop(); running.Wait() }
 }
 

@@ -11,20 +11,21 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
 
-// maxBlobAge is the age at which an abandoned download is removed.
+// maxBlobAge is the age at which an abandoned download is removed although nobody needs its space.
 const maxBlobAge = 24 * time.Hour
 
 // workDirs manages the directories in incoming, one for each layer or archive in progress.
 type workDirs struct {
 	layout
-	mu   sync.Mutex
-	open map[string]bool
+	mu sync.Mutex
+	// held counts who needs a directory.
+	held map[string]int
 }
 
 // openWorkDirs returns the work directories of a store. It removes everything in them except for downloads, which later pulls
 // resume.
 func openWorkDirs(layout layout) (*workDirs, error) {
-	w := &workDirs{layout: layout, open: map[string]bool{}}
+	w := &workDirs{layout: layout, held: map[string]int{}}
 	names, err := dirNames(w.incomingDir())
 	for _, name := range names {
 		dir := workDir{w, name}
@@ -52,29 +53,65 @@ func (w *workDirs) acquire(name string) (*workDir, error) {
 	if err := os.MkdirAll(dir.path(), 0o700); err != nil {
 		return nil, fmt.Errorf("create a work directory: %w", err)
 	}
-	w.open[name] = true
+	w.held[name]++
 	return dir, nil
 }
 
-// removeAbandoned removes the directories that are not acquired, except for those with recent downloads.
-func (w *workDirs) removeAbandoned() error {
+// hold protects work directories from garbage collection until unhold. They need not exist.
+func (w *workDirs) hold(names []string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, name := range names {
+		w.held[name]++
+	}
+}
+
+// unhold ends the protection that hold began.
+func (w *workDirs) unhold(names []string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, name := range names {
+		if w.held[name]--; w.held[name] == 0 {
+			delete(w.held, name)
+		}
+	}
+}
+
+// downloaded returns the number of bytes that a work directory has of a download.
+func (w *workDirs) downloaded(name string) int64 {
+	info, err := os.Stat((&workDir{w, name}).join(blobName))
+	if err != nil {
+		return 0
+	}
+	return info.Size()
+}
+
+// removeAbandoned removes the directories that no fetch or pull needs, except for those with downloads that are younger than age. It
+// returns the size of the downloads in bytes. If dryRun is true it removes nothing.
+func (w *workDirs) removeAbandoned(age time.Duration, dryRun bool) (bytes int64, _ error) {
 	names, err := dirNames(w.incomingDir())
 	if err != nil {
-		return fmt.Errorf("list downloads: %w", err)
+		return 0, fmt.Errorf("list downloads: %w", err)
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, name := range names {
 		dir := workDir{w, name}
 		info, err := os.Stat(dir.join(blobName))
-		if w.open[name] || (err == nil && time.Since(info.ModTime()) < maxBlobAge) {
+		if w.held[name] > 0 || (err == nil && time.Since(info.ModTime()) < age) {
+			continue
+		}
+		if err == nil {
+			bytes += info.Size()
+		}
+		if dryRun {
 			continue
 		}
 		if err := dir.discard(); err != nil {
-			return fmt.Errorf("remove download %s: %w", name, err)
+			return bytes, fmt.Errorf("remove download %s: %w", name, err)
 		}
 	}
-	return nil
+	return bytes, nil
 }
 
 func (d *workDir) path() string            { return filepath.Join(d.dirs.incomingDir(), d.name) }
@@ -82,11 +119,7 @@ func (d *workDir) join(name string) string { return filepath.Join(d.path(), name
 func (d *workDir) discard() error          { return d.dirs.layout.discard(d.path()) }
 
 // release ends the protection of the directory.
-func (d *workDir) release() {
-	d.dirs.mu.Lock()
-	defer d.dirs.mu.Unlock()
-	delete(d.dirs.open, d.name)
-}
+func (d *workDir) release() { d.dirs.unhold([]string{d.name}) }
 
 // recreate empties the directory.
 func (d *workDir) recreate() error {

@@ -39,18 +39,26 @@ func (u *unpacker) reserve(bytes int64) error {
 		return nil
 	}
 	u.uncheckedBytes = 0
-	return checkFreeSpace(u.root, u.limits.MinFreePercent)
+	return CheckFreeSpace(u.root, u.limits.MinFreePercent)
 }
 
-// checkFreeSpace returns ErrResourceExhausted if less than minPercent of the disk of dir is free.
-func checkFreeSpace(dir *os.File, minPercent int) error {
+// ErrNoFreeSpace is wrapped by errors about a disk of which less is free than must be.
+var ErrNoFreeSpace = fmt.Errorf("%w: no free disk space", errdefs.ErrResourceExhausted)
+
+// CheckFreeSpace returns ErrNoFreeSpace if less than minPercent of the bytes or of the inodes of the disk of dir is free.
+func CheckFreeSpace(dir *os.File, minPercent int) error {
 	usage, err := linux.FileSystemUsage(dir)
 	if err != nil {
 		return err
 	}
 	if usage.Bytes.Available*100 < usage.Bytes.Total*int64(minPercent) {
 		return fmt.Errorf("%w: less than %d %% of the disk of %s is free; free disk space or lower --min-free-disk-percent",
-			errdefs.ErrResourceExhausted, minPercent, dir.Name())
+			ErrNoFreeSpace, minPercent, dir.Name())
+	}
+	// Some file systems, such as btrfs, have no limit of inodes: both numbers are 0.
+	if usage.Inodes.Available*100 < usage.Inodes.Total*int64(minPercent) {
+		return fmt.Errorf("%w: less than %d %% of the inodes of the disk of %s are free; delete files or lower --min-free-disk-percent",
+			ErrNoFreeSpace, minPercent, dir.Name())
 	}
 	return nil
 }

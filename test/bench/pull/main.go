@@ -154,6 +154,9 @@ func (r benchRoot) Dir() *os.File { return r.dir }
 
 func (r benchRoot) Discard(path string) error { return os.RemoveAll(path) }
 
+// AwaitDeleted has nothing to wait for.
+func (r benchRoot) AwaitDeleted(context.Context) error { return nil }
+
 func (r benchRoot) LayersInUse() (map[digest.Digest][]string, error) {
 	return map[digest.Digest][]string{}, nil
 }

@@ -1,0 +1,210 @@
+package store
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/dustin/go-humanize"
+	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/image"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/unpack"
+)
+
+const (
+	// maxRoomTries is the number of times that a layer is fetched again after it ran out of disk space.
+	maxRoomTries = 2
+	// usualRatio is the ratio of the sizes of most layers, unpacked and compressed, and of what else is needed to unpack them.
+	usualRatio = 4
+	// trashWait is the maximum time that a pull waits until what was discarded is deleted.
+	trashWait = time.Minute
+)
+
+// reserve reserves the disk space that a pull takes at least, and removes unused layers if there is not enough. What is reserved
+// counts as taken for other pulls until it is written, or the pull ends. reserve returns ErrResourceExhausted, and removes
+// nothing, if the missing layers cannot fit.
+func (p *puller) reserve(ctx context.Context, current *pull) error {
+	if err := p.checkSizes(current.blobs); err != nil {
+		return err
+	}
+	missing, err := p.tryReserve(current)
+	if missing > 0 && err == nil {
+		p.collector.awaitTrash(ctx)
+		missing, err = p.tryReserve(current)
+	}
+	if missing <= 0 || err != nil {
+		return err
+	}
+	klog.FromContext(ctx).Info("Removing unused layers for a pull", keyRequired, missing)
+	if err := p.collector.makeRoom(ctx, missing); err != nil {
+		klog.FromContext(ctx).Error(err, "Could not remove unused layers for a pull")
+	}
+	if missing, err = p.tryReserve(current); missing <= 0 || err != nil {
+		return err
+	}
+	return fmt.Errorf("%w: the image has %s to download and unpack at least, of which %s do not fit on the disk of %s: "+
+		"%d %% of it must stay free, other pulls have their part, and no more unused layers can be removed; "+
+		"free disk space or lower --min-free-disk-percent", errdefs.ErrResourceExhausted,
+		humanize.IBytes(uint64(p.outstanding(current))), humanize.IBytes(uint64(missing)), p.catalogue.path, p.minFreePercent)
+}
+
+// checkSizes returns ErrResourceExhausted if the missing blobs would not fit on an empty disk, or if one is larger than a layer
+// may be. The sizes are from an untrusted source, and their sum may overflow.
+func (p *puller) checkSizes(blobs []image.LayerBlob) error {
+	usage, err := linux.FileSystemUsage(p.catalogue.root)
+	if err != nil {
+		return err
+	}
+	left := usage.Bytes.Total - usage.Bytes.Total/100*int64(p.minFreePercent)
+	seen := map[blobKey]bool{}
+	for _, blob := range blobs {
+		if seen[keyOf(blob)] || p.catalogue.has(blob) {
+			continue
+		}
+		seen[keyOf(blob)] = true
+		size := blob.Descriptor.Size
+		if p.maxLayerBytes > 0 && size > p.maxLayerBytes {
+			return fmt.Errorf("%w: layer %s has %d bytes to download, and a layer may have %d; raise --max-layer-size",
+				errdefs.ErrResourceExhausted, blob.Descriptor.Digest, size, p.maxLayerBytes)
+		}
+		if size > left {
+			return fmt.Errorf("%w: the image has more to download than can ever fit on the disk of %s, which has %s; "+
+				"layer %s of %d bytes does not fit",
+				errdefs.ErrResourceExhausted, p.catalogue.path, humanize.IBytes(uint64(usage.Bytes.Total)), blob.Descriptor.Digest, size)
+		}
+		left -= size
+	}
+	return nil
+}
+
+// tryReserve reserves the disk space for a pull. It returns the number of bytes that are missing, and reserves nothing if there
+// are any.
+func (p *puller) tryReserve(current *pull) (missing int64, _ error) {
+	usage, err := linux.FileSystemUsage(p.catalogue.root)
+	if err != nil {
+		return 0, err
+	}
+	available := usage.Bytes.Available - usage.Bytes.Total/100*int64(p.minFreePercent)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	pulls := []*pull{current}
+	own := p.outstandingLocked(pulls)
+	for _, other := range p.pulls {
+		if other.reserved && other != current {
+			pulls = append(pulls, other)
+		}
+	}
+	if missing := p.outstandingLocked(pulls) - available; missing > 0 && own > 0 {
+		return missing, nil
+	}
+	current.reserved = true
+	return 0, nil
+}
+
+func (p *puller) outstanding(current *pull) int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.outstandingLocked([]*pull{current})
+}
+
+// outstandingLocked returns the number of bytes that pulls will still write at least: their missing layers, which are hardly
+// ever smaller than their blobs, and the blobs of as many layers as are fetched at the same time, which go when these are unpacked.
+func (p *puller) outstandingLocked(pulls []*pull) int64 {
+	var total int64
+	var downloads []int64
+	seen := map[fetchKey]bool{}
+	for _, current := range pulls {
+		for _, blob := range current.blobs {
+			key := fetchKeyOf(blob, current.from)
+			if seen[key] || p.catalogue.has(blob) {
+				continue
+			}
+			seen[key] = true
+			size := blob.Descriptor.Size
+			received, unpacked := p.fetcher.progress(blob, current.from)
+			total += max(size-unpacked, 0)
+			if current.from.host != "" {
+				downloads = append(downloads, max(size-max(received, current.onDisk[key]), 0))
+			}
+		}
+	}
+	slices.SortFunc(downloads, func(a, b int64) int { return cmp.Compare(b, a) })
+	for _, download := range downloads[:min(len(downloads), max(p.parallel, 1))] {
+		total += download
+	}
+	return total
+}
+
+// hold protects the work directories of the layers of a pull, with what is downloaded of them, until release is called.
+func (p *puller) hold(current *pull, blobs []image.LayerBlob) (release func()) {
+	onDisk := map[fetchKey]int64{}
+	var names []string
+	for _, blob := range blobs {
+		key := fetchKeyOf(blob, current.from)
+		shared := key.shared()
+		for _, name := range []string{key.workDirName(), shared.workDirName()} {
+			names = append(names, name)
+			onDisk[key] = max(onDisk[key], p.collector.workDirs.downloaded(name))
+		}
+	}
+	p.collector.workDirs.hold(names)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	current.blobs, current.onDisk = blobs, onDisk
+	return func() { p.collector.workDirs.unhold(names) }
+}
+
+// isNoRoom reports whether the reason for an error is a lack of disk space, which the removal of layers may mend.
+func isNoRoom(err error) bool { return isDiskFull(err) || errors.Is(err, unpack.ErrNoFreeSpace) }
+
+// fetchWithRoom fetches a layer. If the disk is full amid that, it removes unused layers and fetches the layer again: how large a
+// layer is, is known only when it is unpacked.
+func (f *fetcher) fetchWithRoom(current *fetch, key fetchKey, blob image.LayerBlob, from origin) (Layer, error) {
+	for tries := 0; ; tries++ {
+		layer, err := f.fetchInSlot(current, key, blob, from)
+		if !isNoRoom(err) || tries == maxRoomTries {
+			return layer, err
+		}
+		bytes := int64(math.MaxInt64)
+		if tries == 0 {
+			// checkSizes has made sure that this does not overflow.
+			bytes = max(blob.Descriptor.Size, 1) * usualRatio
+		}
+		klog.FromContext(current.ctx).Info("Removing unused layers for a layer", keyLayer, blob.Descriptor.Digest, keyReason, err.Error())
+		collected, failed := f.collector.collect(current.ctx, GCRequest{Bytes: bytes})
+		if failed != nil || (collected.Bytes == 0 && collected.Downloads == 0) {
+			return layer, errors.Join(err, failed)
+		}
+		f.collector.awaitTrash(current.ctx)
+	}
+}
+
+// makeRoom removes abandoned downloads and unused layers of the given size, and waits until they are deleted. It removes nothing if
+// all of them together are smaller.
+func (c *collector) makeRoom(ctx context.Context, bytes int64) error {
+	collectable, err := c.collect(ctx, GCRequest{DryRun: true, Bytes: bytes})
+	if err != nil || collectable.Bytes+collectable.Downloads < bytes {
+		return err
+	}
+	if _, err := c.collect(ctx, GCRequest{Bytes: bytes}); err != nil {
+		return err
+	}
+	c.awaitTrash(ctx)
+	return nil
+}
+
+// awaitTrash waits until what was discarded is deleted, at most for trashWait.
+func (c *collector) awaitTrash(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, trashWait)
+	defer cancel()
+	if err := c.trash.AwaitDeleted(ctx); err != nil {
+		klog.FromContext(ctx).Info("The trash is not deleted yet", keyReason, err.Error())
+	}
+}
