@@ -59,7 +59,8 @@ func (a ArchiveFile) Blob() LayerBlob {
 // Archive is an open archive of one image.
 type Archive struct {
 	Description
-	files archiveFiles
+	files     archiveFiles
+	documents *Documents
 	// names maps the digests of the layers' blobs to their names in the archive.
 	names map[digest.Digest]string
 }
@@ -74,17 +75,19 @@ type archiveFiles interface {
 
 // OpenArchive opens an archive for a platform. file is a docker archive, an OCI archive or the directory of an OCI layout.
 // The archives may be compressed. OpenArchive decompresses them to the directory scratch, because it needs random access.
-// It returns ErrNoImage if file is another tar. The caller closes file after the Archive.
-func OpenArchive(ctx context.Context, file *os.File, scratch string, platform platforms.MatchComparer) (*Archive, error) {
+// documents bounds the memory for its manifests. It returns ErrNoImage if file is another tar. The caller closes file after the Archive.
+func OpenArchive(
+	ctx context.Context, file *os.File, scratch string, platform platforms.MatchComparer, documents *Documents,
+) (*Archive, error) {
 	files, err := openFiles(ctx, file, filepath.Join(scratch, "archive.tar"))
 	if err != nil {
 		return nil, err
 	}
-	archive := &Archive{files: files, names: map[digest.Digest]string{}}
+	archive := &Archive{files: files, documents: documents, names: map[digest.Digest]string{}}
 	if files.has(ocispec.ImageIndexFile) {
 		err = archive.describeLayout(ctx, platform)
 	} else {
-		err = archive.describeDocker()
+		err = archive.describeDocker(ctx)
 	}
 	if err != nil {
 		files.close()
@@ -155,15 +158,17 @@ func decompressArchive(ctx context.Context, from io.Reader, scratch string) (arc
 	return indexTar(ctx, io.NewSectionReader(file, 0, size), file)
 }
 
-// readDocument reads a manifest, an index or a configuration.
-func readDocument(files archiveFiles, name string) ([]byte, error) {
-	content, size, err := files.open(name)
+// readDocument reads and parses a file of the archive that is a manifest, an index or a configuration.
+func (a *Archive) readDocument(ctx context.Context, name string, parse func(data []byte) error) error {
+	content, size, err := a.files.open(name)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer content.Close()
 	if size > MaxDocumentSize {
-		return nil, fmt.Errorf("%w: %q has %d bytes; the maximum is %d", errdefs.ErrInvalidArgument, truncate(name), size, MaxDocumentSize)
+		return fmt.Errorf("%w: %q has %d bytes; the maximum is %d", errdefs.ErrInvalidArgument, truncate(name), size, MaxDocumentSize)
 	}
-	return io.ReadAll(io.LimitReader(content, size))
+	return a.documents.read(ctx, ocispec.Descriptor{Size: size}, func(context.Context, ocispec.Descriptor) ([]byte, error) {
+		return ReadDocument(content, size)
+	}, parse)
 }

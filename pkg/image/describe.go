@@ -29,38 +29,46 @@ type Fetch func(ctx context.Context, descriptor ocispec.Descriptor) ([]byte, err
 // maxIndexes is the maximum depth of nested indexes.
 const maxIndexes = 4
 
-// Describe returns the description of an image for a platform. root is the descriptor of its manifest or index.
-func Describe(ctx context.Context, root ocispec.Descriptor, platform platforms.MatchComparer, fetch Fetch) (Description, error) {
+// Describe returns the description of an image for a platform. root is the descriptor of its manifest or index. documents bounds the
+// memory for it.
+func Describe(
+	ctx context.Context, root ocispec.Descriptor, platform platforms.MatchComparer, documents *Documents, fetch Fetch,
+) (Description, error) {
 	description := Description{Digest: root.Digest}
-	descriptor := root
+	next := root
 	for range maxIndexes {
-		data, err := fetch(ctx, descriptor)
-		if err != nil {
-			return Description{}, err
-		}
-		manifest, err := parseManifest(data)
-		if err != nil {
-			return Description{}, err
-		}
-		if len(manifest.Manifests) > 0 {
-			if descriptor, err = manifest.choose(platform); err != nil {
-				return Description{}, err
+		var manifest manifestOrIndex
+		current := next
+		err := documents.read(ctx, current, fetch, func(data []byte) (err error) {
+			if manifest, err = parseManifest(data); err != nil || !manifest.isIndex() {
+				return err
 			}
-			if descriptor.Platform != nil {
-				if description.Platform, err = formatPlatform(*descriptor.Platform); err != nil {
+			next, err = manifest.choose(platform)
+			return err
+		})
+		if err != nil {
+			return Description{}, err
+		}
+		if manifest.isIndex() {
+			if next.Platform != nil {
+				if description.Platform, err = formatPlatform(*next.Platform); err != nil {
 					return Description{}, err
 				}
 			}
 			continue
 		}
-		description.Manifest = descriptor.Digest
-		var config []byte
-		if manifest.isImage() {
-			if config, err = fetch(ctx, *manifest.Config); err != nil {
-				return Description{}, err
-			}
+		description.Manifest = current.Digest
+		if !manifest.isImage() {
+			description.Layers, err = manifest.layers(imageConfig{})
+			return description, err
 		}
-		description.Layers, err = manifest.layers(config)
+		err = documents.read(ctx, manifest.Config.ocispec(), fetch, func(data []byte) error {
+			config, err := parseConfig(data)
+			if err == nil {
+				description.Layers, err = manifest.layers(config)
+			}
+			return err
+		})
 		return description, err
 	}
 	return Description{}, fmt.Errorf("%w: the image has more than %d nested indexes", errdefs.ErrInvalidArgument, maxIndexes)

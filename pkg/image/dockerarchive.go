@@ -1,6 +1,7 @@
 package image
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 
@@ -15,63 +16,66 @@ const dockerManifestFile = "manifest.json"
 // dockerImage is an image in a docker archive. Its fields are names of files in the archive.
 type dockerImage struct {
 	Config string
-	Layers []string
+	Layers list[string]
 }
 
 // describeDocker sets the description from the manifest.json of a docker archive. Layers in it have names instead of digests.
-func (a *Archive) describeDocker() error {
-	data, err := readDocument(a.files, dockerManifestFile)
+func (a *Archive) describeDocker(ctx context.Context) error {
+	var manifest dockerImage
+	err := a.readDocument(ctx, dockerManifestFile, func(data []byte) (err error) {
+		manifest, err = parseDockerManifest(data)
+		return err
+	})
 	if err != nil {
 		return err
 	}
-	manifest, err := parseDockerManifest(data)
-	if err != nil {
-		return err
-	}
-	config, err := readDocument(a.files, manifest.Config)
-	if err != nil {
-		return err
-	}
-	var parsed ocispec.Image
-	if err := json.Unmarshal(config, &parsed); err != nil {
-		return fmt.Errorf("%w: parse the configuration of the image: %w", errdefs.ErrInvalidArgument, err)
-	}
-	diffIDs := parsed.RootFS.DiffIDs
-	if len(diffIDs) != len(manifest.Layers) {
-		return errDiffIDCount(len(manifest.Layers), len(diffIDs))
-	}
-	a.Digest = digest.FromBytes(config)
-	if a.Platform, err = formatPlatform(parsed.Platform); err != nil {
-		return err
-	}
-	a.Layers = make([]LayerBlob, len(diffIDs))
-	for i, id := range diffIDs {
-		if err := checkDiffID(id); err != nil {
-			return err
+	var config imageConfig
+	err = a.readDocument(ctx, manifest.Config, func(data []byte) (err error) {
+		a.Digest = digest.FromBytes(data)
+		if config, err = parseConfig(data); err == nil {
+			err = config.checkDiffIDs(manifest.Layers.count)
 		}
-		blob, size, err := a.files.open(manifest.Layers[i])
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if a.Platform, err = formatPlatform(config.imagePlatform.ocispec()); err != nil {
+		return err
+	}
+	for i, id := range config.RootFS.DiffIDs.items {
+		name := manifest.Layers.items[i]
+		blob, size, err := a.files.open(name)
 		if err != nil {
 			return err
 		}
 		blob.Close()
-		a.Layers[i] = LayerBlob{Descriptor: ocispec.Descriptor{Digest: id, Size: size}, DiffID: id, DigestUnknown: true}
-		a.names[id] = manifest.Layers[i]
+		a.Layers = append(a.Layers, LayerBlob{Descriptor: ocispec.Descriptor{Digest: id, Size: size}, DiffID: id, DigestUnknown: true})
+		a.names[id] = name
 	}
 	return nil
 }
 
 // parseDockerManifest returns the image of a manifest.json, which must have exactly one.
 func parseDockerManifest(data []byte) (dockerImage, error) {
-	var images []dockerImage
+	var images list[dockerImage]
 	if err := json.Unmarshal(data, &images); err != nil {
 		return dockerImage{}, fmt.Errorf("%w: parse %s: %w", errdefs.ErrInvalidArgument, dockerManifestFile, err)
 	}
-	switch {
-	case len(images) != 1:
-		return dockerImage{}, errImageCount(len(images))
-	case len(images[0].Layers) == 0 || len(images[0].Layers) > MaxLayers:
-		return dockerImage{}, fmt.Errorf("%w: the image has %d layers; want 1 to %d",
-			errdefs.ErrInvalidArgument, len(images[0].Layers), MaxLayers)
+	if images.count != 1 {
+		return dockerImage{}, errImageCount(images.count)
 	}
-	return images[0], nil
+	image := images.items[0]
+	if image.Layers.count == 0 || image.Layers.count > MaxLayers {
+		return dockerImage{}, fmt.Errorf("%w: the image has %d layers; want 1 to %d", errdefs.ErrInvalidArgument, image.Layers.count, MaxLayers)
+	}
+	length := len(image.Config)
+	for _, name := range image.Layers.items {
+		length += len(name)
+	}
+	if length > maxTexts {
+		return dockerImage{}, fmt.Errorf("%w: the names in %s have %d bytes; the maximum is %d",
+			errdefs.ErrInvalidArgument, dockerManifestFile, length, maxTexts)
+	}
+	return image, nil
 }

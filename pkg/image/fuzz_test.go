@@ -32,11 +32,15 @@ func FuzzManifest(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if len(d.Manifests) > 0 {
+		if d.isIndex() {
 			_, _ = d.choose(platforms.Default())
 			return
 		}
-		blobs, err := d.layers(config)
+		parsed, err := parseConfig(config)
+		if err != nil {
+			return
+		}
+		blobs, err := d.layers(parsed)
 		if err != nil {
 			return
 		}
@@ -56,8 +60,8 @@ func FuzzDockerManifest(f *testing.F) {
 	f.Add([]byte(`[{"Config":"x.json","Layers":["a/layer.tar"]}]`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		image, err := parseDockerManifest(data)
-		if err == nil && (len(image.Layers) == 0 || len(image.Layers) > MaxLayers) {
-			t.Errorf("%d layers", len(image.Layers))
+		if err == nil && (image.Layers.count == 0 || len(image.Layers.items) > MaxLayers) {
+			t.Errorf("%d layers", image.Layers.count)
 		}
 	})
 }

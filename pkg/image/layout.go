@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"slices"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
@@ -74,16 +73,21 @@ func statLayoutIndex(dir *os.File) (fs.FileInfo, error) {
 
 // describeLayout sets the description from the index.json of an OCI layout or archive.
 func (a *Archive) describeLayout(ctx context.Context, platform platforms.MatchComparer) error {
-	data, err := readDocument(a.files, ocispec.ImageIndexFile)
+	var root ocispec.Descriptor
+	err := a.readDocument(ctx, ocispec.ImageIndexFile, func(data []byte) (err error) {
+		root, err = chooseInLayout(data)
+		return err
+	})
 	if err != nil {
 		return err
 	}
-	root, err := chooseInLayout(data)
-	if err != nil {
-		return err
-	}
-	a.Description, err = Describe(ctx, root, platform, func(_ context.Context, descriptor ocispec.Descriptor) ([]byte, error) {
-		data, err := readDocument(a.files, blobPath(descriptor.Digest))
+	a.Description, err = Describe(ctx, root, platform, a.documents, func(_ context.Context, descriptor ocispec.Descriptor) ([]byte, error) {
+		content, _, err := a.files.open(blobPath(descriptor.Digest))
+		if err != nil {
+			return nil, err
+		}
+		defer content.Close()
+		data, err := ReadDocument(content, descriptor.Size)
 		if err == nil {
 			err = Verify(descriptor, descriptor.Digest.Algorithm().FromBytes(data), int64(len(data)))
 		}
@@ -107,16 +111,14 @@ func chooseInLayout(data []byte) (ocispec.Descriptor, error) {
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	var images []ocispec.Descriptor
-	for _, descriptor := range index.Manifests {
-		if !slices.ContainsFunc(images, func(d ocispec.Descriptor) bool { return d.Digest == descriptor.Digest }) {
-			images = append(images, descriptor)
-		}
+	images := map[digest.Digest]bool{}
+	for _, descriptor := range index.Manifests.items {
+		images[descriptor.Digest] = true
 	}
 	if len(images) != 1 {
 		return ocispec.Descriptor{}, errImageCount(len(images))
 	}
-	return images[0], nil
+	return index.Manifests.items[0].ocispec(), nil
 }
 
 func errImageCount(count int) error {

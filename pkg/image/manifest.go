@@ -27,25 +27,61 @@ const (
 	maxTexts = 128 << 10
 )
 
-// Annotations and media types of artifacts that the OCI image specification does not define.
-const (
-	// orasUnpack is "true" if the blob is the tar of a directory (ORAS, "Artifact directories").
-	orasUnpack = "io.deis.oras.content.unpack"
-	// modelPath is the path of a file in a model (CNCF ModelPack specification).
-	modelPath = "org.cncf.model.filepath"
-	// modelTypes is the prefix of the media types of that specification. They contain ".tar" if the blob is a tar.
-	modelTypes = "application/vnd.cncf.model."
-)
+// modelTypes is the prefix of the media types of the CNCF ModelPack specification. They contain ".tar" if the blob is a tar.
+const modelTypes = "application/vnd.cncf.model."
 
 // manifestOrIndex has the fields of a manifest and of an index.
 type manifestOrIndex struct {
-	SchemaVersion int                  `json:"schemaVersion"`
-	MediaType     string               `json:"mediaType"`
-	Manifests     []ocispec.Descriptor `json:"manifests"`
-	Config        *ocispec.Descriptor  `json:"config"`
-	Layers        []ocispec.Descriptor `json:"layers"`
-	FSLayers      []any                `json:"fsLayers"`
+	SchemaVersion int              `json:"schemaVersion"`
+	MediaType     string           `json:"mediaType"`
+	Manifests     list[descriptor] `json:"manifests"`
+	Config        *descriptor      `json:"config"`
+	Layers        list[descriptor] `json:"layers"`
+	FSLayers      list[skipped]    `json:"fsLayers"`
 }
+
+// descriptor has the fields of a descriptor that matter here. Nothing else of a manifest is kept, because it may be large.
+type descriptor struct {
+	MediaType   string         `json:"mediaType"`
+	Digest      digest.Digest  `json:"digest"`
+	Size        int64          `json:"size"`
+	Platform    *imagePlatform `json:"platform"`
+	Annotations layerNames     `json:"annotations"`
+}
+
+// imagePlatform has the fields of a platform that matter here.
+type imagePlatform struct {
+	OS           string `json:"os"`
+	Architecture string `json:"architecture"`
+	Variant      string `json:"variant"`
+}
+
+func (p imagePlatform) ocispec() ocispec.Platform {
+	return ocispec.Platform{OS: p.OS, Architecture: p.Architecture, Variant: p.Variant}
+}
+
+// layerNames are the annotations of a layer that matter here.
+type layerNames struct {
+	// Title is the path of a file (OCI image specification, "Pre-Defined Annotation Keys").
+	Title string `json:"org.opencontainers.image.title"`
+	// ModelPath is the path of a file in a model (CNCF ModelPack specification).
+	ModelPath string `json:"org.cncf.model.filepath"`
+	// OrasUnpack is "true" if the blob is the tar of a directory (ORAS, "Artifact directories").
+	OrasUnpack string `json:"io.deis.oras.content.unpack"`
+}
+
+// ocispec returns the descriptor without its annotations.
+func (d descriptor) ocispec() ocispec.Descriptor {
+	converted := ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
+	if d.Platform != nil {
+		platform := d.Platform.ocispec()
+		converted.Platform = &platform
+	}
+	return converted
+}
+
+// isIndex reports whether it is an index.
+func (d manifestOrIndex) isIndex() bool { return d.Manifests.count > 0 }
 
 // parseManifest parses a manifest or an index of OCI or Docker. It returns an error if data could be either
 // (CVE-2021-41190).
@@ -54,23 +90,26 @@ func parseManifest(data []byte) (manifestOrIndex, error) {
 	if err := json.Unmarshal(data, &d); err != nil {
 		return d, fmt.Errorf("%w: parse the manifest: %w", errdefs.ErrInvalidArgument, err)
 	}
-	isIndex, isManifest := len(d.Manifests) > 0, d.Config != nil || len(d.Layers) > 0
+	isIndex, isManifest := d.isIndex(), d.Config != nil || d.Layers.count > 0
 	switch {
-	case d.SchemaVersion == 1 || len(d.FSLayers) > 0:
-		return d, fmt.Errorf("%w: Docker schema 1 images are not supported; push the image again with a current tool", errdefs.ErrInvalidArgument)
+	case d.SchemaVersion == 1 || d.FSLayers.count > 0:
+		return d, fmt.Errorf("%w: Docker schema 1 images are not supported; push the image again with a current tool",
+			errdefs.ErrInvalidArgument)
 	case isIndex && isManifest:
 		return d, fmt.Errorf("%w: the document is both a manifest and an index", errdefs.ErrInvalidArgument)
 	case !isIndex && images.IsIndexType(d.MediaType):
 		return d, fmt.Errorf("%w: the index has no manifests", errdefs.ErrInvalidArgument)
 	case !isIndex && d.Config == nil:
 		return d, fmt.Errorf("%w: the document is neither a manifest nor an index", errdefs.ErrInvalidArgument)
-	case isManifest && len(d.Layers) == 0:
+	case isManifest && d.Layers.count == 0:
 		return d, fmt.Errorf("%w: the image has no layers", errdefs.ErrInvalidArgument)
-	case len(d.Layers) > MaxLayers:
+	case d.Layers.count > MaxLayers:
 		return d, fmt.Errorf("%w: the image has %d layers, repeated ones included; the maximum is %d, which is that of overlayfs",
-			errdefs.ErrInvalidArgument, len(d.Layers), MaxLayers)
+			errdefs.ErrInvalidArgument, d.Layers.count, MaxLayers)
+	case d.Manifests.count > maxListed:
+		return d, fmt.Errorf("%w: the index has %d manifests; the maximum is %d", errdefs.ErrInvalidArgument, d.Manifests.count, maxListed)
 	}
-	descriptors := slices.Concat(d.Manifests, d.Layers)
+	descriptors := slices.Concat(d.Manifests.items, d.Layers.items)
 	if d.Config != nil {
 		descriptors = append(descriptors, *d.Config)
 	}
@@ -79,11 +118,25 @@ func parseManifest(data []byte) (manifestOrIndex, error) {
 			return d, err
 		}
 	}
-	return d, nil
+	return d, d.checkTexts()
+}
+
+// checkTexts returns an error if the media types and names of the layers are too long together.
+func (d manifestOrIndex) checkTexts() error {
+	length := 0
+	for _, layer := range d.Layers.items {
+		names := layer.Annotations
+		length += len(layer.MediaType) + len(names.Title) + len(names.ModelPath) + len(names.OrasUnpack)
+	}
+	if length > maxTexts {
+		return fmt.Errorf("%w: the media types and file names of the layers have %d bytes; the maximum is %d; pack the files into one tar",
+			errdefs.ErrInvalidArgument, length, maxTexts)
+	}
+	return nil
 }
 
 // checkDescriptor returns an error if the digest or the size of a descriptor is invalid.
-func checkDescriptor(descriptor ocispec.Descriptor) error {
+func checkDescriptor(descriptor descriptor) error {
 	if err := descriptor.Digest.Validate(); err != nil {
 		return fmt.Errorf("%w: parse digest %q: %w", errdefs.ErrInvalidArgument, truncate(string(descriptor.Digest)), err)
 	}
@@ -107,26 +160,31 @@ func formatPlatform(platform ocispec.Platform) (string, error) {
 
 // choose returns the descriptor of the manifest for a platform in an index.
 func (d manifestOrIndex) choose(platform platforms.MatchComparer) (ocispec.Descriptor, error) {
-	if len(d.Manifests) == 1 && d.Manifests[0].Platform == nil {
-		return d.Manifests[0], nil
+	manifests := d.Manifests.items
+	if len(manifests) == 1 && manifests[0].Platform == nil {
+		return manifests[0].ocispec(), nil
 	}
-	var best *ocispec.Descriptor
+	var best ocispec.Descriptor
 	var known []string
-	for i := range d.Manifests {
-		m := &d.Manifests[i]
+	for _, m := range manifests {
 		if m.Platform == nil {
 			continue
 		}
-		known = append(known, platforms.Format(*m.Platform))
-		if platform.Match(*m.Platform) && (best == nil || platform.Less(*m.Platform, *best.Platform)) {
-			best = m
+		candidate := m.ocispec()
+		name, err := formatPlatform(*candidate.Platform)
+		if err != nil {
+			return ocispec.Descriptor{}, err
+		}
+		known = append(known, name)
+		if platform.Match(*candidate.Platform) && (best.Platform == nil || platform.Less(*candidate.Platform, *best.Platform)) {
+			best = candidate
 		}
 	}
-	if best == nil {
+	if best.Platform == nil {
 		return ocispec.Descriptor{}, fmt.Errorf("%w: the image has no manifest for this node's platform, only for %s",
 			errdefs.ErrNotFound, truncate(strings.Join(known, ", ")))
 	}
-	return *best, nil
+	return best, nil
 }
 
 // imageConfigTypes lists the media types of the configurations of images. A manifest with another type is an artifact.
@@ -135,49 +193,56 @@ var imageConfigTypes = []string{ocispec.MediaTypeImageConfig, images.MediaTypeDo
 // isImage reports whether a manifest is that of an image. The configuration of an image has the diff IDs of its layers.
 func (d manifestOrIndex) isImage() bool { return slices.Contains(imageConfigTypes, d.Config.MediaType) }
 
-// layers returns the layers of a manifest. config is the configuration of an image, and is ignored for an artifact.
-func (d manifestOrIndex) layers(config []byte) ([]LayerBlob, error) {
-	var image ocispec.Image
-	if d.isImage() {
-		if err := json.Unmarshal(config, &image); err != nil {
-			return nil, fmt.Errorf("%w: parse the configuration of the image: %w", errdefs.ErrInvalidArgument, err)
+// imageConfig has the fields of the configuration of an image that matter here.
+type imageConfig struct {
+	imagePlatform
+	RootFS struct {
+		DiffIDs list[digest.Digest] `json:"diff_ids"`
+	} `json:"rootfs"`
+}
+
+func parseConfig(data []byte) (imageConfig, error) {
+	var config imageConfig
+	if err := json.Unmarshal(data, &config); err != nil {
+		return config, fmt.Errorf("%w: parse the configuration of the image: %w", errdefs.ErrInvalidArgument, err)
+	}
+	return config, nil
+}
+
+// checkDiffIDs returns an error if the configuration does not have one valid diff ID for each layer.
+func (c imageConfig) checkDiffIDs(layers int) error {
+	if count := c.RootFS.DiffIDs.count; count != layers {
+		return errDiffIDCount(layers, count)
+	}
+	for _, id := range c.RootFS.DiffIDs.items {
+		if err := checkDiffID(id); err != nil {
+			return err
 		}
 	}
-	diffIDs := image.RootFS.DiffIDs
+	return nil
+}
+
+// layers returns the layers of a manifest. config is the configuration of an image, and empty for an artifact.
+func (d manifestOrIndex) layers(config imageConfig) ([]LayerBlob, error) {
+	diffIDs := config.RootFS.DiffIDs
 	// Some tools push artifacts with the media type of an image and an empty configuration.
-	if len(diffIDs) > 0 && len(diffIDs) != len(d.Layers) {
-		return nil, errDiffIDCount(len(d.Layers), len(diffIDs))
-	}
-	blobs := make([]LayerBlob, len(d.Layers))
-	for i, descriptor := range d.Layers {
-		blobs[i] = LayerBlob{Descriptor: descriptor}
-		if len(diffIDs) > 0 {
-			if err := checkDiffID(diffIDs[i]); err != nil {
-				return nil, err
-			}
-			blobs[i].DiffID = diffIDs[i]
-			continue
-		}
-		if err := blobs[i].readAnnotations(); err != nil {
+	if diffIDs.count > 0 {
+		if err := config.checkDiffIDs(d.Layers.count); err != nil {
 			return nil, err
 		}
 	}
-	return blobs, checkTexts(blobs)
-}
-
-// checkTexts returns an error if the media types and file names of the layers are too long together. It removes everything else that the
-// manifest says, so that a pull does not keep it in memory.
-func checkTexts(blobs []LayerBlob) error {
-	length := 0
-	for i, blob := range blobs {
-		length += len(blob.Descriptor.MediaType) + len(blob.FileName)
-		blobs[i].Descriptor = ocispec.Descriptor{MediaType: blob.Descriptor.MediaType, Digest: blob.Descriptor.Digest, Size: blob.Descriptor.Size}
+	blobs := make([]LayerBlob, d.Layers.count)
+	for i, layer := range d.Layers.items {
+		blobs[i] = LayerBlob{Descriptor: ocispec.Descriptor{MediaType: layer.MediaType, Digest: layer.Digest, Size: layer.Size}}
+		if diffIDs.count > 0 {
+			blobs[i].DiffID = diffIDs.items[i]
+			continue
+		}
+		if err := blobs[i].setName(layer.Annotations); err != nil {
+			return nil, err
+		}
 	}
-	if length > maxTexts {
-		return fmt.Errorf("%w: the media types and file names of the layers have %d bytes; the maximum is %d; pack the files into one tar",
-			errdefs.ErrInvalidArgument, length, maxTexts)
-	}
-	return nil
+	return blobs, nil
 }
 
 // errDiffIDCount returns the error for a configuration whose diff IDs do not match the layers of its manifest.
@@ -189,21 +254,22 @@ func errDiffIDCount(layers, diffIDs int) error {
 // checkDiffID returns an error if a diff ID is not a SHA-256 digest.
 func checkDiffID(id digest.Digest) error {
 	if id.Validate() != nil || id.Algorithm() != digest.SHA256 {
-		return fmt.Errorf("%w: the configuration of the image has the diff ID %q; want a SHA-256 digest", errdefs.ErrInvalidArgument, id)
+		return fmt.Errorf("%w: the configuration of the image has the diff ID %q; want a SHA-256 digest",
+			errdefs.ErrInvalidArgument, truncate(string(id)))
 	}
 	return nil
 }
 
-// readAnnotations sets the format and the file name of the blob of an artifact.
-func (b *LayerBlob) readAnnotations() error {
-	mediaType, annotations := b.Descriptor.MediaType, b.Descriptor.Annotations
+// setName sets the format and the file name of the blob of an artifact.
+func (b *LayerBlob) setName(names layerNames) error {
+	mediaType := b.Descriptor.MediaType
 	isModel := strings.HasPrefix(mediaType, modelTypes)
-	name := annotations[ocispec.AnnotationTitle]
-	if path := annotations[modelPath]; path != "" {
-		name = path
+	name := names.Title
+	if names.ModelPath != "" {
+		name = names.ModelPath
 	}
 	switch {
-	case annotations[orasUnpack] == "true", isModel && strings.Contains(mediaType, ".tar"):
+	case names.OrasUnpack == "true", isModel && strings.Contains(mediaType, ".tar"):
 		b.format = tarFormat
 	case name != "":
 		b.format, b.FileName = fileFormat, name
@@ -227,7 +293,8 @@ func checkFileName(name string) error {
 		return nil
 	}
 	if len(name) > maxPathLength {
-		return fmt.Errorf("%w: the artifact has a file name of %d bytes; the maximum is %d", errdefs.ErrInvalidArgument, len(name), maxPathLength)
+		return fmt.Errorf("%w: the artifact has a file name of %d bytes; the maximum is %d",
+			errdefs.ErrInvalidArgument, len(name), maxPathLength)
 	}
 	for component := range strings.SplitSeq(strings.Trim(name, "/"), "/") {
 		isSpecial := component == "" || component == "." || component == ".." || strings.HasPrefix(component, unpack.WhiteoutPrefix)

@@ -31,7 +31,8 @@ func describeDocument(t *testing.T, document any) (Description, error) {
 		t.Fatal(err)
 	}
 	root := ocispec.Descriptor{Digest: digest.FromBytes(data), Size: int64(len(data))}
-	return Describe(t.Context(), root, platforms.Default(), func(context.Context, ocispec.Descriptor) ([]byte, error) { return data, nil })
+	fetch := func(context.Context, ocispec.Descriptor) ([]byte, error) { return data, nil }
+	return Describe(t.Context(), root, platforms.Default(), NewDocuments(), fetch)
 }
 
 // TestManifestIsBounded checks what a manifest may have of each thing that the store keeps.
@@ -84,5 +85,22 @@ func TestDescriptionKeepsNoAnnotations(t *testing.T) {
 	want := ocispec.Descriptor{MediaType: blob.MediaType, Digest: blob.Digest, Size: blob.Size}
 	if got.Layers[0].FileName != "f" || fmt.Sprint(got.Layers[0].Descriptor) != fmt.Sprint(want) {
 		t.Errorf("the layer %+v; want the descriptor %+v", got.Layers[0], want)
+	}
+}
+
+// TestList checks that a list counts what it does not keep.
+func TestList(t *testing.T) {
+	for text, want := range map[string]int{
+		"null": 0, "[]": 0, " [ ] ": 0, "[1]": 1, `[[]]`: 1, `[{}]`: 1, `[ "" ]`: 1, `["a,\"]", [1,2], {"a":[1,2],"b":3} ]`: 3,
+		"[" + strings.Repeat(`{"a":[1,2]},`, 2000) + "null]": 2001,
+	} {
+		var got list[any]
+		if err := json.Unmarshal([]byte(text), &got); err != nil || got.count != want || len(got.items) != min(want, maxListed) {
+			t.Errorf("%.40s: %d elements, %d kept, error %v; want %d elements", text, got.count, len(got.items), err, want)
+		}
+	}
+	var got list[any]
+	if err := json.Unmarshal([]byte(`{}`), &got); err == nil {
+		t.Error("an object is taken for a list")
 	}
 }

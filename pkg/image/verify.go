@@ -8,9 +8,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// MaxDocumentSize is the maximum size of a manifest, an index or a configuration in bytes.
-const MaxDocumentSize = 8 << 20
-
 // ErrContentMismatch is wrapped by errors about content that differs from its descriptor or its reference.
 var ErrContentMismatch = fmt.Errorf("%w: content mismatch", errdefs.ErrFailedPrecondition)
 

@@ -80,7 +80,7 @@ func (r *Repository) Resolve(ctx context.Context) (ocispec.Descriptor, error) {
 // Fetch returns the content of a manifest, an index or a configuration. It verifies the digest.
 func (r *Repository) Fetch(ctx context.Context, descriptor ocispec.Descriptor) ([]byte, error) {
 	op := fetchOp(descriptor)
-	if descriptor.Size > image.MaxDocumentSize {
+	if descriptor.Size < 0 || descriptor.Size > image.MaxDocumentSize {
 		return nil, r.wrap(op, fmt.Errorf("%w: the document has %d bytes; the maximum is %d",
 			image.ErrContentMismatch, descriptor.Size, image.MaxDocumentSize))
 	}
@@ -92,9 +92,9 @@ func (r *Repository) Fetch(ctx context.Context, descriptor ocispec.Descriptor) (
 		return nil, r.wrap(op, stallCause(ctx, err))
 	}
 	defer body.Close()
-	data, err := io.ReadAll(io.LimitReader(body, image.MaxDocumentSize+1))
+	data, err := image.ReadDocument(body, descriptor.Size)
 	switch {
-	case errdefs.IsFailedPrecondition(err):
+	case errdefs.IsFailedPrecondition(err), int64(len(data)) > descriptor.Size:
 		err = errTooLong(descriptor)
 	case err == nil:
 		err = image.Verify(descriptor, descriptor.Digest.Algorithm().FromBytes(data), int64(len(data)))

@@ -65,6 +65,7 @@ func (f readerFunc) Read(buffer []byte) (int, error) { return f(buffer) }
 type registryOrigin struct {
 	repository *registry.Repository
 	platform   platforms.MatchComparer
+	documents  *image.Documents
 	builder    *builder
 	workDirs   *workDirs
 }
@@ -82,7 +83,7 @@ func (o *registryOrigin) describe(ctx context.Context) (Image, []image.LayerBlob
 		return Image{}, nil, err
 	}
 	named := o.repository.Named()
-	description, err := image.Describe(ctx, descriptor, o.platform, o.repository.Fetch)
+	description, err := image.Describe(ctx, descriptor, o.platform, o.documents, o.repository.Fetch)
 	if err != nil {
 		return Image{}, nil, fmt.Errorf("image %s: %w", named, err)
 	}
@@ -159,11 +160,12 @@ func (o *registryOrigin) fetchInto(
 
 // archiveOrigin is an archive of an image, or the tar of a root file system.
 type archiveOrigin struct {
-	identity image.ArchiveFile
-	file     *os.File
-	platform platforms.MatchComparer
-	builder  *builder
-	workDirs *workDirs
+	identity  image.ArchiveFile
+	file      *os.File
+	platform  platforms.MatchComparer
+	documents *image.Documents
+	builder   *builder
+	workDirs  *workDirs
 	// archive is nil for the tar of a root file system. describe sets it.
 	archive *image.Archive
 	dir     *workDir
@@ -188,7 +190,7 @@ func (o *archiveOrigin) describe(ctx context.Context) (Image, []image.LayerBlob,
 	if o.dir, err = o.workDirs.acquire(archiveWorkDirName(o.identity)); err != nil {
 		return Image{}, nil, err
 	}
-	o.archive, err = image.OpenArchive(ctx, o.file, o.dir.path(), o.platform)
+	o.archive, err = image.OpenArchive(ctx, o.file, o.dir.path(), o.platform, o.documents)
 	if errors.Is(err, image.ErrNoImage) {
 		// The digest of the image is the diff ID of the layer, which is known after unpacking.
 		img := newImage(image.Description{}, o.identity.Reference)

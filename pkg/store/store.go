@@ -46,6 +46,7 @@ type Store struct {
 	prefetcher *prefetcher
 	registries *registry.Client
 	platform   platforms.MatchComparer
+	documents  *image.Documents
 
 	stop context.CancelFunc
 	work sync.WaitGroup
@@ -83,7 +84,8 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 	limits := unpack.Limits{MaxBytes: config.MaxLayerBytes, MaxEntries: config.MaxLayerEntries, MinFreePercent: config.MinFreeDiskPercent}
 	ctx, stop := context.WithCancel(ctx)
 	s := &Store{
-		catalogue: catalogue, workDirs: workDirs, registries: registries, platform: platforms.Default(), stop: stop,
+		catalogue: catalogue, workDirs: workDirs, registries: registries, platform: platforms.Default(), documents: image.NewDocuments(),
+		stop:       stop,
 		builder:    &builder{layout: layout, catalogue: catalogue, limits: limits, syncer: newSyncer(root.Dir())},
 		prefetcher: &prefetcher{catalogue: catalogue, names: config.Prefetch, resolved: map[string]digest.Digest{}},
 	}
@@ -140,7 +142,8 @@ func (s *Store) Pull(ctx context.Context, named reference.Canonical, credentials
 	key := pullKey{named.Digest(), named.Name(), credentials.ID()}
 	present := func() (*Image, error) { return s.catalogue.acquireImage(named.Digest()) }
 	image, err := s.puller.acquire(ctx, key, named.String(), present, &registryOrigin{
-		repository: s.registries.Repository(named, credentials), platform: s.platform, builder: s.builder, workDirs: s.workDirs,
+		repository: s.registries.Repository(named, credentials), platform: s.platform, documents: s.documents,
+		builder: s.builder, workDirs: s.workDirs,
 	})
 	if err != nil {
 		return nil, err
@@ -160,7 +163,7 @@ func (s *Store) Import(ctx context.Context, name string, file *os.File, wanted d
 	}
 	present := func() (*Image, error) { return s.catalogue.acquireArchive(identity) }
 	imported, err := s.puller.acquire(ctx, pullKey{image: identity.Key()}, name, present, &archiveOrigin{
-		identity: identity, file: file, platform: s.platform, builder: s.builder, workDirs: s.workDirs,
+		identity: identity, file: file, platform: s.platform, documents: s.documents, builder: s.builder, workDirs: s.workDirs,
 	})
 	if err != nil {
 		return nil, err
