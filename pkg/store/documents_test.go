@@ -66,6 +66,9 @@ func peakHeap(work func()) int64 {
 
 // TestMemoryOfDocuments pulls many images at once whose manifests or configurations take much more memory than their text.
 func TestMemoryOfDocuments(t *testing.T) {
+	if testing.Short() {
+		t.Skip("the race detector takes memory of its own")
+	}
 	// containerd's client refuses a manifest of more than 4 MiB.
 	const pulls, maxHeap, manifestSize = 24, 128 << 20, 3 << 20
 	for name, c := range map[string]struct {

@@ -58,6 +58,9 @@ func heap() int64 {
 
 // TestImageRecordsAreBounded pulls hundreds of images that each have one tiny layer as often as an image may have layers.
 func TestImageRecordsAreBounded(t *testing.T) {
+	if testing.Short() {
+		t.Skip("hundreds of pulls take a minute under the race detector")
+	}
 	const images, maxHeap, maxDisk = 600, 40 << 20, 16 << 20
 	n := newNode(t)
 	r := n.startRegistry(registrytest.Options{})
