@@ -52,15 +52,13 @@ func (c *Client) nodeCredentials() (Credentials, error) {
 	return credentials, nil
 }
 
-// hosts returns the hosts that serve a registry, mirrors first.
+// hosts returns the hosts that serve a registry, mirrors first. Each receives only the login for it.
 func (c *Client) hosts(host string, credentials func(host string) (string, string, error)) ([]docker.RegistryHost, error) {
 	hook := &firstLoggedError{}
 	ctx := log.WithLogger(context.Background(), discardLogger(hook))
-	guard := &httpsOnlyCredentials{}
 	options := dockerconfig.HostOptions{
-		Credentials: credentials,
 		UpdateClient: func(client *http.Client) error {
-			client.Transport = boundTokens(guard.wrap(client.Transport))
+			client.Transport = keepSecrets(client.Transport)
 			return nil
 		},
 	}
@@ -76,11 +74,8 @@ func (c *Client) hosts(host string, credentials func(host string) (string, strin
 		return nil, fmt.Errorf("%w: read the configuration of registry %s in %s: %w",
 			errdefs.ErrFailedPrecondition, host, c.config.CertsDir, err)
 	}
-	for i, h := range hosts {
-		if h.Scheme == "http" {
-			guard.exceptions = append(guard.exceptions, hostname(h.Host))
-		}
-		hosts[i].Authorizer = tokenAuthorizer{h.Authorizer}
+	for i := range hosts {
+		bindHost(&hosts[i], credentials)
 	}
 	return hosts, nil
 }
