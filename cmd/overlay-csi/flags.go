@@ -117,6 +117,8 @@ func addStoreFlags(flags *pflag.FlagSet, opts *options, maxLayerSize *string) {
 		"`directory` with <host>/hosts.toml, containerd's configuration of registries: mirrors, CAs, plain HTTP")
 	flags.StringVar(&opts.registry.CredentialsFile, "registry-config", "",
 		"Docker config.json `file` with registry credentials, for images that a volume's own secret does not cover")
+	flags.StringSliceVar(&opts.registry.CredentialsNamespaces, "registry-config-namespaces", []string{registry.AllNamespaces},
+		"`namespaces` whose pods and claims may use --registry-config; *: all; empty: only --prefetch and overlayctl use it")
 	flags.StringArrayVar(&config.Prefetch, "prefetch", nil,
 		"`image` (registry/repository:tag) to pull at start and not to collect; repeatable")
 	flags.IntVar(&config.MaxConcurrentLayerPulls, "max-concurrent-layer-pulls", 4,

@@ -63,7 +63,7 @@ type handler struct {
 // NewHandler returns the handler of the admin socket.
 func NewHandler(layers layerStore, volumes volumes, records records) http.Handler {
 	return newMux(&handler{layers, volumes, records, func(ctx context.Context, named reference.Canonical) (store.Image, error) {
-		lease, err := layers.Pull(ctx, named, registry.Credentials{}, "")
+		lease, err := layers.Pull(ctx, named, registry.Operator(), "")
 		if err != nil {
 			return store.Image{}, err
 		}
@@ -168,7 +168,7 @@ func (h *handler) pullImage(ctx context.Context, name string, send func(api.Pull
 	if err != nil {
 		return api.Image{}, err
 	}
-	id, err := h.layers.Resolve(ctx, named, registry.Credentials{})
+	id, err := h.layers.Resolve(ctx, named, registry.Operator())
 	if err != nil {
 		return api.Image{}, err
 	}

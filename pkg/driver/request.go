@@ -136,6 +136,7 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 	}
 	return volume.CreateRequest{
 		Name: req.GetName(), Spec: parsed, Access: access, Secrets: req.GetSecrets(), Required: required, Limit: limit,
+		Namespace: req.GetParameters()[keyClaimNamespace],
 	}, nil
 }
 

@@ -45,12 +45,15 @@ func (r *Resolver) withDigest(
 }
 
 // ResolveTags replaces the tags of oci:// references by the digests that they have now, so that the references name the same images
-// whenever and wherever they are resolved. secrets are those of the volume.
-func (r *Resolver) ResolveTags(ctx context.Context, refs []reference.Reference, secrets map[string]string) ([]reference.Reference, error) {
+// whenever and wherever they are resolved. secrets and namespace are those of the volume.
+func (r *Resolver) ResolveTags(
+	ctx context.Context, refs []reference.Reference, secrets map[string]string, namespace string,
+) ([]reference.Reference, error) {
 	credentials, err := registry.ParseCredentials(secrets)
 	if err != nil {
 		return nil, err
 	}
+	credentials = credentials.InNamespace(namespace)
 	resolved := slices.Clone(refs)
 	for i, ref := range refs {
 		if ref.Scheme() != reference.OCI {

@@ -41,6 +41,7 @@ func (r *Resolver) Resolve(ctx context.Context, refs []reference.Reference, req 
 	if err != nil {
 		return nil, err
 	}
+	credentials = credentials.InNamespace(req.Pod.Namespace)
 	resolved := newResolvedLayers()
 	opened := openedRoots{}
 	defer opened.close()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -21,6 +22,8 @@ type Config struct {
 	// CredentialsFile is the path of a Docker config.json with the node's credentials, or "". A volume's own credentials
 	// take precedence. The file is read again for each request.
 	CredentialsFile string
+	// CredentialsNamespaces are the namespaces whose volumes may use the node's credentials. AllNamespaces stands for all of them.
+	CredentialsNamespaces []string
 	// UserAgent is the User-Agent header of all requests.
 	UserAgent string
 	// StallTimeout is the time after which a request that receives less than 1 KiB/s is retried.
@@ -28,6 +31,9 @@ type Config struct {
 	// Backoff is the pause after the first failed request of a download. It doubles after each further failure.
 	Backoff time.Duration
 }
+
+// AllNamespaces is the entry of Config.CredentialsNamespaces for every namespace.
+const AllNamespaces = "*"
 
 // Client accesses registries.
 type Client struct {
@@ -40,9 +46,17 @@ func NewClient(config Config) *Client {
 	return &Client{config: config, header: http.Header{"User-Agent": {config.UserAgent}}}
 }
 
-// nodeCredentials reads the node's credentials. The file may change while the driver runs, for example to renew a token.
-func (c *Client) nodeCredentials() (Credentials, error) {
-	if c.config.CredentialsFile == "" {
+// mayUseNode reports whether the node's credentials may be used beside those of a volume.
+func (c *Client) mayUseNode(credentials Credentials) bool {
+	return credentials.operator || slices.ContainsFunc(c.config.CredentialsNamespaces, func(namespace string) bool {
+		return namespace == AllNamespaces || namespace == credentials.namespace && namespace != ""
+	})
+}
+
+// nodeCredentials reads the node's credentials for use beside those of a volume. The file may change while the driver runs, for example to
+// renew a token.
+func (c *Client) nodeCredentials(volume Credentials) (Credentials, error) {
+	if c.config.CredentialsFile == "" || !c.mayUseNode(volume) {
 		return Credentials{}, nil
 	}
 	credentials, err := ReadCredentials(c.config.CredentialsFile)

@@ -19,6 +19,19 @@ import (
 type Credentials struct {
 	keychain authn.Keychain
 	id       string
+	// namespace is the namespace of the volume. It decides whether the node's credentials may be used too.
+	namespace string
+	// operator is set if the node's credentials may be used in any case.
+	operator bool
+}
+
+// Operator returns the credentials for what the operator asks for: those of the node.
+func Operator() Credentials { return Credentials{operator: true} }
+
+// InNamespace returns the credentials for a volume in a namespace.
+func (c Credentials) InNamespace(namespace string) Credentials {
+	c.namespace = namespace
+	return c
 }
 
 // ID returns a hash that identifies the credentials without disclosing them.

@@ -81,6 +81,8 @@ func (r *Repository) WrapMismatch(err error) error { return r.wrap("unpack", err
 func (r *Repository) describeUser() string {
 	user := r.lastUser.Load()
 	switch {
+	case user == nil && r.refusal != "":
+		return "without credentials: the volume's secret has no entry for the image, and " + r.refusal
 	case user == nil:
 		return "without credentials: neither the volume's secret nor the node's credentials have an entry for the image"
 	case *user == "":

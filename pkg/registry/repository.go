@@ -23,8 +23,10 @@ type Repository struct {
 	registry string
 	resolver remotes.Resolver
 	config   Config
-	// credentialsID identifies the credentials.
+	// credentialsID identifies the credentials, those of the node included.
 	credentialsID string
+	// refusal says why the node's credentials are not used. It is empty if they are.
+	refusal string
 	// lastUser is the user of the last login that was sent. It is "" for a token, and nil if no login was sent.
 	lastUser *atomic.Pointer[string]
 }
@@ -34,8 +36,14 @@ func (c *Client) Repository(named reference.Named, credentials Credentials) *Rep
 	repository := &Repository{
 		named: named, registry: reference.Domain(named), config: c.config, credentialsID: credentials.ID(), lastUser: &atomic.Pointer[string]{},
 	}
+	switch {
+	case c.mayUseNode(credentials):
+		repository.credentialsID += "+node"
+	case c.config.CredentialsFile != "":
+		repository.refusal = fmt.Sprintf("namespace %q may not use the node's", credentials.namespace)
+	}
 	login := func(host string) (string, string, error) {
-		node, err := c.nodeCredentials()
+		node, err := c.nodeCredentials(credentials)
 		if err != nil {
 			return "", "", err
 		}

@@ -76,7 +76,7 @@ func TestNodeCredentialsComeSecond(t *testing.T) {
 	n := newNode(t)
 	config := filepath.Join(n.dir, "config.json")
 	r := n.startRegistry(registrytest.Options{User: "u", Password: "p"})
-	n.registry.CredentialsFile = config
+	n.registry.CredentialsFile, n.registry.CredentialsNamespaces = config, []string{registry.AllNamespaces}
 	must(t, os.WriteFile(config, []byte(r.DockerConfig("u", "old")), 0o600))
 	n.restart()
 	pinned := push(t, r, "a:1", image(t, layer(t, registrytest.File("f", "x"))))

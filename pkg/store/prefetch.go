@@ -46,7 +46,7 @@ func (p *prefetcher) prefetch(ctx context.Context, store *Store, name string) er
 	if err != nil {
 		return err
 	}
-	id, err := store.Resolve(ctx, named, registry.Credentials{})
+	id, err := store.Resolve(ctx, named, registry.Operator())
 	if err != nil {
 		return err
 	}
@@ -54,7 +54,7 @@ func (p *prefetcher) prefetch(ctx context.Context, store *Store, name string) er
 	if err != nil {
 		return err
 	}
-	lease, err := store.Pull(ctx, canonical, registry.Credentials{}, "")
+	lease, err := store.Pull(ctx, canonical, registry.Operator(), "")
 	if err != nil {
 		return err
 	}

@@ -139,10 +139,11 @@ func (s *Store) Acquire(id digest.Digest, path string) (*Lease, error) {
 // another call joins it.
 // A pull that no call has waited for during Config.AbandonAfter ends; the next one resumes its downloads.
 func (s *Store) Pull(ctx context.Context, named reference.Canonical, credentials registry.Credentials, path string) (*Lease, error) {
-	key := pullKey{named.Digest(), named.Name(), credentials.ID()}
+	repository := s.registries.Repository(named, credentials)
+	key := pullKey{named.Digest(), named.Name(), repository.CredentialsID()}
 	present := func() (*Image, error) { return s.catalogue.acquireImage(named.Digest()) }
 	image, err := s.puller.acquire(ctx, key, named.String(), present, &registryOrigin{
-		repository: s.registries.Repository(named, credentials), platform: s.platform, documents: s.documents,
+		repository: repository, platform: s.platform, documents: s.documents,
 		builder: s.builder, workDirs: s.workDirs,
 	})
 	if err != nil {

@@ -212,7 +212,9 @@ func (l fakeLayers) Resolve(_ context.Context, refs []reference.Reference, _ lay
 	return resolved, nil
 }
 
-func (l fakeLayers) ResolveTags(_ context.Context, refs []reference.Reference, _ map[string]string) ([]reference.Reference, error) {
+func (l fakeLayers) ResolveTags(
+	_ context.Context, refs []reference.Reference, _ map[string]string, _ string,
+) ([]reference.Reference, error) {
 	return refs, l.n.failing("resolve tags")
 }
 

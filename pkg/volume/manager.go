@@ -37,7 +37,9 @@ type mounter interface {
 // layers resolves layer references into open directories.
 type layers interface {
 	Resolve(ctx context.Context, refs []reference.Reference, req layer.Request) (*layer.ResolvedLayers, error)
-	ResolveTags(ctx context.Context, refs []reference.Reference, secrets map[string]string) ([]reference.Reference, error)
+	ResolveTags(
+		ctx context.Context, refs []reference.Reference, secrets map[string]string, namespace string,
+	) ([]reference.Reference, error)
 	Check(refs []reference.Reference) error
 	CheckPresent(refs []reference.Reference) error
 	CheckRoots() error

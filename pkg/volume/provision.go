@@ -28,6 +28,8 @@ type CreateRequest struct {
 	Access spec.AccessMode
 	// Secrets have the credentials for registries.
 	Secrets map[string]string
+	// Namespace is the namespace of the claim, or "" if the request does not name it.
+	Namespace string
 	// Required and Limit bound the capacity in bytes. Zero is no bound.
 	Required, Limit int64
 }
@@ -100,7 +102,7 @@ func (m *Manager) resolveRequested(ctx context.Context, req *CreateRequest) (req
 	if err := m.config.Layers.Check(requested); err != nil {
 		return nil, err
 	}
-	if req.Spec.Layers, err = m.config.Layers.ResolveTags(ctx, requested, req.Secrets); err != nil {
+	if req.Spec.Layers, err = m.config.Layers.ResolveTags(ctx, requested, req.Secrets, req.Namespace); err != nil {
 		return nil, err
 	}
 	if slices.Equal(requested, req.Spec.Layers) {
