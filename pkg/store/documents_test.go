@@ -70,7 +70,7 @@ func TestMemoryOfDocuments(t *testing.T) {
 		t.Skip("the race detector takes memory of its own")
 	}
 	// containerd's client refuses a manifest of more than 4 MiB.
-	const pulls, maxHeap, manifestSize = 24, 128 << 20, 3 << 20
+	const pulls, maxHeap, manifestSize = 6, 128 << 20, 3 << 20
 	for name, c := range map[string]struct {
 		isConfig bool
 		data     []byte
@@ -117,7 +117,7 @@ func TestMemoryOfDocuments(t *testing.T) {
 // TestSlowDocumentHoldsNobody checks that a registry that stops within a large configuration delays no small image, delays a large one
 // only until its time is up, and does not delay the end of the driver.
 func TestSlowDocumentHoldsNobody(t *testing.T) {
-	n := newNode(t, func(n *node) { n.registry.StallTimeout = time.Second })
+	n := newNode(t, func(n *node) { n.registry.StallTimeout = 3 * time.Second })
 	r := n.startRegistry(registrytest.Options{})
 	small := push(t, r, "small:1", image(t, layer(t, registrytest.File("f", "small"))))
 	data := filled(8<<20, `{"rootfs":{"diff_ids":[ITEMS]}}`, `""`)

@@ -56,7 +56,7 @@ func (p *puller) reserve(ctx context.Context, current *pull) error {
 }
 
 // checkSizes returns ErrResourceExhausted if the missing blobs would not fit on an empty disk, or if one is larger than a layer
-// may be. The sizes are from an untrusted source, and their sum may overflow.
+// may be. The sizes are from an untrusted source: after checkSizes, the sum of all sizes does not overflow.
 func (p *puller) checkSizes(blobs []image.LayerBlob) error {
 	usage, err := linux.FileSystemUsage(p.catalogue.root)
 	if err != nil {
@@ -65,20 +65,22 @@ func (p *puller) checkSizes(blobs []image.LayerBlob) error {
 	left := usage.Bytes.Total - usage.Bytes.Total/100*int64(p.minFreePercent)
 	seen := map[blobKey]bool{}
 	for _, blob := range blobs {
-		if seen[keyOf(blob)] || p.catalogue.has(blob) {
-			continue
-		}
-		seen[keyOf(blob)] = true
 		size := blob.Descriptor.Size
-		if p.maxLayerBytes > 0 && size > p.maxLayerBytes {
-			return fmt.Errorf("%w: layer %s has %d bytes to download, and a layer may have %d; raise --max-layer-size",
-				errdefs.ErrResourceExhausted, blob.Descriptor.Digest, size, p.maxLayerBytes)
-		}
-		if size > left {
+		// The layer of a blob that is present may be removed before the pull needs it, so that its size counts too if it is too large.
+		isMissing := !seen[keyOf(blob)] && !p.catalogue.has(blob)
+		if size > usage.Bytes.Total || (isMissing && size > left) {
 			return fmt.Errorf("%w: the image has more to download than can ever fit on the disk of %s, which has %s; "+
 				"layer %s of %d bytes does not fit",
 				errdefs.ErrResourceExhausted, p.catalogue.path, humanize.IBytes(uint64(usage.Bytes.Total)), blob.Descriptor.Digest, size)
 		}
+		if !isMissing {
+			continue
+		}
+		if p.maxLayerBytes > 0 && size > p.maxLayerBytes {
+			return fmt.Errorf("%w: layer %s has %d bytes to download, and a layer may have %d; raise --max-layer-size",
+				errdefs.ErrResourceExhausted, blob.Descriptor.Digest, size, p.maxLayerBytes)
+		}
+		seen[keyOf(blob)] = true
 		left -= size
 	}
 	return nil
@@ -87,11 +89,6 @@ func (p *puller) checkSizes(blobs []image.LayerBlob) error {
 // tryReserve reserves the disk space for a pull. It returns the number of bytes that are missing, and reserves nothing if there
 // are any.
 func (p *puller) tryReserve(current *pull) (missing int64, _ error) {
-	usage, err := linux.FileSystemUsage(p.catalogue.root)
-	if err != nil {
-		return 0, err
-	}
-	available := usage.Bytes.Available - usage.Bytes.Total/100*int64(p.minFreePercent)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	pulls := []*pull{current}
@@ -101,7 +98,14 @@ func (p *puller) tryReserve(current *pull) (missing int64, _ error) {
 			pulls = append(pulls, other)
 		}
 	}
-	if missing := p.outstandingLocked(pulls) - available; missing > 0 && own > 0 {
+	outstanding := p.outstandingLocked(pulls)
+	// The usage is read last: what the other pulls write before that counts twice, and not as free.
+	usage, err := linux.FileSystemUsage(p.catalogue.root)
+	if err != nil {
+		return 0, err
+	}
+	available := usage.Bytes.Available - usage.Bytes.Total/100*int64(p.minFreePercent)
+	if missing := outstanding - available; missing > 0 && own > 0 {
 		return missing, nil
 	}
 	current.reserved = true

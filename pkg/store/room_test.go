@@ -99,6 +99,19 @@ func TestNothingIsCollectedForWhatCannotFit(t *testing.T) {
 	}
 }
 
+// TestSizeOfAPresentLayer: a layer that is on the disk may be collected amid the pull. What the image says of its size counts then.
+func TestSizeOfAPresentLayer(t *testing.T) {
+	one, two := layer(t, registrytest.File("f", "1")), layer(t, registrytest.File("f", "2"))
+	n := newNodeIn(t, newDisk(t, "size=64m"))
+	r := n.startRegistry(registrytest.Options{})
+	n.pullUnused(push(t, r, "a:0", image(t, one)))
+	push(t, r, "a:1", image(t, two))
+	_, err := n.pull(push(t, r, "a:2", image(t, sized{one, 1 << 62}, sized{two, 1 << 62})), "", registry.Credentials{})
+	wantError(t, err, "to download", "can ever fit")
+	_, err = n.pull(push(t, r, "a:3", image(t, sized{one, 1 << 62}, two)), "", registry.Credentials{})
+	wantError(t, err, "to download", "can ever fit")
+}
+
 // TestPullsReserveTheirSpace: of two pulls that do not fit together, the first one gets its space.
 func TestPullsReserveTheirSpace(t *testing.T) {
 	const size = 24 << 20

@@ -70,7 +70,7 @@ func TestSlowRegistryDelaysNobodyElse(t *testing.T) {
 				ofSlow <- err
 			}()
 			<-asked
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			lease, err := n.pullWith(ctx, pinned)
 			if err != nil {
@@ -121,7 +121,7 @@ func TestOneRegistryHasNotAllSlots(t *testing.T) {
 	for range n.config.MaxConcurrentLayerPulls - 1 {
 		<-asked
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	lease, err := n.pullWith(ctx, pinned)
 	if err != nil {
