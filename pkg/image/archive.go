@@ -13,6 +13,8 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/overlay-csi/overlay-csi/pkg/unpack"
 )
 
 // ErrNoImage is the error of OpenArchive for a tar that is not an archive of an image.
@@ -75,11 +77,12 @@ type archiveFiles interface {
 
 // OpenArchive opens an archive for a platform. file is a docker archive, an OCI archive or the directory of an OCI layout.
 // The archives may be compressed. OpenArchive decompresses them to the directory scratch, because it needs random access.
-// documents bounds the memory for its manifests. It returns ErrNoImage if file is another tar. The caller closes file after the Archive.
+// documents bounds the memory for its manifests. It returns ErrNoImage if file is another tar, and errdefs.ErrResourceExhausted if the
+// archive is larger than a layer may be. The caller closes file after the Archive.
 func OpenArchive(
-	ctx context.Context, file *os.File, scratch string, platform platforms.MatchComparer, documents *Documents,
+	ctx context.Context, file *os.File, scratch string, platform platforms.MatchComparer, documents *Documents, limits unpack.Limits,
 ) (*Archive, error) {
-	files, err := openFiles(ctx, file, filepath.Join(scratch, "archive.tar"))
+	files, err := openFiles(ctx, file, filepath.Join(scratch, "archive.tar"), limits)
 	if err != nil {
 		return nil, err
 	}
@@ -106,7 +109,7 @@ func (a *Archive) OpenBlob(blob LayerBlob) (io.ReadCloser, error) {
 func (a *Archive) Close() { a.files.close() }
 
 // openFiles returns the files of an archive. It decompresses a compressed archive to the file at scratch.
-func openFiles(ctx context.Context, file *os.File, scratch string) (archiveFiles, error) {
+func openFiles(ctx context.Context, file *os.File, scratch string, limits unpack.Limits) (archiveFiles, error) {
 	info, err := file.Stat()
 	if err != nil {
 		return nil, err
@@ -125,20 +128,20 @@ func openFiles(ctx context.Context, file *os.File, scratch string) (archiveFiles
 	if !isCompressed(magic) {
 		return indexTar(ctx, whole(), io.NopCloser(nil))
 	}
-	plain, err := decompress(whole())
+	plain, err := decompress(unpack.ContextReader(ctx, whole()))
 	if err != nil {
 		return nil, err
 	}
 	defer plain.Close()
-	if err := scanTar(ctx, plain); err != nil {
+	if err := scanTar(ctx, &limitedReader{from: plain, limits: limits}); err != nil {
 		return nil, err
 	}
-	return decompressArchive(ctx, whole(), scratch)
+	return decompressArchive(ctx, whole(), scratch, limits)
 }
 
 // decompressArchive decompresses an archive to a file at scratch. It unlinks the file, which exists until it is closed.
-func decompressArchive(ctx context.Context, from io.Reader, scratch string) (archiveFiles, error) {
-	plain, err := decompress(from)
+func decompressArchive(ctx context.Context, from io.Reader, scratch string, limits unpack.Limits) (archiveFiles, error) {
+	plain, err := decompress(unpack.ContextReader(ctx, from))
 	if err != nil {
 		return nil, err
 	}
@@ -147,7 +150,7 @@ func decompressArchive(ctx context.Context, from io.Reader, scratch string) (arc
 	if err != nil {
 		return nil, err
 	}
-	size, err := io.Copy(file, plain)
+	size, err := limits.CopyToFile(ctx, file, plain)
 	if err == nil {
 		err = os.Remove(scratch)
 	}
@@ -156,6 +159,22 @@ func decompressArchive(ctx context.Context, from io.Reader, scratch string) (arc
 		return nil, fmt.Errorf("decompress the archive: %w", err)
 	}
 	return indexTar(ctx, io.NewSectionReader(file, 0, size), file)
+}
+
+// limitedReader reads at most as many bytes as a layer may have. A few bytes can decompress to terabytes.
+type limitedReader struct {
+	from   io.Reader
+	limits unpack.Limits
+	size   int64
+}
+
+func (r *limitedReader) Read(buffer []byte) (int, error) {
+	if err := r.limits.CheckSize(r.size); err != nil {
+		return 0, fmt.Errorf("decompress the archive: %w", err)
+	}
+	n, err := r.from.Read(buffer)
+	r.size += int64(n)
+	return n, err
 }
 
 // readDocument reads and parses a file of the archive that is a manifest, an index or a configuration.

@@ -10,6 +10,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/overlay-csi/overlay-csi/pkg/unpack"
 )
 
 // imageNames matches the names of the files in archives of images. A tar with another name is that of a root file system.
@@ -24,9 +26,9 @@ func isImageName(name string) bool { return len(name) <= maxImageName && imageNa
 
 // scanTar returns ErrNoImage if a tar is not an archive of an image. It stops at the first name that shows it.
 func scanTar(ctx context.Context, from io.Reader) error {
-	reader := tar.NewReader(from)
+	reader := tar.NewReader(unpack.ContextReader(ctx, from))
 	hasManifest := false
-	for ctx.Err() == nil {
+	for range maxArchiveFiles {
 		header, err := reader.Next()
 		if err == io.EOF {
 			if hasManifest {
@@ -35,7 +37,7 @@ func scanTar(ctx context.Context, from io.Reader) error {
 			return ErrNoImage
 		}
 		if err != nil {
-			return fmt.Errorf("%w: read the tar: %w", errdefs.ErrInvalidArgument, err)
+			return explainTarError(ctx, err)
 		}
 		name := path.Clean(header.Name)
 		if !isImageName(name) {
@@ -43,7 +45,19 @@ func scanTar(ctx context.Context, from io.Reader) error {
 		}
 		hasManifest = hasManifest || name == dockerManifestFile || name == ocispec.ImageIndexFile
 	}
-	return ctx.Err()
+	return errTooManyFiles()
+}
+
+// explainTarError adds its kind to an error of reading a tar.
+func explainTarError(ctx context.Context, err error) error {
+	if ctx.Err() != nil || errdefs.IsResourceExhausted(err) {
+		return err
+	}
+	return fmt.Errorf("%w: read the tar: %w", errdefs.ErrInvalidArgument, err)
+}
+
+func errTooManyFiles() error {
+	return fmt.Errorf("%w: the archive has more than %d entries", errdefs.ErrInvalidArgument, maxArchiveFiles)
 }
 
 // tarIndex is an index of the files in an uncompressed archive.
@@ -57,7 +71,7 @@ type tarIndex struct {
 // section is the content of a file in a tar, in bytes.
 type section struct{ offset, size int64 }
 
-// maxArchiveFiles is the maximum number of files in an archive. Images have up to three files for each layer.
+// maxArchiveFiles is the maximum number of entries in an archive, of every type. Images have up to three files for each layer.
 const maxArchiveFiles = 100_000
 
 // indexTar returns an index of the files in an archive. It returns ErrNoImage for another tar. The close method of the index
@@ -72,11 +86,8 @@ func indexTar(ctx context.Context, from *io.SectionReader, closer io.Closer) (ar
 }
 
 func (t *tarIndex) read(ctx context.Context) error {
-	reader := tar.NewReader(t.from)
-	for len(t.files)+len(t.links) < maxArchiveFiles {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
+	reader := tar.NewReader(contextSection{t.from, ctx})
+	for range maxArchiveFiles {
 		header, err := reader.Next()
 		if err == io.EOF {
 			if t.has(dockerManifestFile) || t.has(ocispec.ImageIndexFile) {
@@ -85,7 +96,7 @@ func (t *tarIndex) read(ctx context.Context) error {
 			return ErrNoImage
 		}
 		if err != nil {
-			return fmt.Errorf("%w: read the tar: %w", errdefs.ErrInvalidArgument, err)
+			return explainTarError(ctx, err)
 		}
 		name := path.Clean(header.Name)
 		if !isImageName(name) {
@@ -106,7 +117,17 @@ func (t *tarIndex) read(ctx context.Context) error {
 			}
 		}
 	}
-	return fmt.Errorf("%w: the archive has more than %d files", errdefs.ErrInvalidArgument, maxArchiveFiles)
+	return errTooManyFiles()
+}
+
+// contextSection reads a file until ctx is done. It is a seeker, so that the tar reader skips the content of files.
+type contextSection struct {
+	*io.SectionReader
+	ctx context.Context
+}
+
+func (s contextSection) Read(buffer []byte) (int, error) {
+	return unpack.ContextReader(s.ctx, s.SectionReader).Read(buffer)
 }
 
 func (t *tarIndex) has(name string) bool { _, ok := t.files[name]; return ok }

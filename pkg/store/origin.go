@@ -190,7 +190,7 @@ func (o *archiveOrigin) describe(ctx context.Context) (Image, []image.LayerBlob,
 	if o.dir, err = o.workDirs.acquire(archiveWorkDirName(o.identity)); err != nil {
 		return Image{}, nil, err
 	}
-	o.archive, err = image.OpenArchive(ctx, o.file, o.dir.path(), o.platform, o.documents)
+	o.archive, err = image.OpenArchive(ctx, o.file, o.dir.path(), o.platform, o.documents, o.builder.limits)
 	if errors.Is(err, image.ErrNoImage) {
 		// The digest of the image is the diff ID of the layer, which is known after unpacking.
 		img := newImage(image.Description{}, o.identity.Reference)

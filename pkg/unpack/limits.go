@@ -1,7 +1,9 @@
 package unpack
 
 import (
+	"context"
 	"fmt"
+	"io"
 	"os"
 
 	"github.com/containerd/errdefs"
@@ -12,6 +14,9 @@ import (
 // checkInterval is the number of bytes that are written between two checks of the free space.
 const checkInterval = 64 << 20
 
+// fileInterval is the number of bytes that CopyToFile writes between two checks of the free space.
+const fileInterval = 16 << 20
+
 // Limits bound the resources that one layer may take. A zero field is no limit.
 type Limits struct {
 	// MaxBytes is the maximum total size of the layer's files in bytes, holes and extended attributes included.
@@ -20,6 +25,39 @@ type Limits struct {
 	MaxEntries int64
 	// MinFreePercent is the percentage of the disk that must stay free.
 	MinFreePercent int
+}
+
+// CopyToFile copies from to file until ctx is done. It returns the number of bytes, and errdefs.ErrResourceExhausted if they are more
+// than MaxBytes or if less than MinFreePercent of the disk is free.
+func (l Limits) CopyToFile(ctx context.Context, file *os.File, from io.Reader) (int64, error) {
+	content := ContextReader(ctx, from)
+	var size int64
+	for {
+		if l.MinFreePercent > 0 {
+			if err := CheckFreeSpace(file, l.MinFreePercent); err != nil {
+				return size, err
+			}
+		}
+		n, err := io.CopyN(file, content, fileInterval)
+		size += n
+		if err := l.CheckSize(size); err != nil {
+			return size, err
+		}
+		if err == io.EOF {
+			return size, nil
+		}
+		if err != nil {
+			return size, err
+		}
+	}
+}
+
+// CheckSize returns errdefs.ErrResourceExhausted if size bytes are more than MaxBytes.
+func (l Limits) CheckSize(size int64) error {
+	if l.MaxBytes > 0 && size > l.MaxBytes {
+		return fmt.Errorf("%w: it has more than %d bytes; raise --max-layer-size", errdefs.ErrResourceExhausted, l.MaxBytes)
+	}
+	return nil
 }
 
 // checkSize returns ErrResourceExhausted if the files of the layer are larger than it may be.

@@ -117,7 +117,7 @@ func (u *unpacker) close() {
 func (u *unpacker) unpack(ctx context.Context, from io.Reader) error {
 	source := &tarSource{ctx: ctx, u: u, from: from}
 	reader := tarReader{tar.NewReader(source), source}
-	content := contextReader{ctx, reader}
+	content := ContextReader(ctx, reader)
 	for {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
@@ -149,7 +149,10 @@ func shorten(name string) string {
 	return name
 }
 
-// contextReader reads until ctx is done. The holes of a sparse file, which no source is read for, can be terabytes.
+// ContextReader returns a reader that reads from until ctx is done, and then returns the cause. The holes of a sparse file, which no source
+// is read for, can be terabytes, and so can what a few bytes decompress to.
+func ContextReader(ctx context.Context, from io.Reader) io.Reader { return contextReader{ctx, from} }
+
 type contextReader struct {
 	ctx  context.Context
 	from io.Reader
