@@ -2,6 +2,7 @@ package unpack
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -43,7 +44,7 @@ func (l Limits) CopyToFile(ctx context.Context, file *os.File, from io.Reader) (
 		if err := l.CheckSize(size); err != nil {
 			return size, err
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return size, nil
 		}
 		if err != nil {
