@@ -2,7 +2,11 @@ package linux
 
 import (
 	"errors"
+	"fmt"
+	"io/fs"
 	"os"
+	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -78,4 +82,26 @@ func withReadable(dir *os.File, op string, do func(fd int) error) error {
 // has it. The kernel releases it when the file is closed, however the process ends.
 func Flock(file *os.File) error {
 	return call("flock", file, func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) })
+}
+
+// FlockHolder returns the ID of a process that has the lock of an open file (flock(2), proc_locks(5)). It returns fs.ErrNotExist if
+// there is none, or if the kernel does not tell: the process may be in another PID namespace, and some file systems, btrfs for
+// instance, show their files under another device.
+func FlockHolder(file *os.File) (pid int, err error) {
+	stat, err := StatFile(file)
+	if err != nil {
+		return 0, err
+	}
+	locks, err := os.ReadFile("/proc/locks")
+	if err != nil {
+		return 0, err
+	}
+	wanted := fmt.Sprintf("%02x:%02x:%d", unix.Major(stat.Dev), unix.Minor(stat.Dev), stat.Ino)
+	for line := range strings.Lines(string(locks)) {
+		// The fields are a number, FLOCK, ADVISORY, WRITE, the process, the file, and the range.
+		if fields := strings.Fields(line); len(fields) > 5 && fields[1] == "FLOCK" && fields[5] == wanted {
+			return strconv.Atoi(fields[4])
+		}
+	}
+	return 0, &os.PathError{Op: "find the lock of", Path: file.Name(), Err: fs.ErrNotExist}
 }

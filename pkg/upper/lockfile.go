@@ -167,24 +167,56 @@ func (p podVolume) withLockFile(ctx context.Context, base *os.File, do func(file
 		return p.wrap("open it", err)
 	}
 	defer dir.Close()
-	// Another overlay volume holds it for milliseconds. A pod that holds it for longer delays only its own volumes.
-	for {
-		err := linux.Flock(dir)
-		if err == nil {
-			break
-		}
-		if !errors.Is(err, syscall.EWOULDBLOCK) {
-			return p.wrap("lock it (flock)", err)
-		}
-		select {
-		case <-ctx.Done():
-			return p.wrap("wait for its lock (flock)", ctx.Err())
-		case <-time.After(5 * time.Millisecond):
-		}
+	if err := waitForFlock(ctx, dir); err != nil {
+		return p.wrap("lock it (flock)", err)
 	}
 	file, existed, err := readLockFile(dir)
 	if err != nil {
 		return p.wrap("read "+lockName, err)
 	}
 	return do(file, existed)
+}
+
+const (
+	// flockWait is the maximum time that an operation waits for the flock of a directory. Another overlay volume has it for
+	// milliseconds. A pod that has it for longer makes the operations on its own volumes fail, which are repeated.
+	flockWait = 5 * time.Second
+	// flockInterval is the time between two tries.
+	flockInterval = 5 * time.Millisecond
+)
+
+// waitForFlock takes the lock of an open directory. It returns ErrUnavailable if another process has it for flockWait. ctx may have no
+// end: a publish that has failed is undone although nobody waits for it.
+func waitForFlock(ctx context.Context, dir *os.File) error {
+	limited, cancel := context.WithTimeout(ctx, flockWait)
+	defer cancel()
+	for {
+		err := linux.Flock(dir)
+		if !errors.Is(err, syscall.EWOULDBLOCK) {
+			return err
+		}
+		select {
+		case <-time.After(flockInterval):
+		case <-limited.Done():
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			return fmt.Errorf("%w: %s has locked the directory for %s; end it, or name another path",
+				errdefs.ErrUnavailable, flockHolder(dir), flockWait)
+		}
+	}
+}
+
+// flockHolder says which process has the lock of a directory.
+func flockHolder(dir *os.File) string {
+	pid, err := linux.FlockHolder(dir)
+	if err != nil {
+		return "another process"
+	}
+	// The process chooses its name, of at most 15 bytes.
+	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+	if err != nil {
+		return fmt.Sprintf("process %d", pid)
+	}
+	return fmt.Sprintf("process %d (%s)", pid, quote(strings.TrimSuffix(string(name), "\n")))
 }

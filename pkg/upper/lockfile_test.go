@@ -1,12 +1,17 @@
 package upper_test
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -81,5 +86,47 @@ func TestMessagesOfALockFileAreBounded(t *testing.T) {
 				t.Errorf("a message of %d bytes", len(err.Error()))
 			}
 		})
+	}
+}
+
+// TestNobodyWaitsForAFlockWithoutEnd has a process of the pod keep the lock of the directory. The undo of a publish that has failed
+// has no deadline, and holds the volume.
+func TestNobodyWaitsForAFlockWithoutEnd(t *testing.T) {
+	at := upper.PodVolumePath{Volume: mountAt(t, "tmpfs"), Path: "up"}
+	me := upper.LockHolder{Node: "n", BootID: "b", VolumeID: "v", Target: "/t"}
+	used := podVolume(t, at, me, true)
+	prepare := func() error {
+		dirs, err := used.Prepare(t.Context(), upper.RootAttr{Mode: 0o755})
+		if err == nil {
+			dirs.Close()
+		}
+		return err
+	}
+	if err := prepare(); err != nil {
+		t.Fatal(err)
+	}
+	pod := open(t, filepath.Join(at.Volume, at.Path))
+	if err := linux.Flock(pod); err != nil {
+		t.Fatal(err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		for name, do := range map[string]func(ctx context.Context) error{
+			"Release": used.Release,
+			"Prepare": func(ctx context.Context) error {
+				_, err := used.Prepare(ctx, upper.RootAttr{Mode: 0o755})
+				return err
+			},
+		} {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+			err := do(ctx)
+			cancel()
+			if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), fmt.Sprintf("process %d", os.Getpid())) {
+				t.Errorf("%s while process %d has the lock: %v", name, os.Getpid(), err)
+			}
+		}
+	})
+	pod.Close()
+	if err := errors.Join(prepare(), used.Release(t.Context())); err != nil {
+		t.Errorf("after the process of the pod: %v", err)
 	}
 }
