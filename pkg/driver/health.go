@@ -6,6 +6,7 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
@@ -56,8 +57,12 @@ func (n *Node) NodeGetStorageHealth(ctx context.Context, req *csi.NodeGetStorage
 	if !n.health {
 		return n.UnimplementedNodeServer.NodeGetStorageHealth(ctx, req)
 	}
+	conditions, err := n.volumes.StorageHealth(ctx)
+	if err != nil {
+		return nil, err
+	}
 	response := &csi.NodeGetStorageHealthResponse{}
-	for _, c := range n.volumes.StorageHealth() {
+	for _, c := range conditions {
 		status := csi.StorageHealthErrorType_STORAGE_DEGRADED
 		if c.Severity == volume.Inaccessible {
 			status = csi.StorageHealthErrorType_STORAGE_UNREACHABLE
@@ -108,24 +113,45 @@ func (c *Controller) ControllerListVolumeHealth(ctx context.Context, req *csi.Co
 	if err != nil {
 		return nil, err
 	}
+	conditions, err := c.healthOf(ctx, volumes)
+	if err != nil {
+		return nil, err
+	}
 	response := &csi.ControllerListVolumeHealthResponse{}
-	for _, v := range volumes {
-		conditions, err := c.volumes.Health(ctx, v.ID, "")
-		if errdefs.IsNotFound(err) {
-			// It was deleted after the list was made.
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("check the health of volume %s: %w", v.ID, err)
-		}
-		if len(conditions) == 0 {
+	for i, v := range volumes {
+		if len(conditions[i]) == 0 {
 			continue
 		}
 		if limit := int(req.GetMaxEntries()); limit > 0 && len(response.Entries) == limit {
 			response.NextToken = tokenPrefix + response.Entries[limit-1].GetVolumeId()
 			break
 		}
-		response.Entries = append(response.Entries, volumeHealth(v.ID, conditions))
+		response.Entries = append(response.Entries, volumeHealth(v.ID, conditions[i]))
 	}
 	return response, nil
+}
+
+// parallelChecks is the maximum number of volumes of a list that are checked at the same time. Those on a file system that does not
+// answer delay the others.
+const parallelChecks = 32
+
+// healthOf returns the conditions of each of the volumes.
+func (c *Controller) healthOf(ctx context.Context, volumes []volume.Volume) ([][]volume.Condition, error) {
+	conditions := make([][]volume.Condition, len(volumes))
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(parallelChecks)
+	for i, v := range volumes {
+		group.Go(func() (err error) {
+			conditions[i], err = c.volumes.Health(ctx, v.ID, "")
+			if errdefs.IsNotFound(err) {
+				// It was deleted after the list was made.
+				return nil
+			}
+			if err != nil {
+				return fmt.Errorf("check the health of volume %s: %w", v.ID, err)
+			}
+			return nil
+		})
+	}
+	return conditions, group.Wait()
 }

@@ -21,7 +21,7 @@ type publisher interface {
 	Stats(ctx context.Context, id, path string) (volume.Stats, error)
 	Expand(ctx context.Context, id, path string, required, limit int64) (int64, error)
 	Health(ctx context.Context, id, target string) ([]volume.Condition, error)
-	StorageHealth() []volume.Condition
+	StorageHealth(ctx context.Context) ([]volume.Condition, error)
 }
 
 // Node is the CSI Node service (CSI spec, "Node Service RPC").

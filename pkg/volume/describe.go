@@ -61,8 +61,8 @@ func (m *Manager) Describe(ctx context.Context, id string) (Description, error) 
 			Target: p.Target, Pod: p.Pod, Mounted: mounted, Options: p.Attributes.String(), Data: m.uppers.graphDriverData(r, p),
 		})
 	}
-	d.Conditions = m.health(ctx, r, "")
-	return d, nil
+	d.Conditions, err = m.checker.check(ctx, r, "")
+	return d, err
 }
 
 // graphDriverData returns the directories of a view.

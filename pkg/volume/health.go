@@ -4,6 +4,9 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -42,6 +45,7 @@ const (
 	reasonLayerMissing  = "LayerMissing"
 	reasonLayerChanged  = "LayerChanged"
 	reasonLayerFails    = "LayerFails"
+	reasonDoesNotAnswer = "DoesNotAnswer"
 
 	reasonDataRootReadOnly = "DataRootReadOnly"
 	reasonDataRootFails    = "DataRootFails"
@@ -119,67 +123,165 @@ func (f *findings) addError(err error, meaning verdicts) {
 }
 
 // Health returns what is wrong with a volume on this node, and with its view at target, or with all of its views if target is "". It
-// returns ErrNotFound if the volume is not on this node.
+// returns ErrNotFound if the volume is not on this node. It does not wait for an operation on the volume, or for longer than checkWait.
 func (m *Manager) Health(ctx context.Context, id, target string) ([]Condition, error) {
-	unlock, err := m.locks.acquire(ctx, id)
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
-	r, err := m.records.Load(id)
+	r, err := m.checker.load(id)
 	switch {
 	case err == nil:
-		return m.health(ctx, r, target), nil
+		return m.checker.check(ctx, r, target)
 	case !errdefs.IsNotFound(err):
 		return []Condition{{Inaccessible, reasonRecordDamaged, err.Error()}}, nil
-	}
-	if dir := m.records.Dir(id); upper.ContainsUpper(dir) {
-		message := fmt.Sprintf("%s contains an upper without its record; restore %s", dir, dataroot.Record)
-		return []Condition{{Inaccessible, reasonRecordDamaged, message}}, nil
 	}
 	return nil, err
 }
 
-// health is Health for a loaded record. The caller need not hold the volume's lock; a view may then be about to be mounted or
-// unmounted.
-func (m *Manager) health(ctx context.Context, r *record.Record, target string) []Condition {
-	var found findings
-	mounted := false
-	for i := range r.Publications {
-		p := &r.Publications[i]
-		if target != "" && p.Target != target {
-			continue
+// checker finds out what is wrong with volumes. It holds no lock while it asks a file system, which may never answer.
+type checker struct {
+	records *record.Store
+	views   views
+	uppers  uppers
+	layers  layers
+	locks   *locks
+
+	mu sync.Mutex
+	// running are the checks in progress. There is one at a time for a volume at a target, so that a file system that does not
+	// answer holds few threads, however often it is asked.
+	running map[string]*healthCheck
+}
+
+// healthCheck is a check in progress.
+type healthCheck struct {
+	began time.Time
+	// asking is what must answer now.
+	asking atomic.Pointer[string]
+	done   chan struct{}
+	// found may be read after done is closed.
+	found findings
+}
+
+// checkWait is the maximum time that a check may take before its answer is that there is none. The check goes on.
+const checkWait = 5 * time.Second
+
+// load returns the record of a volume. It returns ErrNotFound if the volume is not on this node.
+func (c *checker) load(id string) (*record.Record, error) {
+	unlock, isIdle := c.locks.tryAcquire(id)
+	if isIdle {
+		defer unlock()
+	}
+	r, err := c.records.Load(id)
+	if dir := c.records.Dir(id); isIdle && errdefs.IsNotFound(err) && upper.ContainsUpper(dir) {
+		return nil, fmt.Errorf("%w: %s contains an upper without its record; restore %s", errdefs.ErrDataLoss, dir, dataroot.Record)
+	}
+	return r, err
+}
+
+// run runs a check, or waits for the one with the same key. If there is no answer within checkWait of its begin, that is what it finds.
+func (c *checker) run(ctx context.Context, key string, do func(ctx context.Context, current *healthCheck)) ([]Condition, error) {
+	current := c.begin(ctx, key, do)
+	timer := time.NewTimer(time.Until(current.began.Add(checkWait)))
+	defer timer.Stop()
+	select {
+	case <-current.done:
+		return current.found, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("wait for %s: %w", *current.asking.Load(), context.Cause(ctx))
+	case <-timer.C:
+	}
+	message := fmt.Sprintf("%s does not answer since %s; find out whether its disk or server is there",
+		*current.asking.Load(), current.began.UTC().Format(time.RFC3339))
+	return []Condition{{Inaccessible, reasonDoesNotAnswer, message}}, nil
+}
+
+// begin returns the check in progress, or a new one.
+func (c *checker) begin(ctx context.Context, key string, do func(ctx context.Context, current *healthCheck)) *healthCheck {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if current, ok := c.running[key]; ok {
+		return current
+	}
+	current := &healthCheck{began: time.Now(), done: make(chan struct{})}
+	current.asks("the data root")
+	if c.running == nil {
+		c.running = map[string]*healthCheck{}
+	}
+	c.running[key] = current
+	ctx = context.WithoutCancel(ctx)
+	go func() {
+		do(ctx, current)
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.running, key)
+		close(current.done)
+	}()
+	return current
+}
+
+// asks says what must answer next.
+func (c *healthCheck) asks(what string) { c.asking.Store(&what) }
+
+// check checks a volume whose record is loaded. The caller need not hold the volume's lock.
+func (c *checker) check(ctx context.Context, r *record.Record, target string) ([]Condition, error) {
+	return c.run(ctx, r.ID+"\n"+target, func(ctx context.Context, current *healthCheck) {
+		mounted := false
+		for i := range r.Publications {
+			if p := &r.Publications[i]; target == "" || p.Target == target {
+				mounted = c.checkView(ctx, current, r, p) || mounted
+			}
 		}
-		live, err := m.views.isLive(p)
-		if err != nil {
-			found.add(Inaccessible, reasonNotMounted, err.Error())
-			continue
+		if !mounted {
+			c.checkNextPublish(current, r)
 		}
-		if !live {
+	})
+}
+
+// checkView checks a view, and returns whether it is mounted.
+func (c *checker) checkView(ctx context.Context, current *healthCheck, r *record.Record, p *record.Publication) (mounted bool) {
+	found := &current.found
+	current.asks("the view at " + p.Target)
+	live, err := c.views.isLive(p)
+	if err != nil {
+		found.add(Inaccessible, reasonNotMounted, err.Error())
+		return false
+	}
+	if !live {
+		if c.isExpected(r.ID, p.Target) {
 			found.add(Inaccessible, reasonNotMounted,
 				fmt.Sprintf("nothing is mounted at %s; kubelet mounts it when it starts the pod again", p.Target))
-			continue
 		}
-		mounted = true
-		for i, fingerprint := range p.Fingerprints {
-			found.addError(layer.CheckUnchanged(p.LowerDirs[i], fingerprint), mountedLayer)
-		}
-		if hasUpper(r) {
-			addUpper(ctx, &found, m.uppers.open(r, p))
-		}
+		return false
 	}
-	if mounted {
-		return found
+	for i, fingerprint := range p.Fingerprints {
+		current.asks("layer " + p.LowerDirs[i])
+		found.addError(layer.CheckUnchanged(p.LowerDirs[i], fingerprint), mountedLayer)
 	}
-	// Report what the next publish would fail on.
-	found.addError(m.config.Layers.CheckPresent(r.Spec.Layers), neededLayer)
+	if hasUpper(r) {
+		current.asks("the upper of " + p.Target)
+		addUpper(ctx, found, c.uppers.open(r, p))
+	}
+	return true
+}
+
+// isExpected reports whether a view must be mounted that is in the record: an operation in progress may be about to mount or unmount
+// it, and one that has ended since the record was loaded may have unmounted it.
+func (c *checker) isExpected(id, target string) bool {
+	if c.locks.isHeld(id) {
+		return false
+	}
+	r, err := c.records.Load(id)
+	return err != nil || r.Publication(target) != nil
+}
+
+// checkNextPublish finds what the next publish would fail on.
+func (c *checker) checkNextPublish(current *healthCheck, r *record.Record) {
+	current.asks("a layer")
+	current.found.addError(c.layers.CheckPresent(r.Spec.Layers), neededLayer)
 	if r.Made {
-		persistent := m.uppers.open(r, nil)
+		current.asks("the upper")
+		persistent := c.uppers.open(r, nil)
 		if there, err := persistent.Exists(); err != nil || !there {
-			found.addError(persistent.Check(), persistentUpper)
+			current.found.addError(persistent.Check(), persistentUpper)
 		}
 	}
-	return found
 }
 
 // addUpper adds what is wrong with the upper of a mounted view.
@@ -220,25 +322,27 @@ func lacking(usage upper.Usage) string {
 	return strings.Join(lacks, ", ")
 }
 
-// StorageHealth returns what is wrong with what all volumes of this node need: the data root and the layer roots.
-func (m *Manager) StorageHealth() []Condition {
-	var found findings
-	root := m.config.Root
-	if err := upper.CheckWritable(root.VolumesDir()); err != nil {
-		found.addError(err, dataRootState)
-	} else {
-		found.addRecords(m.records)
-	}
-	usage, err := linux.FileSystemUsageAt(root.Path())
-	if err != nil {
-		found.add(Inaccessible, reasonDataRootFails, err.Error())
-	} else if what := lacking(usage); what != "" {
-		found.add(Degraded, reasonDataRootFull, fmt.Sprintf("the file system of the data root %s is full, %s", root.Path(), what))
-	}
-	if err := m.config.Layers.CheckRoots(); err != nil {
-		found.add(Degraded, reasonLayerRootMissing, err.Error())
-	}
-	return found
+// StorageHealth returns what is wrong with what all volumes of this node need: the data root and the layer roots. As Health, it waits
+// at most for checkWait.
+func (m *Manager) StorageHealth(ctx context.Context) ([]Condition, error) {
+	return m.checker.run(ctx, "", func(_ context.Context, current *healthCheck) {
+		root := m.config.Root
+		if err := upper.CheckWritable(root.VolumesDir()); err != nil {
+			current.found.addError(err, dataRootState)
+		} else {
+			current.found.addRecords(m.records)
+		}
+		usage, err := linux.FileSystemUsageAt(root.Path())
+		if err != nil {
+			current.found.add(Inaccessible, reasonDataRootFails, err.Error())
+		} else if what := lacking(usage); what != "" {
+			current.found.add(Degraded, reasonDataRootFull, fmt.Sprintf("the file system of the data root %s is full, %s", root.Path(), what))
+		}
+		current.asks("a layer root")
+		if err := m.config.Layers.CheckRoots(); err != nil {
+			current.found.add(Degraded, reasonLayerRootMissing, err.Error())
+		}
+	})
 }
 
 // maxNamed is how many volumes a message names.

@@ -62,6 +62,14 @@ func (l *locks) tryAcquire(id string) (unlock func(), ok bool) {
 	return func() { <-lock.token; l.leave(id, lock) }, true
 }
 
+// isHeld reports whether an operation on a volume is in progress.
+func (l *locks) isHeld(id string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_, held := l.held[id]
+	return held
+}
+
 func (l *locks) leave(id string, lock *volumeLock) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -95,6 +95,7 @@ type Manager struct {
 	ledger     *ledger
 	usage      usageCache
 	locks      *locks
+	checker    *checker
 	ready      atomic.Bool
 }
 
@@ -102,6 +103,7 @@ type Manager struct {
 func NewManager(config Config) *Manager {
 	uppers := uppers{config.Backends, config.Pods, config.Root.Path(), config.Node}
 	views := views{config.Mounter}
+	locks := newLocks()
 	return &Manager{
 		config:     config,
 		records:    config.Records,
@@ -109,7 +111,8 @@ func NewManager(config Config) *Manager {
 		uppers:     uppers,
 		unrecorded: unrecorded{config.Records, uppers, views, config.Root},
 		ledger:     newLedger(config, uppers),
-		locks:      newLocks(),
+		locks:      locks,
+		checker:    &checker{records: config.Records, views: views, uppers: uppers, layers: config.Layers, locks: locks},
 	}
 }
 

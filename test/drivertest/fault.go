@@ -3,6 +3,7 @@ package drivertest
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -97,4 +98,19 @@ func LoopDevices(dir string) ([]string, error) {
 		}
 	}
 	return devices, nil
+}
+
+// Hang mounts a file system at dir that answers nothing, as one whose server is away, until release is called. Nobody but the driver
+// may look at dir before.
+func Hang(dir string) (release func() error, err error) {
+	// A FUSE server that reads no request.
+	device, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	options := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", device.Fd())
+	if err := unix.Mount("hanging", dir, "fuse", 0, options); err != nil {
+		return nil, errors.Join(fmt.Errorf("mount a file system that hangs at %s: %w", dir, err), device.Close())
+	}
+	return func() error { return errors.Join(device.Close(), unix.Unmount(dir, unix.MNT_DETACH)) }, nil
 }
