@@ -28,8 +28,8 @@ func (m *Mounter) Bind(source, target *os.File, attributes Attributes) error {
 	return attach(clone, target)
 }
 
-// AddBusyMount mounts an open directory on itself, with the attributes of the mount that it is on: that mount then cannot be
-// unmounted (EBUSY) before the busy mount is detached. Nothing else changes.
+// AddBusyMount mounts an open directory on itself, read-only: the mount that it is on then cannot be unmounted (EBUSY) before the busy
+// mount is detached. Who has the other mount still writes to the directory, an overlay for instance that was mounted from there.
 //
 // The directory belongs to a pod, which may put a link of the same name in its place at any moment. Nothing is therefore looked up by
 // its name.
@@ -39,6 +39,10 @@ func (m *Mounter) AddBusyMount(dir *os.File) error {
 		return err
 	}
 	defer clone.Close()
+	// Before it is attached: so it is in every place that it propagates to.
+	if err := linux.MountSetattr(clone, linux.MountChange{Set: linux.MountAttrReadOnly}); err != nil {
+		return err
+	}
 	return attach(clone, dir)
 }
 

@@ -24,6 +24,9 @@ func TestBusyMount(t *testing.T) {
 			}
 			busy.Close()
 			root := open(t, dir+"/a/b")
+			if err := os.Mkdir(root.Name()+"/x", 0o755); !errors.Is(err, unix.EROFS) {
+				t.Errorf("a busy mount takes writes: %v", err)
+			}
 			if err := m.Detach(root); err != nil {
 				t.Fatal(err)
 			}

@@ -49,11 +49,12 @@ type Backends struct {
 	// unavailable has the reason for each enforcing backend, nil if it is available.
 	unavailable map[Backend]error
 	quota       *projects
+	handles     *handles
 }
 
 // NewBackends probes which backends the data root supports.
 func NewBackends(config Config) *Backends {
-	b := &Backends{config: config, quota: newProjects(config.Root)}
+	b := &Backends{config: config, quota: newProjects(config.Root), handles: newHandles()}
 	b.unavailable = map[Backend]error{
 		ProjectQuota: b.quota.probe(),
 		BtrfsQgroup:  probeBtrfs(config.Root, config.Commands),
@@ -142,6 +143,8 @@ type Location struct {
 
 	// PodVolume is the directory in the other volume.
 	PodVolume PodVolumePath
+	// PodDir is kubelet's directory of the pod, in which the volume is, "" if that is not known.
+	PodDir string
 	// Holder is the view that the upper is for.
 	Holder LockHolder
 	// Layers are the references of the layers of that view, the topmost first.
@@ -162,7 +165,7 @@ func (b *Backends) Open(at Location) Upper {
 	case Tmpfs:
 		return tmpfs{b.innerMount(at.Base), at.Limit}
 	case PodVolume:
-		return podVolume{at.PodVolume, at.Holder, at.Layers, b.config.InUse, b.config.Mounter}
+		return podVolume{at.PodVolume, at.PodDir, at.Holder, at.Layers, b.config.InUse, b.config.Mounter, b.handles}
 	case Directory:
 	}
 	return dir

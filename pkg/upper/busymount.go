@@ -12,92 +12,120 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
-// busyMounter mounts and unmounts busy mounts. A busy mount is a directory mounted on itself: the mount that it lies on cannot be
-// unmounted (EBUSY) before the busy mount is.
+// busyMounter mounts and unmounts busy mounts. A busy mount is a directory mounted on itself, read-only: the mount that it lies on
+// cannot be unmounted (EBUSY) before the busy mount is.
 type busyMounter interface {
 	AddBusyMount(dir *os.File) error
 	Detach(root *os.File) error
 }
 
-func (p podVolume) mountBusy(volume, base *os.File) error {
+// keepMounted keeps kubelet from unmounting the volume: with a busy mount, which stays when this process ends, or with a handle where
+// the busy mount would appear in other pods and keep them from ending.
+func (p podVolume) keepMounted(volume, base *os.File) error {
 	compared, err := compareMounts(volume, base)
 	if err != nil {
 		return p.wrap("stat the upper's directory", err)
 	}
-	switch {
-	case compared.inside:
-		if err := p.mounter.AddBusyMount(base); err != nil {
-			return p.wrap("mount the busy mount", err)
-		}
-		return nil
-	case compared.busy:
-		// The busy mount of an earlier Prepare.
-		return nil
+	if !compared.inside {
+		return fmt.Errorf("%w: upper volume path %q in %s is a mount point; name a path that nothing is mounted on",
+			errdefs.ErrInvalidArgument, p.at.Path, p.at.Volume)
 	}
-	return fmt.Errorf("%w: upper volume path %q in %s is a mount point; name a path that nothing is mounted on",
-		errdefs.ErrInvalidArgument, p.at.Path, p.at.Volume)
+	shared, err := p.isShared(volume)
+	if err != nil {
+		return p.wrap("find out who has the volume", err)
+	}
+	if shared {
+		return p.handles.hold(p)
+	}
+	if err := p.mounter.AddBusyMount(base); err != nil {
+		return p.wrap("mount the busy mount", err)
+	}
+	return nil
 }
 
 // maxBusyMounts is how many busy mounts are unmounted at one path. There is more than one only after a crash.
 const maxBusyMounts = 8
 
+// unmountBusy unmounts the busy mounts of the upper, wherever the pod has moved them by renaming a directory above.
 func (p podVolume) unmountBusy(volume *os.File) error {
-	for unmounted := range maxBusyMounts {
+	if err := p.unmountBusyAtPath(volume); err != nil {
+		return err
+	}
+	return p.unmountBusyElsewhere(volume)
+}
+
+// unmountBusyAtPath unmounts the busy mounts at the path of the upper.
+func (p podVolume) unmountBusyAtPath(volume *os.File) error {
+	for range maxBusyMounts {
 		base, err := p.open(volume, p.at.Path)
-		if err == nil {
-			var isBusy bool
-			isBusy, err = p.detach(volume, base)
-			base.Close()
-			if err == nil && isBusy {
-				continue
-			}
-		}
-		if err != nil && !isMoved(err) {
-			return p.wrap("unmount the busy mount", err)
-		}
-		if unmounted > 0 {
+		if isMoved(err) {
 			return nil
 		}
-		return p.unmountBusyElsewhere(volume)
+		if err != nil {
+			return err
+		}
+		detached, err := p.detach(volume, base)
+		base.Close()
+		if err != nil || !detached {
+			return err
+		}
 	}
 	return p.wrap("unmount the busy mount", fmt.Errorf("it is still there after %d unmounts", maxBusyMounts))
 }
 
-// detach unmounts the mount whose root is base, if it is a busy mount in the volume.
-func (p podVolume) detach(volume, base *os.File) (isBusy bool, err error) {
-	compared, err := compareMounts(volume, base)
-	if err != nil || !compared.busy {
-		return false, err
-	}
-	return true, p.mounter.Detach(base)
-}
-
-// unmountBusyElsewhere searches the mount table for a busy mount that the pod has moved by renaming a directory above it.
+// unmountBusyElsewhere searches the mount table for busy mounts of the upper.
 func (p podVolume) unmountBusyElsewhere(volume *os.File) error {
-	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(p.at.Volume))
+	mounts, err := mountinfo.GetMounts(nil)
+	if err != nil {
+		return p.wrap("find the busy mount", err)
+	}
+	// In the mount table, links are resolved.
+	path, err := linux.CurrentPath(volume)
 	if err != nil {
 		return p.wrap("find the busy mount", err)
 	}
 	for _, mount := range mounts {
-		path, beneath := strings.CutPrefix(mount.Mountpoint, p.at.Volume+"/")
-		if !beneath {
+		beneath, ok := strings.CutPrefix(mount.Mountpoint, path+"/")
+		if !ok {
 			continue
 		}
-		base, err := p.open(volume, path)
+		base, err := p.open(volume, beneath)
+		if isMoved(err) {
+			continue
+		}
 		if err != nil {
-			continue
+			return err
 		}
-		if file, _, err := readLockFile(base); err == nil && file.Holder != nil && *file.Holder == p.holder {
-			_, err = p.detach(volume, base)
-			base.Close()
-			if err != nil {
-				return p.wrap("unmount the busy mount", err)
-			}
-			continue
-		}
+		_, err = p.detach(volume, base)
 		base.Close()
+		if err != nil {
+			return err
+		}
 	}
 	return nil
+}
+
+// detach unmounts the mount whose root is base, if it is a busy mount in the volume and not that of another view.
+func (p podVolume) detach(volume, base *os.File) (detached bool, err error) {
+	compared, err := compareMounts(volume, base)
+	if err == nil && (!compared.busy || p.isOfAnother(base)) {
+		return false, nil
+	}
+	if err == nil {
+		err = p.mounter.Detach(base)
+	}
+	if err != nil {
+		return false, p.wrap("unmount the busy mount", err)
+	}
+	return true, nil
+}
+
+// isOfAnother reports whether a busy mount belongs to another view of this node. The pod may have moved the busy mount and removed or
+// falsified the lock file in it: it is of another view only if that one is known. A busy mount that is taken for that of this view by
+// mistake is of the same pod, and Hold replaces it.
+func (p podVolume) isOfAnother(base *os.File) bool {
+	file, _, err := readLockFile(base)
+	return err == nil && file.Holder != nil && *file.Holder != p.holder && file.Holder.Node == p.holder.Node && p.inUse(*file.Holder)
 }
 
 // mountComparison says where a directory beneath a volume is mounted. If neither is set, it is on another mount.

@@ -56,6 +56,8 @@ func (d directory) path() string { return d.root.Name() + "/" + d.base }
 
 func (d directory) ClearWork() error { return clearWork(d) }
 
+func (d directory) Hold() error { return nil }
+
 func (d directory) Yield() error { return nil }
 
 func (d directory) Release(context.Context) error { return nil }

@@ -71,6 +71,8 @@ func (m innerMount) open(ctx context.Context, root RootAttr, mount func(path str
 	return dirs, nil
 }
 
+func (m innerMount) Hold() error { return nil }
+
 func (m innerMount) Yield() error { return nil }
 
 // Release detaches the mount: a process that has a file of it open keeps the file system, not the mount.

@@ -151,7 +151,21 @@ func quoteSome(layers []string) string {
 	return strings.Join(quoted, ", ")
 }
 
-func (p podVolume) unlock(ctx context.Context, base *os.File) error {
+// unlockPatience is how long unlock waits for whoever has the flock. A lock that stays is stale.
+const unlockPatience = time.Second
+
+// unlock removes the holder from the lock file.
+func (p podVolume) unlock(ctx context.Context, volume *os.File) error {
+	base, err := p.open(volume, p.at.Path)
+	if isMoved(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer base.Close()
+	ctx, cancel := context.WithTimeout(ctx, unlockPatience)
+	defer cancel()
 	return p.withLockFile(ctx, base, func(file lockFile, existed bool) error {
 		if !existed || file.Holder == nil || *file.Holder != p.holder {
 			return nil

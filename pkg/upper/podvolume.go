@@ -11,6 +11,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/cyphar/filepath-securejoin/pathrs-lite"
+	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
@@ -31,22 +32,29 @@ type PodVolumePath struct {
 // belongs to the pod, which may change anything in it at any moment: no path in it is followed out of it.
 type podVolume struct {
 	at     PodVolumePath
+	podDir string
 	holder LockHolder
 	layers []string
 	// inUse reports whether a holder on this node still has its publication.
 	inUse   func(LockHolder) bool
 	mounter busyMounter
+	handles *handles
 }
 
 var _ Upper = podVolume{}
 
-// Prepare locks the upper for its holder, probes the file system, mounts the busy mount, and makes the directories.
+// Prepare locks the upper for its holder, probes the file system, keeps the volume mounted, and makes the directories. They are opened
+// on the mount of the volume: the busy mount above them is read-only.
 func (p podVolume) Prepare(ctx context.Context, root RootAttr) (dirs Dirs, err error) {
 	volume, err := p.openVolume()
 	if err != nil {
 		return Dirs{}, err
 	}
 	defer volume.Close()
+	// That of an earlier Prepare.
+	if err := p.unmountBusyAtPath(volume); err != nil {
+		return Dirs{}, err
+	}
 	base, err := pathrs.MkdirAllHandle(volume, p.at.Path, 0o755)
 	if errors.Is(err, syscall.ENOTDIR) {
 		return Dirs{}, p.wrap("make the upper's directory", fmt.Errorf("%w: the pod has something else than a directory there; "+
@@ -64,24 +72,19 @@ func (p podVolume) Prepare(ctx context.Context, root RootAttr) (dirs Dirs, err e
 			err = errors.Join(err, p.Release(ctx))
 		}
 	}()
-	if err := p.mountBusy(volume, base); err != nil {
+	if err := p.keepMounted(volume, base); err != nil {
 		return Dirs{}, err
 	}
-	// base was opened on the volume's mount. The upper is used through the busy mount.
-	busy, err := p.open(volume, p.at.Path)
-	if err != nil {
-		return Dirs{}, err
-	}
-	defer busy.Close()
-	dirs, err = openDirs(busy, root)
+	dirs, err = openDirs(base, root)
 	if err != nil {
 		return Dirs{}, p.wrap("prepare the upper", err)
 	}
 	return dirs, nil
 }
 
-// Release unmounts the busy mount and unlocks the upper. If the volume is gone, so are both.
+// Release gives up what keeps the volume mounted, and unlocks the upper. If the volume is gone, so are both.
 func (p podVolume) Release(ctx context.Context) error {
+	p.handles.drop(p.view())
 	volume, err := p.openVolume()
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -93,29 +96,46 @@ func (p podVolume) Release(ctx context.Context) error {
 	if err := p.unmountBusy(volume); err != nil {
 		return err
 	}
-	base, err := p.open(volume, p.at.Path)
-	if isMoved(err) {
-		// The lock in it is of a view that is gone, and another holder takes it over.
-		return nil
+	if err := p.unlock(ctx, volume); err != nil {
+		// The lock stays where the volume is full, read-only or failed, or where the pod has changed the lock file. It is of a view that
+		// is gone, and another holder takes it over.
+		klog.FromContext(ctx).Info("Lock file left in another volume", "reason", err.Error())
 	}
-	if err != nil {
-		return err
-	}
-	defer base.Close()
-	err = p.unlock(ctx, base)
-	if linux.IsNotWritable(err) {
-		// The lock stays in a volume that is full, read-only or failed. It is of a view that is gone, and another holder takes it over.
-		return nil
-	}
-	return err
+	return nil
 }
 
 // Discard only releases the upper: what is in it belongs to the pod.
 func (p podVolume) Discard(ctx context.Context) error { return p.Release(ctx) }
 
-// Yield unmounts only the busy mount. It is for an upper whose overlay is gone and whose publish or unpublish has not finished:
-// the lock remains, and the next Prepare mounts the busy mount again.
+// Hold takes a handle where there is no busy mount: this process has none yet, or the pod has moved the busy mount away.
+func (p podVolume) Hold() error {
+	if _, ok := p.handles.held(p.view()); ok {
+		return nil
+	}
+	volume, err := p.openVolume()
+	if errors.Is(err, fs.ErrNotExist) {
+		// kubelet has unmounted it while no process of the driver was there.
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer volume.Close()
+	base, err := p.open(volume, p.at.Path)
+	if err == nil {
+		compared, err := compareMounts(volume, base)
+		base.Close()
+		if err == nil && compared.busy {
+			return nil
+		}
+	}
+	return p.handles.hold(p)
+}
+
+// Yield gives up only what keeps the volume mounted. It is for an upper whose overlay is gone and whose publish or unpublish has not
+// finished: the lock remains, and the next Prepare keeps the volume mounted again.
 func (p podVolume) Yield() error {
+	p.handles.drop(p.view())
 	volume, err := p.openVolume()
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -207,14 +227,20 @@ func (b openBase) Paths() (upper, work string) {
 // openUpper opens the upper directory. It returns ErrNotFound if that or the volume is gone.
 func (p podVolume) openUpper() (*os.File, error) { return p.openBeneath(p.at.Path + "/" + upperName) }
 
-// openBeneath opens a directory beneath the volume. It returns ErrNotFound if that or the volume is gone.
+// openBeneath opens a directory beneath the volume, on a copy of its mount without the busy mount, which is read-only. It returns
+// ErrNotFound if that or the volume is gone.
 func (p podVolume) openBeneath(path string) (*os.File, error) {
 	volume, err := p.openVolume()
 	if err != nil {
 		return nil, notFound(err)
 	}
 	defer volume.Close()
-	dir, err := p.open(volume, path)
+	bare, err := linux.OpenTree(volume, "")
+	if err != nil {
+		return nil, p.wrap("copy the mount", err)
+	}
+	defer bare.Close()
+	dir, err := p.open(bare, path)
 	return dir, notFound(err)
 }
 

@@ -24,8 +24,9 @@ func (b *Backends) OpenUnrecorded(base string) Upper {
 	return b.Open(at)
 }
 
-// FindPodVolumes returns the uppers in other volumes of a pod that a view at a target of a volume holds, by the busy mounts in a
-// directory, which is the pod's. unknown are the paths of busy mounts that have no lock file which says whose they are.
+// FindPodVolumes returns the uppers in other volumes of a pod that a view at a target of a volume holds, by the handles of this process
+// and by the busy mounts in a directory, which is the pod's. unknown are the paths of busy mounts that have no lock file which says
+// whose they are.
 func (b *Backends) FindPodVolumes(dir, volumeID, target string) (held []Upper, unknown []string, err error) {
 	mounts, err := mountinfo.GetMounts(nil)
 	if err != nil {
@@ -35,6 +36,10 @@ func (b *Backends) FindPodVolumes(dir, volumeID, target string) (held []Upper, u
 	if err != nil {
 		return nil, nil, fmt.Errorf("find busy mounts in %s: %w", dir, err)
 	}
+	if upper, ok := b.handles.held(viewID{volumeID, target}); ok {
+		held = append(held, upper)
+	}
+	podDir := dir
 	dir = resolved
 	for _, mount := range mounts {
 		if !strings.HasPrefix(mount.Mountpoint, dir+"/") {
@@ -60,7 +65,7 @@ func (b *Backends) FindPodVolumes(dir, volumeID, target string) (held []Upper, u
 			unknown = append(unknown, mount.Mountpoint)
 		case file.Holder.VolumeID == volumeID && file.Holder.Target == target:
 			held = append(held, b.Open(Location{
-				Backend: PodVolume, PodVolume: PodVolumePath{Volume: volume, Path: path}, Holder: *file.Holder, Layers: file.Layers,
+				Backend: PodVolume, PodVolume: PodVolumePath{Volume: volume, Path: path}, PodDir: podDir, Holder: *file.Holder, Layers: file.Layers,
 			}))
 		}
 	}

@@ -25,27 +25,29 @@ import (
 // At rest: Release has returned. Nothing is mounted and no lock is held. What was written is still there, except in memory:
 // a tmpfs is absent once it is released.
 //
-// Prepare, ClearWork, Yield, Release, Discard and Grow are called by one goroutine at a time, which holds the lock of the volume.
-// The other methods may be called by any number of goroutines at any time, also during one of those six: they then answer for the
+// Prepare, ClearWork, Hold, Yield, Release, Discard and Grow are called by one goroutine at a time, which holds the lock of the volume.
+// The other methods may be called by any number of goroutines at any time, also during one of those seven: they then answer for the
 // state before or after it.
 //
 //	method      absent      in use       at rest     errors of its own
 //	Prepare     makes it    opens it     opens it    ResourceExhausted, FailedPrecondition, DataLoss, Unavailable
 //	ClearWork   nothing     allowed¹     allowed
+//	Hold                    allowed²
 //	Yield       nothing     allowed¹     nothing
 //	Release     nothing     allowed¹     nothing
 //	Discard     nothing     allowed¹     allowed
-//	Grow        NotFound²   allowed      NotFound³   InvalidArgument if the size is not the driver's to change
-//	Usage       NotFound    allowed      NotFound³
-//	DiskUsage   NotFound²   allowed      allowed
-//	Free        NotFound    allowed      NotFound³
+//	Grow        NotFound³   allowed      NotFound⁴   InvalidArgument if the size is not the driver's to change
+//	Usage       NotFound    allowed      NotFound⁴
+//	DiskUsage   NotFound³   allowed      allowed
+//	Free        NotFound    allowed      NotFound⁴
 //	Exists      false       true         true
 //	Check       NotFound    allowed      allowed     FailedPrecondition if it cannot be written to
 //	Paths       allowed     allowed      allowed
 //
 //	¹ Only after the overlay on the upper has been unmounted.
-//	² A directory has no limit, and its Grow does nothing. DiskUsage is 0 of a backend that takes nothing of the data root's disk.
-//	³ Of a disk image, whose file system is mounted only while it is in use. The next Prepare grows it to the limit. The other
+//	² Only while the overlay on the upper is mounted.
+//	³ A directory has no limit, and its Grow does nothing. DiskUsage is 0 of a backend that takes nothing of the data root's disk.
+//	⁴ Of a disk image, whose file system is mounted only while it is in use. The next Prepare grows it to the limit. The other
 //	  backends allow it.
 //
 // # Crashes
@@ -62,6 +64,9 @@ type Upper interface {
 	Prepare(ctx context.Context, root RootAttr) (Dirs, error)
 	// ClearWork empties the work directory.
 	ClearWork() error
+	// Hold keeps kubelet from unmounting the volume that holds the upper. An earlier process may have done so, and ended. It does
+	// nothing for an upper in the data root.
+	Hold() error
 	// Yield lets kubelet unmount the volume that holds the upper. It does nothing for an upper in the data root.
 	Yield() error
 	// Release unmounts and unlocks what Prepare mounted and locked.

@@ -74,6 +74,12 @@ func TestLockOfAnother(t *testing.T) {
 				t.Fatal(err)
 			}
 			dirs.Close()
+			if c.other.BootID != me.BootID {
+				// Neither outlives a reboot, nor is it on this node.
+				if err := unix.Unmount(at.Volume+"/up", unix.MNT_DETACH); err != nil {
+					t.Fatal(err)
+				}
+			}
 			dirs, err = podVolume(t, at, me, c.alive).Prepare(t.Context(), upper.RootAttr{Mode: 0o755})
 			if c.taken && err != nil {
 				t.Errorf("not taken over: %v", err)

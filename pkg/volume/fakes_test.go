@@ -38,8 +38,9 @@ type fakeNode struct {
 	mounts map[string]overlay.Mounted
 	// views are the specs of the overlays by target.
 	views map[string]overlay.Spec
-	// inUse are the uppers by base that were prepared and not released. yielded counts calls of Yield.
+	// inUse are the uppers by base that were prepared and not released. held and yielded count calls of Hold and Yield.
 	inUse   map[string]bool
+	held    int
 	yielded int
 	limits  map[string]upper.Limit
 	// busyUpper is set while an overlay that has no target is mounted on every upper.
@@ -286,6 +287,11 @@ func (u fakeUpper) Prepare(context.Context, upper.RootAttr) (upper.Dirs, error) 
 }
 
 func (u fakeUpper) ClearWork() error { return u.n.failing("clear work") }
+
+func (u fakeUpper) Hold() error {
+	u.n.held++
+	return u.n.failing("hold")
+}
 
 func (u fakeUpper) Yield() error {
 	u.n.yielded++

@@ -47,7 +47,7 @@ func (m *Manager) reconcileVolume(ctx context.Context, id string) error {
 		return err
 	}
 	for _, p := range r.Publications {
-		if err := m.reconcilePublication(ctx, id, p); err != nil {
+		if err := m.reconcilePublication(ctx, r, p); err != nil {
 			return err
 		}
 	}
@@ -68,12 +68,19 @@ func (m *Manager) discardWithoutRecord(ctx context.Context, id string) error {
 	return m.unrecorded.discard(ctx, id)
 }
 
-func (m *Manager) reconcilePublication(ctx context.Context, id string, p record.Publication) error {
+func (m *Manager) reconcilePublication(ctx context.Context, r *record.Record, p record.Publication) error {
 	live, err := m.views.isLive(&p)
-	if err != nil || live {
+	switch {
+	case err != nil:
 		return err
+	case live && hasUpper(r):
+		return m.uppers.open(r, &p).Hold()
+	case live:
+		return nil
 	}
-	r, err := m.records.Load(id)
+	id := r.ID
+	// The publication before this one may have been dropped.
+	r, err = m.records.Load(id)
 	if errdefs.IsNotFound(err) {
 		return nil
 	}

@@ -13,14 +13,18 @@ import (
 func TestReconcile(t *testing.T) {
 	for name, row := range map[string]struct {
 		prepare func(n *fakeNode)
-		// record and mounted say what is left. yielded is how many uppers let kubelet unmount the volume that holds them.
+		// record and mounted say what is left. held is how many uppers keep kubelet from unmounting the volume that holds them, and yielded how
+		// many let it.
 		record, mounted bool
-		yielded         int
+		held, yielded   int
 	}{
-		"mounted view": {prepare: func(n *fakeNode) { n.publish(n.request("p1", inline)) }, record: true, mounted: true},
+		"mounted view": {prepare: func(n *fakeNode) { n.publish(n.request("p1", inline)) }, record: true, mounted: true, held: 1},
 		"mounted view of a pod that is gone": {prepare: func(n *fakeNode) {
 			n.publish(n.request("p1", inline))
 			n.gone["p1"] = true
+		}, record: true, mounted: true, held: 1},
+		"mounted view without an upper": {prepare: func(n *fakeNode) {
+			n.publish(n.request("p1", inline, spec.KeyUpper, "none"))
 		}, record: true, mounted: true},
 		"ephemeral, pod gone": {prepare: func(n *fakeNode) {
 			n.publish(n.request("p1", inline))
@@ -50,7 +54,7 @@ func TestReconcile(t *testing.T) {
 			n := newFakeNode(t)
 			row.prepare(n)
 			for range 2 {
-				n.yielded = 0
+				n.held, n.yielded = 0, 0
 				n.manager.reconcile(t.Context())
 			}
 			if _, err := n.records.Load("v"); (err == nil) != row.record {
@@ -59,8 +63,8 @@ func TestReconcile(t *testing.T) {
 			if mounted := n.mounts[n.target("p1")] == overlay.Overlay; mounted != row.mounted {
 				t.Errorf("mounted: %t, want %t", mounted, row.mounted)
 			}
-			if n.yielded != row.yielded {
-				t.Errorf("%d uppers yielded, want %d", n.yielded, row.yielded)
+			if n.held != row.held || n.yielded != row.yielded {
+				t.Errorf("%d uppers held and %d yielded, want %d and %d", n.held, n.yielded, row.held, row.yielded)
 			}
 			if !row.record && exists(n.records.Dir("v")) {
 				t.Error("the directory of the volume is left")

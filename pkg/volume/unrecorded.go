@@ -42,7 +42,7 @@ const maxUnknown = 3
 // releasePodVolumes releases what a view at a target had in other volumes of the pod. It returns ErrDataLoss if there is something of
 // which it is not known whose it is.
 func (u unrecorded) releasePodVolumes(ctx context.Context, id, target string) error {
-	dir := u.podDir(target)
+	dir := u.uppers.podDir(target)
 	if dir == "" || !exists(dir) {
 		return nil
 	}
@@ -115,14 +115,4 @@ func (u unrecorded) releaseBase(ctx context.Context, base string) error {
 		return fmt.Errorf("open the upper: %w", err)
 	}
 	return found.Release(ctx)
-}
-
-// podDir returns kubelet's directory of the pod that a target belongs to, "" if the target does not have it.
-func (u unrecorded) podDir(target string) string {
-	uid := u.uppers.pods.PodUID(target)
-	if uid == "" {
-		return ""
-	}
-	before, _, _ := strings.Cut(target, "/"+uid+"/")
-	return before + "/" + uid
 }

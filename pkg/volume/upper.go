@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"path/filepath"
+	"strings"
 
 	"github.com/containerd/errdefs"
 
@@ -35,6 +36,7 @@ func (u uppers) open(r *record.Record, p *record.Publication) upper.Upper {
 		Ephemeral: r.Spec.Ephemeral(),
 		Made:      r.Made,
 		PodVolume: p.PodVolume,
+		PodDir:    u.podDir(p.Target),
 		Holder:    upper.LockHolder{Node: u.node, BootID: p.BootID, VolumeID: r.ID, Target: p.Target},
 		Layers:    r.Spec.LayerNames(),
 	})
@@ -67,6 +69,16 @@ func (u uppers) podKey(target string) string {
 	}
 	sum := sha256.Sum256([]byte(target))
 	return hex.EncodeToString(sum[:16])
+}
+
+// podDir returns kubelet's directory of the pod that a target belongs to, "" if the target does not have it.
+func (u uppers) podDir(target string) string {
+	uid := u.pods.PodUID(target)
+	if uid == "" {
+		return ""
+	}
+	before, _, _ := strings.Cut(target, "/"+uid+"/")
+	return before + "/" + uid
 }
 
 // hasUpper reports whether views of a volume have an upper.

@@ -108,12 +108,18 @@ func onEachKernel(t *testing.T, test func(t *testing.T, node *drivertest.Node)) 
 // stopped, and what is mounted is unmounted. A driver that logged a panic or a data race fails the test.
 func newNode(t *testing.T, args ...string) *drivertest.Node {
 	t.Helper()
+	return newNodeOf(t, driverBinary(t), args...)
+}
+
+// newNodeOf is newNode for another program that runs the driver.
+func newNodeOf(t *testing.T, binary string, args ...string) *drivertest.Node {
+	t.Helper()
 	needs.Root(t)
 	dir, remove, err := drivertest.WorkDir()
 	if err != nil {
 		t.Fatal(err)
 	}
-	node, err := drivertest.NewNode(dir, driverBinary(t), args...)
+	node, err := drivertest.NewNode(dir, binary, args...)
 	if err != nil {
 		t.Fatal(err)
 	}

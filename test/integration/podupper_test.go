@@ -56,10 +56,11 @@ func TestUpperInAnEmptyDir(t *testing.T) {
 		v := inline("layers", layersOf(t, node, map[string]string{"f": "layer"}), "upper", "volume://scratch")
 		target := publish(t, pod, v)
 		write(t, filepath.Join(target, "f"), "pod")
-		// Kubelet tears an emptyDir down by deleting it: the busy mount keeps a mount point in it.
-		if err := os.RemoveAll(scratch); !isErrno(err, unix.EBUSY) {
+		// Kubelet tears an emptyDir down by deleting it: the busy mount keeps the upper in it.
+		if err := os.RemoveAll(scratch); !isErrno(err, unix.EROFS) {
 			t.Errorf("delete the emptyDir under the upper: %v", err)
 		}
+		wantFile(t, filepath.Join(target, "f"), "pod")
 		unpublish(t, pod, v)
 		must(t, os.RemoveAll(scratch))
 		must(t, os.Remove(filepath.Dir(scratch)))
