@@ -151,9 +151,6 @@ func quoteSome(layers []string) string {
 	return strings.Join(quoted, ", ")
 }
 
-// unlockPatience is how long unlock waits for whoever has the flock. A lock that stays is stale.
-const unlockPatience = time.Second
-
 // unlock removes the holder from the lock file.
 func (p podVolume) unlock(ctx context.Context, volume *os.File) error {
 	base, err := p.open(volume, p.at.Path)
@@ -164,8 +161,6 @@ func (p podVolume) unlock(ctx context.Context, volume *os.File) error {
 		return err
 	}
 	defer base.Close()
-	ctx, cancel := context.WithTimeout(ctx, unlockPatience)
-	defer cancel()
 	return p.withLockFile(ctx, base, func(file lockFile, existed bool) error {
 		if !existed || file.Holder == nil || *file.Holder != p.holder {
 			return nil
