@@ -138,7 +138,8 @@ func (m *Manager) Delete(ctx context.Context, id string) error {
 	if err := m.uppers.releaseAll(ctx, r); err != nil {
 		return err
 	}
-	if err := m.discard(id); err != nil {
+	// An undo that failed, or a crash in it, leaves uppers that are in no publication.
+	if err := m.unrecorded.discard(ctx, id); err != nil {
 		return err
 	}
 	return m.records.Sync()

@@ -52,7 +52,7 @@ func (m *Manager) reconcileVolume(ctx context.Context, id string) error {
 		}
 	}
 	if len(r.Publications) == 0 && !r.Spec.Persistent() {
-		return m.discard(id)
+		return m.unrecorded.discard(ctx, id)
 	}
 	return nil
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 )
 
-// unrecorded finds and releases what volumes have whose records cannot be read.
+// unrecorded finds and releases what volumes have that is in no record, or in none that can be read.
 type unrecorded struct {
 	records *record.Store
 	uppers  uppers
@@ -74,8 +74,8 @@ func (u unrecorded) checkNoUppers(id string) error {
 		errdefs.ErrDataLoss, dir, dataroot.Record)
 }
 
-// discard discards the directory of a volume that has no record or an empty one. It returns ErrFailedPrecondition if a view
-// is mounted on one of its uppers.
+// discard discards the directory of a volume with all uppers in it, also those that no record names. It returns
+// ErrFailedPrecondition if a view is mounted on one of them.
 func (u unrecorded) discard(ctx context.Context, id string) error {
 	bases := []string{u.uppers.volumeBase(id)}
 	pods := filepath.Join(u.uppers.volumeBase(id), dataroot.PodUppers)
@@ -88,7 +88,7 @@ func (u unrecorded) discard(ctx context.Context, id string) error {
 	}
 	for _, base := range bases {
 		if err := u.releaseBase(ctx, base); err != nil {
-			return fmt.Errorf("discard volume %s, which has no record: %w", id, err)
+			return fmt.Errorf("discard volume %s: %w", id, err)
 		}
 	}
 	return u.root.Discard(u.records.Dir(id))

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -223,5 +224,46 @@ func wantNoLoop(t *testing.T, path string) {
 	output, err := exec.Command("losetup", "--noheadings", "--associated", path).CombinedOutput()
 	if err != nil || len(output) > 0 {
 		t.Errorf("%s has a loop device: %s %v", path, output, err)
+	}
+}
+
+// TestUppersOfNoPublication: an undo that failed half-way leaves the upper of a pod mounted, and no publication. Neither DeleteVolume
+// nor reconcile throws the volume away with it.
+func TestUppersOfNoPublication(t *testing.T) {
+	for name, end := range map[string]func(t *testing.T, node *drivertest.Node, v drivertest.Volume){
+		"deleted": deleteVolume,
+		"reconciled": func(t *testing.T, node *drivertest.Node, _ drivertest.Volume) {
+			must(t, node.Kill())
+			// It is ready once it has reconciled.
+			start(t, node)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			node := startNode(t, "--reconcile-interval=1h")
+			layers := layersOf(t, node, map[string]string{"f": "f"})
+			pod := newPod(t, node, "pod")
+			for kind, limit := range map[string][]string{"image": {"sizeEnforcement", "image"}, "memory": {"medium", "memory"}} {
+				v := createSized(t, node, kind, readWriteMany, 16<<20, append([]string{"layers", layers, "upper", "pod"}, limit...)...)
+				publish(t, pod, v)
+				must(t, unix.Unmount(pod.Target(v.Name), 0))
+				record := filepath.Join(node.DataRoot, "volumes", v.ID, "volume.json")
+				data, err := os.ReadFile(record)
+				must(t, err)
+				var content map[string]any
+				must(t, json.Unmarshal(data, &content))
+				delete(content, "publications")
+				data, err = json.Marshal(content)
+				must(t, err)
+				must(t, os.WriteFile(record, data, 0o600))
+				end(t, node, v)
+				unpublish(t, pod, v)
+			}
+			wantNothingLeft(t, node)
+			loops, err := drivertest.LoopDevices(node.DataRoot)
+			must(t, err)
+			if len(loops) > 0 {
+				t.Errorf("left attached: %q", loops)
+			}
+		})
 	}
 }
