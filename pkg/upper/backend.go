@@ -52,8 +52,9 @@ type Backends struct {
 	handles     *handles
 }
 
-// NewBackends probes which backends the data root supports.
+// NewBackends probes which backends the data root supports, and removes the mount points that an earlier process left.
 func NewBackends(config Config) *Backends {
+	clearMountDir(config.MountDir)
 	b := &Backends{config: config, quota: newProjects(config.Root), handles: newHandles()}
 	b.unavailable = map[Backend]error{
 		ProjectQuota: b.quota.probe(),

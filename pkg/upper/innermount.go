@@ -18,6 +18,19 @@ import (
 // innerMount is the mount of an upper that has a file system of its own.
 type innerMount struct{ path string }
 
+// clearMountDir removes the mount points of uppers on which nothing is mounted: a reboot unmounted it, and a power cut may have taken
+// the volume. Whoever still needs one makes it again. It must not run beside Prepare.
+func clearMountDir(dir string) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return
+	}
+	for _, entry := range entries {
+		// rmdir(2) refuses a mount point (EBUSY) and a directory that is not empty.
+		_ = linux.Rmdirat(nil, filepath.Join(dir, entry.Name()))
+	}
+}
+
 // innerMount returns the mount of the upper with that base.
 func (b *Backends) innerMount(base string) innerMount {
 	sum := sha256.Sum256([]byte(base))

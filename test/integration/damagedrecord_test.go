@@ -267,3 +267,27 @@ func TestUppersOfNoPublication(t *testing.T) {
 		})
 	}
 }
+
+// TestMountPointsOfLostVolumes: a power cut can take a volume's directory, which was not synced, and leave the mount point of its upper.
+func TestMountPointsOfLostVolumes(t *testing.T) {
+	node := startNode(t)
+	layers := layersOf(t, node, map[string]string{"f": "f"})
+	pod := newPod(t, node, "pod")
+	lost := inline("layers", layers, "sizeLimit", "16Mi", "medium", "memory")
+	kept := inline("layers", layers, "sizeLimit", "16Mi", "sizeEnforcement", "image")
+	lost.Name, kept.Name = "lost", "kept"
+	publish(t, pod, lost)
+	publish(t, pod, kept)
+	must(t, node.Reboot())
+	must(t, os.RemoveAll(filepath.Join(node.DataRoot, "volumes", pod.Request(lost).GetVolumeId())))
+	start(t, node)
+	publish(t, pod, kept)
+	unpublish(t, pod, lost)
+	// What is mounted stays over a restart.
+	must(t, node.Kill())
+	start(t, node)
+	write(t, filepath.Join(pod.Target(kept.Name), "f"), "written")
+	unpublish(t, pod, kept)
+	removePod(t, pod)
+	wantNothingLeft(t, node)
+}
