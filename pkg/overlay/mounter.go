@@ -29,6 +29,7 @@ type Mounter struct {
 	scratch    string
 	next       atomic.Uint64
 	namespaces namespaces
+	questions  questions
 }
 
 var _ mount.Interface = (*Mounter)(nil)

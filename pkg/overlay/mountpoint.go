@@ -10,8 +10,14 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
-// Unmount unmounts what is mounted at target (mount.Interface). A link at target itself is not followed.
-func (m *Mounter) Unmount(target string) error { return linux.Unmount(target) }
+// Unmount unmounts what is mounted at target (mount.Interface). A link at target itself is not followed. A mount whose file system does
+// not answer is taken out of the tree: a thread of this process that waits for the answer keeps it in use.
+func (m *Mounter) Unmount(target string) error {
+	if m.questions.isOpen(target) {
+		return linux.UnmountLazily(target)
+	}
+	return linux.Unmount(target)
+}
 
 // IsMountPoint reports whether something is mounted at path, a bind mount included (mount.Interface). A link at path itself is not
 // followed. It returns fs.ErrNotExist if there is no such path.
@@ -36,27 +42,25 @@ const (
 	Other                  // another file system
 )
 
-// At returns what is mounted at path itself: a directory within a mount is not a mount point.
+// At returns what is mounted at path itself: a directory within a mount is not a mount point. It answers also where the file system
+// does not, such as that of an overlay on layers of a server that is away.
 func (m *Mounter) At(path string) (Mounted, error) {
-	stat, err := linux.StatMount(nil, path)
-	if errors.Is(err, fs.ErrNotExist) || err == nil && !stat.IsRoot {
+	root, err := m.questions.ask(path, func() (mountRoot, error) { return m.mountRootAt(path) })
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return Nothing, nil
-	}
-	var magic int64
-	if err == nil {
-		magic, err = m.fileSystemMagic(path, stat.MountID)
-	}
-	if err != nil {
+	case err != nil:
 		return atByTable(path, err)
-	}
-	if magic == linux.OverlayMagic {
+	case !root.isRoot:
+		return Nothing, nil
+	case root.magic == linux.OverlayMagic:
 		return Overlay, nil
 	}
 	return Other, nil
 }
 
 // atByTable is At by the mount table, which is read whole. A file system that has failed, the upper's for instance, does not answer
-// statx(2), and must be unmounted all the same. statErr is that answer.
+// statx(2) or answers with an error, and must be unmounted all the same. statErr is that answer.
 func atByTable(path string, statErr error) (Mounted, error) {
 	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
 	if err != nil {
@@ -68,6 +72,9 @@ func atByTable(path string, statErr error) (Mounted, error) {
 		return Nothing, errors.Join(statErr, err)
 	}
 	switch {
+	case len(mounts) == 0 && errors.Is(statErr, errNoAnswer):
+		// What does not answer is the answer to another goroutine, or of what has been unmounted since.
+		return Nothing, nil
 	case len(mounts) == 0:
 		return Nothing, statErr
 	case mounts[len(mounts)-1].FSType == "overlay":

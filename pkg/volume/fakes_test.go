@@ -51,6 +51,8 @@ type fakeNode struct {
 	fail map[string]error
 	// whileGrowing is called while an upper grows.
 	whileGrowing func()
+	// onHold is called by Hold, if it is set.
+	onHold func()
 	// onResolve is called while layers are resolved, if it is set.
 	onResolve func()
 	// layerDir is the one layer that each reference resolves to.
@@ -290,6 +292,9 @@ func (u fakeUpper) ClearWork() error { return u.n.failing("clear work") }
 
 func (u fakeUpper) Hold() error {
 	u.n.held++
+	if u.n.onHold != nil {
+		u.n.onHold()
+	}
 	return u.n.failing("hold")
 }
 

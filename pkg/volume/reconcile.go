@@ -3,6 +3,7 @@ package volume
 import (
 	"context"
 	"errors"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
@@ -11,9 +12,13 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 )
 
+// reconcilePatience is how long the other volumes wait for one.
+const reconcilePatience = 10 * time.Second
+
 // reconcile compares the records with the kernel's mounts and with kubelet's directory, and cleans up what no RPC will: a
 // publish or unpublish that a crash or a reboot interrupted, and that kubelet does not repeat because the pod is gone. It never
-// touches a mounted view. It skips a volume that an RPC is working on until the next time.
+// touches a mounted view. It skips a volume that an RPC is working on until the next time, and leaves one behind whose file system does
+// not answer.
 func (m *Manager) reconcile(ctx context.Context) {
 	ids, err := m.records.List()
 	if err != nil {
@@ -28,10 +33,19 @@ func (m *Manager) reconcile(ctx context.Context) {
 		if !ok {
 			continue
 		}
-		err := m.reconcileVolume(ctx, id)
-		unlock()
-		if err != nil {
-			klog.FromContext(ctx).Error(err, "Could not reconcile a volume, will retry", keyVolume, id)
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			defer unlock()
+			if err := m.reconcileVolume(ctx, id); err != nil {
+				klog.FromContext(ctx).Error(err, "Could not reconcile a volume, will retry", keyVolume, id)
+			}
+		}()
+		select {
+		case <-done:
+		case <-time.After(reconcilePatience):
+			// It keeps the volume's lock until the file system answers, and is not waited for again.
+			klog.FromContext(ctx).Info("A file system of a volume does not answer; reconcile goes on with the others", keyVolume, id)
 		}
 	}
 }

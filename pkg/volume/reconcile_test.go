@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"testing/synctest"
 
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
@@ -71,6 +72,34 @@ func TestReconcile(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestReconcileLeavesOneBehind: a volume whose file system does not answer holds up neither the others nor the next reconciliation.
+func TestReconcileLeavesOneBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newFakeNode(t)
+		n.publish(n.request("p1", inline))
+		answer := make(chan struct{})
+		n.onHold = func() { <-answer }
+		other := n.records.Dir("w")
+		for range 2 {
+			check(t, os.Mkdir(other, 0o700))
+			n.manager.reconcile(t.Context())
+			if exists(other) {
+				t.Error("the other volume was not reconciled")
+			}
+		}
+		close(answer)
+		synctest.Wait()
+		unlock, ok := n.manager.locks.tryAcquire("v")
+		if !ok {
+			t.Fatal("the volume is still locked after its file system has answered")
+		}
+		unlock()
+		if n.held != 1 {
+			t.Errorf("the file system was asked %d times", n.held)
+		}
+	})
 }
 
 // TestReconcileWithoutRecord leaves alone what somebody may still want.

@@ -1,7 +1,9 @@
 package integration
 
 import (
+	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -84,4 +86,55 @@ func TestDeletedVolumeStaysDeleted(t *testing.T) {
 			wantNothingLeft(t, node)
 		})
 	}
+}
+
+// TestLayerThatDoesNotAnswer: a layer on a server that is away is waited for by nobody else. FUSE is such a server: its process is
+// stopped, and every question to it waits.
+func TestLayerThatDoesNotAnswer(t *testing.T) {
+	for name, args := range map[string][]string{"statmount": nil, "no statmount": {"--disable-kernel-features=statmount"}} {
+		t.Run(name, func(t *testing.T) {
+			node := newNode(t, args...)
+			away, content := filepath.Join(node.Dir, "away"), filepath.Join(node.Dir, "content")
+			must(t, os.Mkdir(away, 0o755))
+			fill(t, content, map[string]string{"layer/f": "f"})
+			server := exec.Command("bindfs", "-f", "-o", "attr_timeout=0,entry_timeout=0", content, away)
+			mustRun(t, server.Start())
+			t.Cleanup(func() {
+				must(t, server.Process.Signal(unix.SIGCONT))
+				_ = unix.Unmount(away, unix.MNT_DETACH)
+				must(t, errors.Join(server.Process.Kill(), ignoreExit(server.Wait())))
+			})
+			eventually(t, "the server answers", func() bool {
+				_, err := os.Lstat(filepath.Join(away, "layer/f"))
+				return err == nil
+			})
+			node.AddArgs("--layer-root=away="+away, "--reconcile-interval=50ms", "--volume-health")
+			start(t, node)
+			pod := newPod(t, node, "pod")
+			hung := inline("layers", "dir://away/layer", "upper", "none")
+			other := inline("layers", layersOf(t, node, map[string]string{"f": "f"}))
+			hung.Name, other.Name = "hung", "other"
+			wantFile(t, filepath.Join(publish(t, pod, hung), "f"), "f")
+			publish(t, pod, other)
+			must(t, server.Process.Signal(unix.SIGSTOP))
+			for range 2 {
+				waitForReconcile(t, node)
+			}
+			unpublish(t, pod, other)
+			wantHealth(t, node, pod, hung, inaccessible, "DoesNotAnswer")
+			must(t, node.Kill())
+			start(t, node)
+			unpublish(t, pod, hung)
+			removePod(t, pod)
+			wantNothingLeft(t, node)
+		})
+	}
+}
+
+// ignoreExit returns nil for a process that was killed.
+func ignoreExit(err error) error {
+	if _, ok := errors.AsType[*exec.ExitError](err); ok {
+		return nil
+	}
+	return err
 }
