@@ -223,6 +223,7 @@ func newManager(
 		Root:     root.Dir(),
 		MountDir: opts.upperMountDir,
 		Discard:  root.Discard,
+		Sparse:   opts.overcommit > 1,
 		Commands: exec.New(),
 		Mounter:  mounter,
 		InUse:    volume.UpperInUse(records),

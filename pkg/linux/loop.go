@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -45,6 +46,9 @@ func AttachLoop(file *os.File) (*os.File, error) {
 		}
 		var loop *os.File
 		if loop, err = openLoop(fmt.Sprintf("loop%d", number)); err != nil {
+			if isGone(err) {
+				continue
+			}
 			return nil, err
 		}
 		if err = call("LOOP_CONFIGURE", loop, func(fd int) error { return unix.IoctlLoopConfigure(fd, &config) }); err == nil {
@@ -56,6 +60,11 @@ func AttachLoop(file *os.File) (*os.File, error) {
 		}
 	}
 	return nil, err
+}
+
+// isGone reports whether a loop device was removed since its number was looked up.
+func isGone(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV)
 }
 
 // FindLoop opens the loop device that a file is bound to. The error is fs.ErrNotExist where there is none.
@@ -86,6 +95,33 @@ func FindLoop(path string) (*os.File, error) {
 // GrowLoop has a loop device take the size that its file has now (LOOP_SET_CAPACITY).
 func GrowLoop(loop *os.File) error {
 	return call("LOOP_SET_CAPACITY", loop, func(fd int) error { return unix.IoctlSetInt(fd, unix.LOOP_SET_CAPACITY, 0) })
+}
+
+// KeepLoopBlocks has a loop device refuse discards, of which the kernel would make holes in its file, and write zeroes where it would
+// make holes for them too (queue/discard_max_bytes, sysfs-block(5); lo_fallocate in drivers/block/loop.c). From Linux 6.9 on the device
+// keeps that for its next file, and does not take it back: see [RemoveLoop].
+func KeepLoopBlocks(loop *os.File) error {
+	path := filepath.Join("/sys/block", filepath.Base(loop.Name()), "queue/discard_max_bytes")
+	const none = "0"
+	if most, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(most)) == none {
+		return nil
+	}
+	return os.WriteFile(path, []byte(none), 0)
+}
+
+// RemoveLoop removes a loop device that has no file and that nobody has open (LOOP_CTL_REMOVE). Whoever needs one gets a new one. The
+// error is EBUSY where it is in use.
+func RemoveLoop(name string) error {
+	var number int
+	if _, err := fmt.Sscanf(filepath.Base(name), "loop%d", &number); err != nil {
+		return fmt.Errorf("remove the loop device %s: %w", name, err)
+	}
+	control, err := Open(nil, loopControl, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer control.Close()
+	return call("LOOP_CTL_REMOVE", control, func(fd int) error { return unix.IoctlSetInt(fd, unix.LOOP_CTL_REMOVE, number) })
 }
 
 // openLoop opens a loop device, and makes its node where it is missing: a container's /dev has only those of the devices that there

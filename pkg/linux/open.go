@@ -11,6 +11,7 @@ import (
 // Flags of open(2) that package os does not have.
 const (
 	O_PATH      = unix.O_PATH
+	O_TMPFILE   = unix.O_TMPFILE
 	O_DIRECTORY = unix.O_DIRECTORY
 	O_NOFOLLOW  = unix.O_NOFOLLOW
 	O_NONBLOCK  = unix.O_NONBLOCK

@@ -105,3 +105,25 @@ func FlockHolder(file *os.File) (pid int, err error) {
 	}
 	return 0, &os.PathError{Op: "find the lock of", Path: file.Name(), Err: fs.ErrNotExist}
 }
+
+// Reserve has the file system allocate the first bytes of an open file, and makes the file that long if it is shorter (fallocate(2)).
+// What the file has is not changed, and what is allocated already is not allocated again. The error is ENOSPC where they do not fit,
+// and EOPNOTSUPP where the file system cannot do that; the file may then have some of them.
+func Reserve(file *os.File, bytes int64) error {
+	return call("fallocate", file, func(fd int) error { return unix.Fallocate(fd, 0, 0, bytes) })
+}
+
+// DisableCopyOnWrite has what is written to an open file, which must be empty, go where it was before, also on a file system that
+// otherwise writes to another place (FS_NOCOW_FL, ioctl_iflags(2)). The error is EOPNOTSUPP or ENOTTY where the file system knows of no
+// such thing.
+func DisableCopyOnWrite(file *os.File) error {
+	// include/uapi/linux/fs.h.
+	const noCopyOnWrite = 0x00800000
+	return call("FS_IOC_SETFLAGS", file, func(fd int) error {
+		flags, err := unix.IoctlGetUint32(fd, unix.FS_IOC_GETFLAGS)
+		if err != nil {
+			return err
+		}
+		return unix.IoctlSetPointerInt(fd, unix.FS_IOC_SETFLAGS, int(flags|noCopyOnWrite))
+	})
+}

@@ -35,6 +35,8 @@ type Config struct {
 	MountDir string
 	// Discard moves a file or directory of the data root to the trash, and does nothing if there is none.
 	Discard func(path string) error
+	// Sparse is set if the sizes of disk images are not reserved on the disk: all of them together may be more than it has.
+	Sparse bool
 	// Commands run the programs that make, check and grow file systems.
 	Commands commands
 	// Mounter mounts and unmounts busy mounts, for pod-volume.
@@ -59,7 +61,7 @@ func NewBackends(config Config) *Backends {
 	b.unavailable = map[Backend]error{
 		ProjectQuota: b.quota.probe(),
 		BtrfsQgroup:  probeBtrfs(config.Root, config.Commands),
-		DiskImage:    probeDiskImage(config.Commands),
+		DiskImage:    probeDiskImage(config.Root, config.Commands, config.Sparse),
 	}
 	return b
 }
@@ -162,7 +164,9 @@ func (b *Backends) Open(at Location) Upper {
 	case BtrfsQgroup:
 		return btrfsQgroup{data, b.config.Commands, at.Limit}
 	case DiskImage:
-		return diskImage{b.innerMount(at.Base), b.config.Commands, dir.path(), b.config.Discard, at.Limit, at.Ephemeral, at.Made}
+		return diskImage{
+			b.innerMount(at.Base), b.config.Commands, dir.path(), b.config.Discard, at.Limit, at.Ephemeral, at.Made, b.config.Sparse,
+		}
 	case Tmpfs:
 		return tmpfs{b.innerMount(at.Base), at.Limit}
 	case PodVolume:

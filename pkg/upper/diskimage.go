@@ -30,8 +30,9 @@ const (
 	badImage = 4
 )
 
-// diskImage is an upper in an ext4 of its own, in a sparse file behind a loop device. It is for data roots whose file system has
-// no quotas, and for volumes that ask for it: nothing that a pod does gets past its size.
+// diskImage is an upper in an ext4 of its own, in a file behind a loop device. It is for data roots whose file system has no quotas, and
+// for volumes that ask for it: nothing that a pod does gets past its size. All of its size is reserved on the disk, so that what a pod
+// has written and the page cache has taken can always be written to the disk as well, unless the file is sparse.
 type diskImage struct {
 	innerMount
 	commands commands
@@ -42,11 +43,13 @@ type diskImage struct {
 	ephemeral bool
 	// made is set if there must be an upper in the image.
 	made bool
+	// sparse is set if the disk is not reserved.
+	sparse bool
 }
 
 var _ Upper = diskImage{}
 
-func probeDiskImage(commands commands) error {
+func probeDiskImage(root *os.File, commands commands, sparse bool) error {
 	if err := linux.HasLoopDevices(); err != nil {
 		return fmt.Errorf("there are no loop devices (modprobe loop): %w", err)
 	}
@@ -55,10 +58,11 @@ func probeDiskImage(commands commands) error {
 			return fmt.Errorf("%s is not installed: %w", program, err)
 		}
 	}
-	return nil
+	if sparse {
+		return nil
+	}
+	return probeReserve(root)
 }
-
-func (d diskImage) file() string { return filepath.Join(d.base, imageName) }
 
 // Prepare makes the image if it is missing, mounts it, and grows it to the limit.
 func (d diskImage) Prepare(ctx context.Context, root RootAttr) (Dirs, error) {
@@ -85,43 +89,6 @@ func (d diskImage) Prepare(ctx context.Context, root RootAttr) (Dirs, error) {
 	return dirs, nil
 }
 
-// make makes the image under another name and renames it. SafeFormatAndMount of mount-utils is not used, since it formats what
-// looks empty: it would replace a damaged file system by an empty one.
-func (d diskImage) make(ctx context.Context) (made bool, err error) {
-	if _, err := os.Lstat(d.file()); !errors.Is(err, fs.ErrNotExist) {
-		return false, err
-	}
-	temporary := d.file() + ".new"
-	if err := os.WriteFile(temporary, nil, 0o600); err != nil {
-		return false, fmt.Errorf("make a disk image: %w", err)
-	}
-	if err := os.Truncate(temporary, d.limit.Bytes); err != nil {
-		return false, fmt.Errorf("make a disk image of %d bytes (the data root's file system may not support files of that size): %w",
-			d.limit.Bytes, err)
-	}
-	args := []string{"-q", "-F", "-m", "0", "-i", fmt.Sprint(diskInodeBytes), "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1"}
-	if d.ephemeral {
-		// It is discarded after a crash, so that it needs no journal.
-		args = append(args, "-O", "^has_journal")
-	}
-	if output, err := d.commands.CommandContext(ctx, makeExt4, append(args, temporary)...).CombinedOutput(); err != nil {
-		err = fmt.Errorf("make a file system in %s: %s: %w: %s", temporary, makeExt4, err, strings.TrimSpace(string(output)))
-		return false, errors.Join(err, os.Remove(temporary))
-	}
-	if !d.ephemeral {
-		if err := linux.SyncPath(temporary); err != nil {
-			return false, err
-		}
-	}
-	if err := os.Rename(temporary, d.file()); err != nil {
-		return false, fmt.Errorf("make a disk image: %w", err)
-	}
-	if d.ephemeral {
-		return true, nil
-	}
-	return true, linux.SyncPath(d.base)
-}
-
 // checkMade returns ErrDataLoss if the upper was made and is not where the image is mounted. A repair can have moved it.
 func (d diskImage) checkMade(path string) error {
 	if !d.made {
@@ -136,9 +103,12 @@ func (d diskImage) checkMade(path string) error {
 	return err
 }
 
-// mountOptions are for sparse images: blocks that are freed are freed on the node's disk as well (discard), and the tables of
-// inodes, which are holes of the image, are not filled with zeroes (noinit_itable). A damaged file system becomes read-only.
-const mountOptions = "discard,noinit_itable,errors=remount-ro"
+// mountOptions: the tables of inodes, which are empty, are not filled with zeroes (noinit_itable). A damaged file system becomes
+// read-only. Of a sparse image, blocks that are freed are freed on the node's disk as well (discard).
+const (
+	mountOptions  = "noinit_itable,errors=remount-ro"
+	sparseOptions = mountOptions + ",discard"
+)
 
 // mount mounts the image. If the image still has a loop device, the overlay of a container that has not ended is still on it:
 // mount then uses that device, so that there is never a second file system on one image.
@@ -149,7 +119,14 @@ func (d diskImage) mount(ctx context.Context, path string, made bool) error {
 	}
 	// The kernel detaches the device with its last user (LO_FLAGS_AUTOCLEAR).
 	defer loop.Close()
-	if err := linux.Mount(loop.Name(), path, "ext4", syscall.MS_NOSUID|syscall.MS_NODEV, mountOptions); err != nil {
+	options := sparseOptions
+	if !d.sparse {
+		options = mountOptions
+		if err := linux.KeepLoopBlocks(loop); err != nil {
+			return fmt.Errorf("keep what is reserved for the disk image %s: %w", d.file(), err)
+		}
+	}
+	if err := linux.Mount(loop.Name(), path, "ext4", syscall.MS_NOSUID|syscall.MS_NODEV, options); err != nil {
 		return fmt.Errorf("mount the disk image %s: %w", d.file(), err)
 	}
 	return nil
@@ -171,6 +148,11 @@ func (d diskImage) attach(ctx context.Context, made bool) (*os.File, error) {
 		return nil, err
 	}
 	defer image.Close()
+	if !made {
+		if err := d.reserveAll(image); err != nil {
+			return nil, err
+		}
+	}
 	loop, err := linux.AttachLoop(image)
 	if err != nil {
 		return nil, fmt.Errorf("attach the disk image %s to a loop device: %w", d.file(), err)
@@ -202,18 +184,8 @@ func (d diskImage) Grow(_ context.Context, limit Limit) error {
 	if err := d.checkMounted(); err != nil {
 		return fmt.Errorf("grow the disk image %s: %w", d.file(), err)
 	}
-	info, err := os.Stat(d.file())
-	if err != nil {
-		return fmt.Errorf("grow a disk image: %w", err)
-	}
-	if info.Size() < limit.Bytes {
-		if err := os.Truncate(d.file(), limit.Bytes); err != nil {
-			return fmt.Errorf("grow a disk image to %d bytes: %w", limit.Bytes, err)
-		}
-		// Before anything is written beyond the old end.
-		if err := linux.SyncPath(d.file()); err != nil {
-			return err
-		}
+	if err := d.extend(limit.Bytes); err != nil {
+		return fmt.Errorf("grow the disk image %s to %d bytes: %w", d.file(), limit.Bytes, err)
 	}
 	loop, err := linux.FindLoop(d.file())
 	if err != nil {
@@ -231,14 +203,35 @@ func (d diskImage) Grow(_ context.Context, limit Limit) error {
 
 func (d diskImage) ClearWork() error { return clearWork(d) }
 
+// Release unmounts the image. Its loop device goes as well: another file could not be discarded from there.
+func (d diskImage) Release(ctx context.Context) error {
+	if d.sparse {
+		return d.innerMount.Release(ctx)
+	}
+	loop, err := linux.FindLoop(d.file())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := d.innerMount.Release(ctx); err != nil || loop == nil {
+		return err
+	}
+	loop.Close()
+	// It stays where a container that has not ended still uses it.
+	_ = linux.RemoveLoop(loop.Name())
+	return nil
+}
+
 // Discard releases and discards the image.
 func (d diskImage) Discard(ctx context.Context) error {
 	return errors.Join(d.Release(ctx), d.discard(d.file()))
 }
 
-// DiskUsage is what the image takes on the disk. Its holes take nothing.
+// DiskUsage is what the image takes on the disk, also while it is made. Its holes take nothing.
 func (d diskImage) DiskUsage(context.Context) (int64, error) {
 	stat, err := linux.StatPath(d.file())
+	if errors.Is(err, fs.ErrNotExist) {
+		stat, err = linux.StatPath(d.newFile())
+	}
 	if err != nil {
 		return 0, notFound(err)
 	}

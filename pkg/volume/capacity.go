@@ -3,6 +3,7 @@ package volume
 import (
 	"context"
 	"fmt"
+	"maps"
 	"sync"
 
 	"github.com/containerd/errdefs"
@@ -27,14 +28,15 @@ type ledger struct {
 	turn *semaphore.Weighted
 
 	mu sync.Mutex
-	// growing is what volumes are growing by, which their records do not say before it is done.
-	growing int64
+	// growing has the new size of each volume that is growing, which its record does not say before it is done. What it takes of the disk
+	// meanwhile is taken of that size.
+	growing map[string]int64
 }
 
 func newLedger(config Config, uppers uppers) *ledger {
 	return &ledger{
 		node: config.Node, overcommit: config.Overcommit, root: config.Root.Path(), records: config.Records, uppers: uppers,
-		turn: semaphore.NewWeighted(1),
+		turn: semaphore.NewWeighted(1), growing: map[string]int64{},
 	}
 }
 
@@ -47,20 +49,20 @@ func (l *ledger) available(ctx context.Context) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
+	// Before the records: one that is read later than its growth ends has the new size.
+	growing := l.allGrowing()
 	ids, err := l.records.List()
 	if err != nil {
 		return 0, err
 	}
-	l.mu.Lock()
-	reserved := l.growing
-	l.mu.Unlock()
-	var allocated int64
+	var reserved, allocated int64
 	for _, id := range ids {
 		r, err := l.records.Load(id)
 		if err != nil {
 			// Reconcile reports it. What the volume takes is not free.
 			continue
 		}
+		r.Size = max(r.Size, growing[id])
 		reservedHere, allocatedHere := l.reservedFor(ctx, r)
 		reserved += reservedHere
 		allocated += allocatedHere
@@ -90,10 +92,10 @@ func (l *ledger) reservedFor(ctx context.Context, r *record.Record) (reserved, a
 	}
 	for _, target := range targets {
 		reserved += r.Size
-		if !upper.ContainsUpper(l.uppers.path(r, target)) {
+		bytes, err := l.uppers.open(r, r.Publication(target)).DiskUsage(ctx)
+		if errdefs.IsNotFound(err) {
 			continue
 		}
-		bytes, err := l.uppers.open(r, r.Publication(target)).DiskUsage(ctx)
 		if err != nil {
 			klog.FromContext(ctx).V(4).Info("Could not measure volume usage", keyVolume, r.ID, keyReason, err.Error())
 			continue
@@ -174,14 +176,21 @@ func (l *ledger) reserveMore(ctx context.Context, r *record.Record, bytes int64)
 	if err := l.check(ctx, bytes); err != nil {
 		return nil, err
 	}
-	l.addGrowing(bytes)
-	return func() { l.addGrowing(-bytes) }, nil
-}
-
-func (l *ledger) addGrowing(bytes int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.growing += bytes
+	l.growing[r.ID] = r.Size
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		delete(l.growing, r.ID)
+	}, nil
+}
+
+// allGrowing returns the new sizes of the volumes that are growing.
+func (l *ledger) allGrowing() map[string]int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return maps.Clone(l.growing)
 }
 
 func (l *ledger) check(ctx context.Context, wanted int64) error {

@@ -60,8 +60,8 @@ func TestNobodyWaitsForAGrowth(t *testing.T) {
 	if !meanwhile {
 		t.Error("the upper did not grow")
 	}
-	if n.manager.ledger.growing != 0 {
-		t.Errorf("%d bytes are still reserved for a growth", n.manager.ledger.growing)
+	if len(n.manager.ledger.growing) != 0 {
+		t.Errorf("there are still bytes reserved for a growth: %v", n.manager.ledger.growing)
 	}
 }
 

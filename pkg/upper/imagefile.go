@@ -1,0 +1,141 @@
+package upper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+)
+
+func (d diskImage) file() string { return filepath.Join(d.base, imageName) }
+
+// newFile is what the image is called while it is made.
+func (d diskImage) newFile() string { return d.file() + ".new" }
+
+// make makes the image under another name and renames it. SafeFormatAndMount of mount-utils is not used, since it formats what
+// looks empty: it would replace a damaged file system by an empty one. What a call that was interrupted left is replaced.
+func (d diskImage) make(ctx context.Context) (made bool, err error) {
+	if _, err := os.Lstat(d.file()); !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	if err := d.build(ctx); err != nil {
+		if removeErr := os.Remove(d.newFile()); !errors.Is(removeErr, fs.ErrNotExist) {
+			err = errors.Join(err, removeErr)
+		}
+		return false, fmt.Errorf("make a disk image of %d bytes: %w", d.limit.Bytes, err)
+	}
+	if err := os.Rename(d.newFile(), d.file()); err != nil {
+		return false, fmt.Errorf("make a disk image: %w", err)
+	}
+	if d.ephemeral {
+		return true, nil
+	}
+	return true, linux.SyncPath(d.base)
+}
+
+// build makes the image under its other name, and writes it to the disk if it must survive a crash.
+func (d diskImage) build(ctx context.Context) error {
+	image, err := os.OpenFile(d.newFile(), os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer image.Close()
+	if linux.FileSystemName(image) == "btrfs" && !d.sparse {
+		// What is written a second time would take space that is not reserved.
+		if err := linux.DisableCopyOnWrite(image); err != nil {
+			return err
+		}
+	}
+	if err := image.Truncate(d.limit.Bytes); err != nil {
+		return fmt.Errorf("%w (the data root's file system may not support files of that size)", err)
+	}
+	if err := d.format(ctx, image); err != nil {
+		return err
+	}
+	// mkfs.ext4 may have made holes for zeroes.
+	if err := d.reserveAll(image); err != nil || d.ephemeral {
+		return err
+	}
+	return image.Sync()
+}
+
+func (d diskImage) format(ctx context.Context, image *os.File) error {
+	args := []string{"-q", "-F", "-m", "0", "-i", fmt.Sprint(diskInodeBytes), "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1"}
+	if d.ephemeral {
+		// It is discarded after a crash, so that it needs no journal.
+		args = append(args, "-O", "^has_journal")
+	}
+	output, err := d.commands.CommandContext(ctx, makeExt4, append(args, image.Name())...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("make a file system in %s: %s: %w: %s", image.Name(), makeExt4, err, strings.TrimSpace(string(output)))
+	}
+	return nil
+}
+
+// reserveAll reserves the disk for all of an image, unless it is sparse. It does nothing where that was done before.
+func (d diskImage) reserveAll(image *os.File) error {
+	if d.sparse {
+		return nil
+	}
+	info, err := image.Stat()
+	if err != nil {
+		return err
+	}
+	if err := linux.Reserve(image, info.Size()); err != nil {
+		return reserveError(image.Name(), info.Size(), err)
+	}
+	return nil
+}
+
+// extend makes the image larger, and writes to the disk that it is: before anything is written beyond the old end. If it fails, the
+// image is as before.
+func (d diskImage) extend(bytes int64) error {
+	image, err := os.OpenFile(d.file(), os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer image.Close()
+	info, err := image.Stat()
+	if err != nil || info.Size() >= bytes {
+		return err
+	}
+	if d.sparse {
+		err = image.Truncate(bytes)
+	} else if err = linux.Reserve(image, bytes); err != nil {
+		err = errors.Join(reserveError(image.Name(), bytes, err), image.Truncate(info.Size()))
+	}
+	if err != nil {
+		return err
+	}
+	return image.Sync()
+}
+
+// probeReserve returns an error if the file system of a directory cannot reserve what a file will take. One that cannot be written to
+// does not say.
+func probeReserve(dir *os.File) error {
+	probe, err := linux.OpenFile(dir, ".", os.O_RDWR|linux.O_TMPFILE, 0o600, 0)
+	if err != nil {
+		return nil
+	}
+	defer probe.Close()
+	if err := linux.Reserve(probe, 1); errors.Is(err, syscall.EOPNOTSUPP) {
+		return reserveError(dir.Name(), 1, err)
+	}
+	return nil
+}
+
+func reserveError(path string, bytes int64, err error) error {
+	err = fmt.Errorf("reserve %d bytes for %s: %w", bytes, path, err)
+	if errors.Is(err, syscall.EOPNOTSUPP) {
+		err = fmt.Errorf("%w: %w; its file system cannot do that, and an --overcommit above 1 does without", errdefs.ErrFailedPrecondition, err)
+	}
+	return err
+}
