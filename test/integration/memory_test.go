@@ -251,7 +251,7 @@ func linksOfAnArchive(t *testing.T, node *drivertest.Node) {
 		}
 	})
 	_, err := newPod(t, node, "links").Publish(timeout(t), inline("layers", "archive://"+drivertest.LayerRoot+"/links.tar.zst"))
-	wantCode(t, err, codes.InvalidArgument, "100000 files")
+	wantCode(t, err, codes.InvalidArgument, "100000 entries")
 }
 
 func replacedDirectories(t *testing.T, node *drivertest.Node) {
