@@ -46,7 +46,7 @@ type descriptor struct {
 	Digest      digest.Digest  `json:"digest"`
 	Size        int64          `json:"size"`
 	Platform    *imagePlatform `json:"platform"`
-	Annotations layerNames     `json:"annotations"`
+	Annotations annotations    `json:"annotations"`
 }
 
 // imagePlatform has the fields of a platform that matter here.
@@ -60,8 +60,10 @@ func (p imagePlatform) ocispec() ocispec.Platform {
 	return ocispec.Platform{OS: p.OS, Architecture: p.Architecture, Variant: p.Variant}
 }
 
-// layerNames are the annotations of a layer that matter here.
-type layerNames struct {
+// annotations are the annotations of a layer, or of an image in an index, that matter here.
+type annotations struct {
+	// ReferenceType says of a manifest in an index that it describes another one (BuildKit, "Image attestation storage").
+	ReferenceType string `json:"vnd.docker.reference.type"`
 	// Title is the path of a file (OCI image specification, "Pre-Defined Annotation Keys").
 	Title string `json:"org.opencontainers.image.title"`
 	// ModelPath is the path of a file in a model (CNCF ModelPack specification).
@@ -158,15 +160,33 @@ func formatPlatform(platform ocispec.Platform) (string, error) {
 	return platforms.Format(platform), nil
 }
 
-// choose returns the descriptor of the manifest for a platform in an index.
-func (d manifestOrIndex) choose(platform platforms.MatchComparer) (ocispec.Descriptor, error) {
-	manifests := d.Manifests.items
-	if len(manifests) == 1 && manifests[0].Platform == nil {
-		return manifests[0].ocispec(), nil
+// attestation is the value of the annotation of a manifest that BuildKit adds to an index for each image.
+const attestation = "attestation-manifest"
+
+// images returns the manifests of an index without those that describe another one, and without those of an unknown platform if there are
+// others.
+func (d manifestOrIndex) images() []descriptor {
+	images := slices.DeleteFunc(slices.Clone(d.Manifests.items), func(m descriptor) bool {
+		return m.Annotations.ReferenceType == attestation
+	})
+	known := slices.DeleteFunc(slices.Clone(images), func(m descriptor) bool {
+		return m.Platform != nil && m.Platform.OS == "unknown"
+	})
+	if len(known) > 0 {
+		return known
 	}
+	return images
+}
+
+// choose returns the descriptor of the manifest for a platform in an index. Data is for no platform: if the index has one image, it is
+// that, whatever platform the index says.
+func (d manifestOrIndex) choose(platform platforms.MatchComparer) (ocispec.Descriptor, error) {
+	images := d.images()
 	var best ocispec.Descriptor
 	var known []string
-	for _, m := range manifests {
+	isOne := len(images) > 0
+	for _, m := range images {
+		isOne = isOne && m.Digest == images[0].Digest
 		if m.Platform == nil {
 			continue
 		}
@@ -180,11 +200,14 @@ func (d manifestOrIndex) choose(platform platforms.MatchComparer) (ocispec.Descr
 			best = candidate
 		}
 	}
-	if best.Platform == nil {
-		return ocispec.Descriptor{}, fmt.Errorf("%w: the image has no manifest for this node's platform, only for %s",
-			errdefs.ErrNotFound, truncate(strings.Join(known, ", ")))
+	switch {
+	case best.Platform != nil:
+		return best, nil
+	case isOne:
+		return images[0].ocispec(), nil
 	}
-	return best, nil
+	return ocispec.Descriptor{}, fmt.Errorf("%w: the image has no manifest for this node's platform, only for %s",
+		errdefs.ErrNotFound, truncate(strings.Join(known, ", ")))
 }
 
 // imageConfigTypes lists the media types of the configurations of images. A manifest with another type is an artifact.
@@ -261,7 +284,7 @@ func checkDiffID(id digest.Digest) error {
 }
 
 // setName sets the format and the file name of the blob of an artifact.
-func (b *LayerBlob) setName(names layerNames) error {
+func (b *LayerBlob) setName(names annotations) error {
 	mediaType := b.Descriptor.MediaType
 	isModel := strings.HasPrefix(mediaType, modelTypes)
 	name := names.Title

@@ -50,6 +50,14 @@ func TestIndex(t *testing.T) {
 	others := index(t, map[string]v1.Image{other: of("other"), "windows/amd64": of("w")})
 	_, err = n.pull(push(t, r, "other:1", others), "", registry.Credentials{})
 	wantError(t, err, "platform", other, "windows/amd64")
+	for name, only := range map[string]v1.ImageIndex{
+		"another":     index(t, map[string]v1.Image{other: of("another"), "unknown/unknown": of("attestation")}),
+		"windows":     index(t, map[string]v1.Image{"windows/amd64": of("windows")}),
+		"noplatform":  mutate.AppendManifests(empty.Index, mutate.IndexAddendum{Add: of("noplatform")}),
+		"unspecified": index(t, map[string]v1.Image{"unknown/unknown": of("unspecified")}),
+	} {
+		wantFile(t, filepath.Join(n.mustPull(push(t, r, name+":1", only)).Dirs[0].Name(), "f"), name)
+	}
 	inner := mutate.IndexAddendum{Add: index(t, map[string]v1.Image{here: of("nested")})}
 	nested := mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), inner)
 	lease, err = n.pull(push(t, r, "nested:1", nested), "", registry.Credentials{})
