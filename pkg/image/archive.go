@@ -82,14 +82,17 @@ type archiveFiles interface {
 func OpenArchive(
 	ctx context.Context, file *os.File, scratch string, platform platforms.MatchComparer, documents *Documents, limits unpack.Limits,
 ) (*Archive, error) {
-	files, err := openFiles(ctx, file, filepath.Join(scratch, "archive.tar"), limits)
+	files, err := openFiles(ctx, file, filepath.Join(scratch, "archive.tar"), documents, limits)
 	if err != nil {
 		return nil, err
 	}
 	archive := &Archive{files: files, documents: documents, names: map[digest.Digest]string{}}
-	if files.has(ocispec.ImageIndexFile) {
-		err = archive.describeLayout(ctx, platform)
-	} else {
+	index, err := archive.readIndex(ctx)
+	switch {
+	case err == nil:
+		err = archive.describeLayout(ctx, index, platform)
+	case files.has(dockerManifestFile):
+		// Docker 25 may write an index.json without manifests beside it.
 		err = archive.describeDocker(ctx)
 	}
 	if err != nil {
@@ -109,7 +112,7 @@ func (a *Archive) OpenBlob(blob LayerBlob) (io.ReadCloser, error) {
 func (a *Archive) Close() { a.files.close() }
 
 // openFiles returns the files of an archive. It decompresses a compressed archive to the file at scratch.
-func openFiles(ctx context.Context, file *os.File, scratch string, limits unpack.Limits) (archiveFiles, error) {
+func openFiles(ctx context.Context, file *os.File, scratch string, documents *Documents, limits unpack.Limits) (archiveFiles, error) {
 	info, err := file.Stat()
 	if err != nil {
 		return nil, err
@@ -126,21 +129,23 @@ func openFiles(ctx context.Context, file *os.File, scratch string, limits unpack
 		return nil, err
 	}
 	if !isCompressed(magic) {
-		return indexTar(ctx, whole(), io.NopCloser(nil))
+		return indexTar(ctx, whole(), io.NopCloser(nil), documents)
 	}
 	plain, err := decompress(unpack.ContextReader(ctx, whole()))
 	if err != nil {
 		return nil, err
 	}
 	defer plain.Close()
-	if err := scanTar(ctx, &limitedReader{from: plain, limits: limits}); err != nil {
+	if err := scanTar(ctx, &limitedReader{from: plain, limits: limits}, documents); err != nil {
 		return nil, err
 	}
-	return decompressArchive(ctx, whole(), scratch, limits)
+	return decompressArchive(ctx, whole(), scratch, documents, limits)
 }
 
 // decompressArchive decompresses an archive to a file at scratch. It unlinks the file, which exists until it is closed.
-func decompressArchive(ctx context.Context, from io.Reader, scratch string, limits unpack.Limits) (archiveFiles, error) {
+func decompressArchive(
+	ctx context.Context, from io.Reader, scratch string, documents *Documents, limits unpack.Limits,
+) (archiveFiles, error) {
 	plain, err := decompress(unpack.ContextReader(ctx, from))
 	if err != nil {
 		return nil, err
@@ -158,7 +163,7 @@ func decompressArchive(ctx context.Context, from io.Reader, scratch string, limi
 		file.Close()
 		return nil, fmt.Errorf("decompress the archive: %w", err)
 	}
-	return indexTar(ctx, io.NewSectionReader(file, 0, size), file)
+	return indexTar(ctx, io.NewSectionReader(file, 0, size), file, documents)
 }
 
 // limitedReader reads at most as many bytes as a layer may have. A few bytes can decompress to terabytes.

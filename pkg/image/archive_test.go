@@ -120,7 +120,7 @@ func TestArchiveIsBounded(t *testing.T) {
 // TestDecompressionOfArchiveEndsWithItsContext cancels the import of an archive while it is decompressed to the disk.
 func TestDecompressionOfArchiveEndsWithItsContext(t *testing.T) {
 	scratch := filepath.Join(t.TempDir(), "archive.tar")
-	_, err := decompressArchive(interrupted{t.Context(), ptr(100)}, bomb(t), scratch, unpack.Limits{})
+	_, err := decompressArchive(interrupted{t.Context(), ptr(100)}, bomb(t), scratch, NewDocuments(), unpack.Limits{})
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("the error is %v", err)
 	}

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
@@ -71,13 +72,21 @@ func statLayoutIndex(dir *os.File) (fs.FileInfo, error) {
 	return file.Stat()
 }
 
-// describeLayout sets the description from the index.json of an OCI layout or archive.
-func (a *Archive) describeLayout(ctx context.Context, platform platforms.MatchComparer) error {
-	var root ocispec.Descriptor
-	err := a.readDocument(ctx, ocispec.ImageIndexFile, func(data []byte) (err error) {
-		root, err = chooseInLayout(data)
+// readIndex returns the index.json of an OCI layout or archive.
+func (a *Archive) readIndex(ctx context.Context) (index manifestOrIndex, err error) {
+	err = a.readDocument(ctx, ocispec.ImageIndexFile, func(data []byte) (err error) {
+		index, err = parseManifest(data)
+		if err == nil && !index.isIndex() {
+			err = fmt.Errorf("%w: %s is not an index", errdefs.ErrInvalidArgument, ocispec.ImageIndexFile)
+		}
 		return err
 	})
+	return index, err
+}
+
+// describeLayout sets the description from the index.json of an OCI layout or archive.
+func (a *Archive) describeLayout(ctx context.Context, index manifestOrIndex, platform platforms.MatchComparer) error {
+	root, err := index.chooseInLayout(platform)
 	if err != nil {
 		return err
 	}
@@ -104,21 +113,27 @@ func blobPath(id digest.Digest) string {
 	return path.Join(blobsName, id.Algorithm().String(), id.Encoded())
 }
 
-// chooseInLayout returns the descriptor of the image in the index.json of a layout. The layout must have exactly one image,
-// which may have more than one name.
-func chooseInLayout(data []byte) (ocispec.Descriptor, error) {
-	index, err := parseManifest(data)
-	if err != nil {
-		return ocispec.Descriptor{}, err
+// chooseInLayout returns the descriptor of the image in the index.json of a layout. The layout must have exactly one image, which may have
+// more than one name. Some tools list the manifests of its platforms there.
+func (d manifestOrIndex) chooseInLayout(platform platforms.MatchComparer) (ocispec.Descriptor, error) {
+	var images []descriptor
+	for _, candidate := range d.images() {
+		if !slices.ContainsFunc(images, func(d descriptor) bool { return d.Digest == candidate.Digest }) {
+			images = append(images, candidate)
+		}
 	}
-	images := map[digest.Digest]bool{}
-	for _, descriptor := range index.Manifests.items {
-		images[descriptor.Digest] = true
+	if len(images) == 1 {
+		return images[0].ocispec(), nil
 	}
-	if len(images) != 1 {
-		return ocispec.Descriptor{}, errImageCount(len(images))
+	// Two manifests of one image have different platforms, and the same name if they have names.
+	seen := map[imagePlatform]bool{}
+	for _, image := range images {
+		if image.Platform == nil || seen[*image.Platform] || image.Annotations.RefName != images[0].Annotations.RefName {
+			return ocispec.Descriptor{}, errImageCount(len(images))
+		}
+		seen[*image.Platform] = true
 	}
-	return index.Manifests.items[0].ocispec(), nil
+	return d.choose(platform)
 }
 
 func errImageCount(count int) error {

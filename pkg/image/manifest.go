@@ -64,7 +64,9 @@ func (p imagePlatform) ocispec() ocispec.Platform {
 type annotations struct {
 	// ReferenceType says of a manifest in an index that it describes another one (BuildKit, "Image attestation storage").
 	ReferenceType string `json:"vnd.docker.reference.type"`
-	// Title is the path of a file (OCI image specification, "Pre-Defined Annotation Keys").
+	// RefName is the name of an image in a layout (OCI image specification, "Pre-Defined Annotation Keys").
+	RefName string `json:"org.opencontainers.image.ref.name"`
+	// Title is the path of a file (the same source).
 	Title string `json:"org.opencontainers.image.title"`
 	// ModelPath is the path of a file in a model (CNCF ModelPack specification).
 	ModelPath string `json:"org.cncf.model.filepath"`

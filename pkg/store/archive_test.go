@@ -3,13 +3,18 @@ package store_test
 import (
 	"archive/tar"
 	"bytes"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/containerd/platforms"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
@@ -53,13 +58,90 @@ func archives(t *testing.T, dir string, img v1.Image) map[string]string {
 	return paths
 }
 
+// dockerArchives writes an image in the forms of tools that write manifest.json. It returns the paths by form.
+func dockerArchives(t *testing.T, dir string, img v1.Image) map[string]string {
+	t.Helper()
+	config, err := img.RawConfigFile()
+	must(t, err)
+	layers, err := img.Layers()
+	must(t, err)
+	paths := map[string]string{}
+	for form, names := range map[string]struct {
+		config, layer string
+		before        []registrytest.Entry
+	}{
+		"Jib":       {config: "config.json", layer: "%s.tar.gz"},
+		"rules_oci": {config: "blobs/sha256/" + digest.FromBytes(config).Encoded(), layer: "blobs/sha256/%s.tar.gz"},
+		"any name":  {config: "image.json", layer: "layers/layer of %s"},
+		"Docker 25": {config: "config.json", layer: "%s.tar.gz", before: []registrytest.Entry{
+			registrytest.File("oci-layout", `{"imageLayoutVersion":"1.0.0"}`),
+			registrytest.File("index.json", `{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":null}`),
+		}},
+	} {
+		entries := append(names.before, registrytest.File(names.config, string(config)))
+		var files []string
+		for _, l := range layers {
+			blob, err := l.Compressed()
+			must(t, err)
+			data, err := io.ReadAll(blob)
+			must(t, err)
+			file := fmt.Sprintf(names.layer, mustHex(t, l))
+			files = append(files, file)
+			entries = append(entries, registrytest.File(file, string(data)))
+		}
+		manifest, err := json.Marshal([]map[string]any{{"Config": names.config, "RepoTags": []string{"a:1"}, "Layers": files}})
+		must(t, err)
+		data := mustTar(t, append(entries, registrytest.File("manifest.json", string(manifest)))...)
+		paths[form] = filepath.Join(dir, strings.ReplaceAll(form, " ", "-")+".tar")
+		must(t, os.WriteFile(paths[form], data, 0o644))
+		paths[form+" in gzip"] = paths[form] + ".gz"
+		must(t, os.WriteFile(paths[form+" in gzip"], registrytest.Gzip(data), 0o644))
+	}
+	return paths
+}
+
+// linkedArchives writes an image to OCI archives whose blobs are hard links and sparse files. It returns the paths by form.
+func linkedArchives(t *testing.T, dir string, img v1.Image) map[string]string {
+	t.Helper()
+	layoutDir := filepath.Join(dir, "layout")
+	at, err := layout.Write(layoutDir, empty.Index)
+	must(t, err)
+	must(t, at.AppendImage(img))
+	sparse := filepath.Join(dir, "sparse")
+	run(t, "cp", "-r", "--sparse=always", layoutDir, sparse)
+	paths := map[string]string{"hard links": filepath.Join(dir, "links.tar")}
+	for _, format := range []string{"gnu", "pax"} {
+		path := filepath.Join(dir, format+".tar")
+		paths["sparse blobs in format "+format] = path
+		run(t, "tar", "--sparse", "--format="+format, "-cf", path, "-C", sparse, ".")
+		if info, err := os.Stat(path); err != nil || info.Size() > 1<<20 {
+			t.Fatalf("the archive is not sparse: %d bytes, %v", info.Size(), err)
+		}
+	}
+	for _, blob := range mustGlob(t, filepath.Join(layoutDir, "blobs/sha256/*")) {
+		must(t, os.Link(blob, filepath.Join(layoutDir, filepath.Base(blob)+".blob")))
+	}
+	links := mustGlob(t, filepath.Join(layoutDir, "*.blob"))
+	args := []string{"-cf", paths["hard links"], "-C", layoutDir}
+	for _, link := range links {
+		args = append(args, filepath.Base(link))
+	}
+	run(t, "tar", append(args, "oci-layout", "index.json", "blobs")...)
+	return paths
+}
+
 // TestImport imports an image from each supported format.
 func TestImport(t *testing.T) {
 	dir := t.TempDir()
 	img := image(t,
 		layer(t, registrytest.File("f", "bottom"), registrytest.File("g", "g")),
 		layer(t, registrytest.File("f", "top"), registrytest.File(".wh.g", "")))
-	for name, path := range archives(t, dir, img) {
+	paths := archives(t, dir, img)
+	maps.Copy(paths, dockerArchives(t, dir, img))
+	zeros, err := registrytest.LayerOf(mustTar(t, registrytest.File("f", "bottom"), registrytest.File("zeros", strings.Repeat("\x00", 4<<20))))
+	must(t, err)
+	maps.Copy(paths, linkedArchives(t, t.TempDir(), image(t, zeros, layer(t, registrytest.File("f", "top")))))
+	for name, path := range paths {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
 			lease, err := n.importFile(path, "")
@@ -153,12 +235,43 @@ func TestImportRefuses(t *testing.T) {
 		"empty directory":     {filepath.Join(dir, "empty"), []string{"index.json"}},
 		"config that is not":  {write("evil.tar", evil), []string{"no file"}},
 		"link out of archive": {write("escape.tar", escape), []string{"no file"}},
+		"missing layer": {write("missing.tar", mustTar(t,
+			registrytest.File("config.json", `{"rootfs":{"diff_ids":["sha256:`+strings.Repeat("0", 64)+`"]}}`),
+			registrytest.File("manifest.json", `[{"Config":"config.json","Layers":["layer one"]}]`))), []string{"no file", "layer one"}},
+		"broken manifest.json": {write("broken.tar", mustTar(t, registrytest.File("manifest.json", `[{"Config":`))), []string{"manifest.json"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
 			_, err := n.importFile(c.path, "")
 			wantError(t, err, c.words...)
 			n.wantNothing(false)
+		})
+	}
+}
+
+// TestLayoutOfPlatforms imports a layout whose index.json has one manifest for each platform of an image.
+func TestLayoutOfPlatforms(t *testing.T) {
+	here := platforms.DefaultSpec()
+	of := func(at layout.Path, name, content string, platform v1.Platform) {
+		annotations := layout.WithAnnotations(map[string]string{"org.opencontainers.image.ref.name": name})
+		must(t, at.AppendImage(image(t, layer(t, registrytest.File("f", content))), layout.WithPlatform(platform), annotations))
+	}
+	for name, second := range map[string]string{"one image": "a:1", "two images": "b:1"} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			dir := filepath.Join(t.TempDir(), "layout")
+			at, err := layout.Write(dir, empty.Index)
+			must(t, err)
+			of(at, "a:1", "other", v1.Platform{OS: "linux", Architecture: "s390x"})
+			of(at, second, "here", v1.Platform{OS: here.OS, Architecture: here.Architecture})
+			lease, err := n.importFile(dir, "")
+			if second != "a:1" {
+				wantError(t, err, "2 images")
+				return
+			}
+			must(t, err)
+			wantFile(t, filepath.Join(lease.Dirs[0].Name(), "f"), "here")
+			lease.Release()
 		})
 	}
 }

@@ -1,0 +1,77 @@
+package image
+
+import (
+	"archive/tar"
+	"context"
+	"encoding/json"
+	"io"
+	"regexp"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// tarForm has what shows whether a tar is an archive of an image or that of a root file system. docker load goes by manifest.json, whose
+// files may have any name. A root file system may have a file of that name too.
+type tarForm struct {
+	// documents bounds the memory for reading a manifest.json.
+	documents *Documents
+	// describesImage reports whether the tar has a manifest.json that names the files of an image.
+	describesImage bool
+	// hasManifest reports whether it has a manifest.json or index.json, whatever that says.
+	hasManifest bool
+	// hasIndex and hasLayout report whether it has the two files that every OCI layout has.
+	hasIndex, hasLayout bool
+	// isForeign reports whether it has a file that docker save and OCI layouts do not have.
+	isForeign bool
+}
+
+// imageNames matches the names of the files that docker save and OCI layouts have.
+var imageNames = regexp.MustCompile(`^(|oci-layout|index\.json|manifest\.json|repositories|` +
+	`blobs(/[a-z0-9]+(/[0-9a-f]*)?)?|[0-9a-f]{64}\.(json|tar)|[0-9a-f]{64}(/(VERSION|json|layer\.tar)?)?|` +
+	`sha256:[0-9a-f]{64}|[0-9a-f]{64}\.tar\.gz)$`)
+
+// maxImageName is an upper bound of the length of these names in bytes.
+const maxImageName = 256
+
+// add looks at an entry of the tar, and reads the content of a manifest.json.
+func (f *tarForm) add(ctx context.Context, name string, header *tar.Header, content io.Reader) error {
+	f.isForeign = f.isForeign || len(name) > maxImageName || !imageNames.MatchString(name)
+	switch name {
+	case dockerManifestFile:
+		f.hasManifest = true
+		size := min(header.Size, MaxDocumentSize)
+		return f.documents.read(ctx, ocispec.Descriptor{Size: size}, func(context.Context, ocispec.Descriptor) ([]byte, error) {
+			return io.ReadAll(io.LimitReader(content, size))
+		}, func(data []byte) error {
+			f.describesImage = isDockerManifest(data)
+			return nil
+		})
+	case ocispec.ImageIndexFile:
+		f.hasManifest, f.hasIndex = true, true
+	case ocispec.ImageLayoutFile:
+		f.hasLayout = true
+	}
+	return nil
+}
+
+// isImage reports whether the tar is an archive of an image, which may be broken.
+func (f *tarForm) isImage() bool {
+	return f.describesImage || f.hasIndex && f.hasLayout || f.hasManifest && !f.isForeign
+}
+
+// check returns ErrNoImage if the tar is not an archive of an image.
+func (f *tarForm) check() error {
+	if f.isImage() {
+		return nil
+	}
+	return ErrNoImage
+}
+
+// isDockerManifest reports whether the content of a manifest.json names the files of an image.
+func isDockerManifest(data []byte) bool {
+	var images list[dockerImage]
+	if json.Unmarshal(data, &images) != nil || images.count == 0 {
+		return false
+	}
+	return images.items[0].Config != "" && images.items[0].Layers.count > 0
+}
