@@ -11,8 +11,6 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-
-	"github.com/overlay-csi/overlay-csi/pkg/unpack"
 )
 
 const (
@@ -26,9 +24,6 @@ const (
 	// in memory for each image. 500 layers may have 256 bytes each.
 	maxTexts = 128 << 10
 )
-
-// modelTypes is the prefix of the media types of the CNCF ModelPack specification. They contain ".tar" if the blob is a tar.
-const modelTypes = "application/vnd.cncf.model."
 
 // manifestOrIndex has the fields of a manifest and of an index.
 type manifestOrIndex struct {
@@ -68,8 +63,9 @@ type annotations struct {
 	RefName string `json:"org.opencontainers.image.ref.name"`
 	// Title is the path of a file (the same source).
 	Title string `json:"org.opencontainers.image.title"`
-	// ModelPath is the path of a file in a model (CNCF ModelPack specification).
+	// ModelPath is the path of a file in a model (CNCF ModelPack specification), CNAIPath its former name.
 	ModelPath string `json:"org.cncf.model.filepath"`
+	CNAIPath  string `json:"org.cnai.model.filepath"`
 	// OrasUnpack is "true" if the blob is the tar of a directory (ORAS, "Artifact directories").
 	OrasUnpack string `json:"io.deis.oras.content.unpack"`
 }
@@ -130,7 +126,7 @@ func (d manifestOrIndex) checkTexts() error {
 	length := 0
 	for _, layer := range d.Layers.items {
 		names := layer.Annotations
-		length += len(layer.MediaType) + len(names.Title) + len(names.ModelPath) + len(names.OrasUnpack)
+		length += len(layer.MediaType) + len(names.Title) + len(names.ModelPath) + len(names.CNAIPath) + len(names.OrasUnpack)
 	}
 	if length > maxTexts {
 		return fmt.Errorf("%w: the media types and file names of the layers have %d bytes; the maximum is %d; pack the files into one tar",
@@ -259,6 +255,18 @@ func (d manifestOrIndex) layers(config imageConfig) ([]LayerBlob, error) {
 	blobs := make([]LayerBlob, d.Layers.count)
 	for i, layer := range d.Layers.items {
 		blobs[i] = LayerBlob{Descriptor: ocispec.Descriptor{MediaType: layer.MediaType, Digest: layer.Digest, Size: layer.Size}}
+		if strings.HasSuffix(layer.MediaType, encryptedSuffix) {
+			return nil, fmt.Errorf("%w: layer %s is encrypted (%s); encrypted images are not supported",
+				errdefs.ErrInvalidArgument, layer.Digest, layer.MediaType)
+		}
+		if strings.HasPrefix(layer.MediaType, ollamaTypes) {
+			// The configuration has the digests of the blobs as diff IDs.
+			blobs[i].nameOllama(blobs[:i])
+			if err := checkFileName(blobs[i].FileName); err != nil {
+				return nil, err
+			}
+			continue
+		}
 		if diffIDs.count > 0 {
 			blobs[i].DiffID = diffIDs.items[i]
 			continue
@@ -281,51 +289,6 @@ func checkDiffID(id digest.Digest) error {
 	if id.Validate() != nil || id.Algorithm() != digest.SHA256 {
 		return fmt.Errorf("%w: the configuration of the image has the diff ID %q; want a SHA-256 digest",
 			errdefs.ErrInvalidArgument, truncate(string(id)))
-	}
-	return nil
-}
-
-// setName sets the format and the file name of the blob of an artifact.
-func (b *LayerBlob) setName(names annotations) error {
-	mediaType := b.Descriptor.MediaType
-	isModel := strings.HasPrefix(mediaType, modelTypes)
-	name := names.Title
-	if names.ModelPath != "" {
-		name = names.ModelPath
-	}
-	switch {
-	case names.OrasUnpack == "true", isModel && strings.Contains(mediaType, ".tar"):
-		b.format = tarFormat
-	case name != "":
-		b.format, b.FileName = fileFormat, name
-	default:
-		b.format = unknownFormat
-	}
-	return checkFileName(b.FileName)
-}
-
-const (
-	// maxNameLength is the maximum length of a file name in bytes (NAME_MAX).
-	maxNameLength = 255
-	// maxPathLength is the maximum length of a path in bytes (PATH_MAX less the final NUL).
-	maxPathLength = 4095
-)
-
-// checkFileName returns an error if name is not valid for a file in a layer, for example because it is a whiteout. It does
-// not check links, which the unpacker resolves.
-func checkFileName(name string) error {
-	if name == "" {
-		return nil
-	}
-	if len(name) > maxPathLength {
-		return fmt.Errorf("%w: the artifact has a file name of %d bytes; the maximum is %d",
-			errdefs.ErrInvalidArgument, len(name), maxPathLength)
-	}
-	for component := range strings.SplitSeq(strings.Trim(name, "/"), "/") {
-		isSpecial := component == "" || component == "." || component == ".." || strings.HasPrefix(component, unpack.WhiteoutPrefix)
-		if isSpecial || len(component) > maxNameLength || strings.ContainsRune(component, 0) {
-			return fmt.Errorf("%w: the artifact has the invalid file name %q", errdefs.ErrInvalidArgument, truncate(name))
-		}
 	}
 	return nil
 }

@@ -104,3 +104,54 @@ func TestList(t *testing.T) {
 		t.Error("an object is taken for a list")
 	}
 }
+
+// TestOllama describes a model of Ollama. Its configuration is that of an image, with the digests of the blobs as diff IDs.
+func TestOllama(t *testing.T) {
+	types := []string{"model", "template", "license", "license", "params", "a/../b"}
+	describe := func(types []string) (Description, error) {
+		var layers []ocispec.Descriptor
+		var config ocispec.Image
+		for i, kind := range types {
+			layer := blobOf("application/vnd.ollama.image."+kind, nil)
+			layer.Digest = digest.FromString(fmt.Sprint(i))
+			layers = append(layers, layer)
+			config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, layer.Digest)
+		}
+		configData, err := json.Marshal(config)
+		must(t, err)
+		image := ocispec.Manifest{Config: blobOf("application/vnd.docker.container.image.v1+json", nil), Layers: layers}
+		manifest, err := json.Marshal(image)
+		must(t, err)
+		root := ocispec.Descriptor{Digest: digest.FromBytes(manifest)}
+		return Describe(t.Context(), root, platforms.Default(), NewDocuments(), func(_ context.Context, descriptor ocispec.Descriptor) ([]byte, error) {
+			if descriptor.Digest == root.Digest {
+				return manifest, nil
+			}
+			return configData, nil
+		})
+	}
+	got, err := describe(types[:5])
+	must(t, err)
+	var names []string
+	for _, layer := range got.Layers {
+		if layer.DiffID != "" {
+			t.Errorf("%s has the digest of a file as its diff ID", layer.FileName)
+		}
+		names = append(names, layer.FileName)
+	}
+	if want := []string{"model.gguf", "template", "license", "license-2", "params.json"}; !slices.Equal(names, want) {
+		t.Errorf("the files %q; want %q", names, want)
+	}
+	if _, err := describe(types); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("the error is %v", err)
+	}
+}
+
+// TestEncryptedLayer checks that the reason for which an encrypted image is refused is in the error.
+func TestEncryptedLayer(t *testing.T) {
+	layers := []ocispec.Descriptor{blobOf("application/vnd.oci.image.layer.v1.tar+gzip+encrypted", nil)}
+	_, err := describeDocument(t, ocispec.Manifest{Config: blobOf("x/y", nil), Layers: layers})
+	if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "is encrypted") {
+		t.Errorf("the error is %v", err)
+	}
+}

@@ -320,6 +320,14 @@ func TestArtifacts(t *testing.T) {
 			Data: []byte("config"), MediaType: "application/vnd.cncf.model.weight.config.v1.raw",
 			Annotations: map[string]string{"org.cncf.model.filepath": "config.json"},
 		},
+		registrytest.ArtifactFile{
+			Data: []byte("former name"), MediaType: "application/vnd.cnai.model.weight.v1.raw",
+			Annotations: map[string]string{"org.cnai.model.filepath": "weights/1", "org.opencontainers.image.title": "1"},
+		},
+		registrytest.ArtifactFile{
+			Data: mustTar(t, registrytest.File("doc/README", "former tar")), MediaType: "application/vnd.cnai.model.doc.v1.tar",
+			Annotations: map[string]string{"org.cnai.model.filepath": "doc"},
+		},
 		// A Helm chart, and a blob without annotations.
 		registrytest.ArtifactFile{
 			Data:      registrytest.Zstd(mustTar(t, registrytest.File("Chart.yaml", "chart"))),
@@ -346,6 +354,8 @@ func TestArtifacts(t *testing.T) {
 		"data.tar.gz":       string(registrytest.Gzip(dir)),
 		"conf/x":            "x",
 		"config.json":       "config",
+		"weights/1":         "former name",
+		"doc/README":        "former tar",
 		"Chart.yaml":        "chart",
 		unnamed:             "unnamed",
 	}
