@@ -72,7 +72,7 @@ func (c *Client) hosts(host string, credentials func(host string) (string, strin
 	ctx := log.WithLogger(context.Background(), discardLogger(hook))
 	options := dockerconfig.HostOptions{
 		UpdateClient: func(client *http.Client) error {
-			client.Transport = keepSecrets(client.Transport)
+			client.Transport = answerHead(keepSecrets(client.Transport))
 			return nil
 		},
 	}

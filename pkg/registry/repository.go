@@ -72,10 +72,12 @@ func (r *Repository) CredentialsID() string { return r.credentialsID }
 func (r *Repository) Resolve(ctx context.Context) (ocispec.Descriptor, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, r.config.StallTimeout, errStalled)
 	defer cancel()
-	_, descriptor, err := r.resolver.Resolve(log.WithLogger(ctx, discardLogger()), r.named.String())
+	var size int64
+	_, descriptor, err := r.resolver.Resolve(log.WithLogger(withManifestSize(ctx, &size), discardLogger()), r.named.String())
 	if err != nil {
 		return descriptor, r.wrap("resolve", stallCause(ctx, err))
 	}
+	descriptor.Size = max(descriptor.Size, size)
 	if err := descriptor.Digest.Validate(); err != nil {
 		return descriptor, r.wrap("resolve", fmt.Errorf("%w: the registry answered with an invalid digest: %w", image.ErrContentMismatch, err))
 	}
