@@ -90,7 +90,11 @@ func (r *Resolver) leaseImage(
 func (r *Resolver) leaseArchive(ctx context.Context, ref reference.Reference, digests reference.Digests) (*store.Lease, error) {
 	id, isResolved := digests[ref.String()]
 	if isResolved {
-		if lease, err := r.images.Acquire(id, ""); !errdefs.IsNotFound(err) {
+		lease, err := r.images.Acquire(id, "")
+		if err == nil && lease.Image.Archive == nil {
+			// It was pulled from a registry. The archive may give its digest to other content.
+			lease.Release()
+		} else if !errdefs.IsNotFound(err) {
 			return lease, err
 		}
 	}

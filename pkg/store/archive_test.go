@@ -11,6 +11,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -22,6 +23,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/opencontainers/go-digest"
 
+	ociimage "github.com/overlay-csi/overlay-csi/pkg/image"
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
@@ -247,6 +250,83 @@ func TestImportRefuses(t *testing.T) {
 			n.wantNothing(false)
 		})
 	}
+}
+
+// TestOneDigestIsOneImage has one document that is a manifest in a registry and a configuration in a docker archive, and a blob whose
+// content is what identifies an archive.
+func TestOneDigestIsOneImage(t *testing.T) {
+	pulled, archived := image(t, layer(t, registrytest.File("f", "pulled"))), image(t, layer(t, registrytest.File("f", "archived")))
+	manifest, err := pulled.RawManifest()
+	must(t, err)
+	config, err := archived.ConfigFile()
+	must(t, err)
+	fields := map[string]any{}
+	must(t, json.Unmarshal(manifest, &fields))
+	fields["rootfs"] = config.RootFS
+	document, err := json.Marshal(fields)
+	must(t, err)
+	layers, err := archived.Layers()
+	must(t, err)
+	content, err := layers[0].Uncompressed()
+	must(t, err)
+	data, err := io.ReadAll(content)
+	must(t, err)
+	path := filepath.Join(t.TempDir(), "a.tar")
+	configName, layerName := strings.Repeat("c", 64)+".json", strings.Repeat("d", 64)+"/layer.tar"
+	must(t, os.WriteFile(path, mustTar(t, registrytest.File(configName, string(document)), registrytest.File(layerName, string(data)),
+		registrytest.File("manifest.json", fmt.Sprintf(`[{"Config":%q,"Layers":[%q]}]`, configName, layerName))), 0o644))
+	for _, order := range []string{"the archive first", "the registry first"} {
+		t.Run(order, func(t *testing.T) {
+			n := newNode(t)
+			r := n.startRegistry(registrytest.Options{})
+			push(t, r, "a:1", pulled)
+			documents := documents{}
+			id := documents.add(func() []byte { return document })
+			r.SetFault(documents.serve)
+			steps := []func() (*store.Lease, string, error){
+				func() (*store.Lease, string, error) { l, err := n.importFile(path, ""); return l, "archived", err },
+				func() (*store.Lease, string, error) {
+					l, err := n.pull(r.Host+"/a@"+id.String(), "", registry.Credentials{})
+					return l, "pulled", err
+				},
+			}
+			if order == "the registry first" {
+				slices.Reverse(steps)
+			}
+			lease, want, err := steps[0]()
+			must(t, err)
+			wantFile(t, filepath.Join(lease.Dirs[0].Name(), "f"), want)
+			lease.Release()
+			lease, want, err = steps[1]()
+			if err == nil {
+				defer lease.Release()
+				wantFile(t, filepath.Join(lease.Dirs[0].Name(), "f"), want)
+			}
+			wantError(t, err, id.String(), "other content")
+		})
+	}
+	t.Run("the key of an archive", func(t *testing.T) {
+		n := newNode(t)
+		r := n.startRegistry(registrytest.Options{})
+		path := filepath.Join(t.TempDir(), "rootfs.tar")
+		must(t, os.WriteFile(path, mustTar(t, registrytest.File("f", "archived")), 0o644))
+		file, err := os.Open(path)
+		must(t, err)
+		defer file.Close()
+		a, err := ociimage.IdentifyArchive("archive://root/rootfs.tar", file)
+		must(t, err)
+		key := fmt.Sprintf("%q %d %d %d %d", a.Reference, a.Device, a.Inode, a.Size, a.Modified.UnixNano())
+		if digest.FromString(key) != a.Key() {
+			t.Fatalf("%q has another digest than the archive's key", key)
+		}
+		artifact, err := registrytest.Artifact(registrytest.ArtifactFile{Data: []byte(key), MediaType: "application/vnd.example"})
+		must(t, err)
+		n.mustPull(push(t, r, "key:1", artifact))
+		lease, err := n.importFile(path, "")
+		must(t, err)
+		defer lease.Release()
+		wantFile(t, filepath.Join(lease.Dirs[0].Name(), "f"), "archived")
+	})
 }
 
 // TestLayoutOfPlatforms imports a layout whose index.json has one manifest for each platform of an image.

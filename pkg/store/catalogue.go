@@ -21,13 +21,16 @@ import (
 )
 
 // blobKey identifies the content of a layer by its blob. The same blob is another layer if it is a single file instead of a
-// tar.
+// tar. The identifier of a blob whose digest is unknown says nothing of a blob with that digest.
 type blobKey struct {
-	digest   digest.Digest
-	fileName string
+	digest        digest.Digest
+	fileName      string
+	digestUnknown bool
 }
 
-func keyOf(blob image.LayerBlob) blobKey { return blobKey{blob.Descriptor.Digest, blob.FileName} }
+func keyOf(blob image.LayerBlob) blobKey {
+	return blobKey{blob.Descriptor.Digest, blob.FileName, blob.DigestUnknown}
+}
 
 // catalogue has the layers and images of the store, and the leases on layers.
 type catalogue struct {
@@ -89,7 +92,7 @@ func (c *catalogue) loadLayers(ctx context.Context) error {
 func (c *catalogue) addLocked(layer Layer, used time.Time) {
 	c.layers[layer.DiffID] = &LayerStatus{layer, used}
 	if layer.Digest != "" {
-		c.blobs[blobKey{layer.Digest, layer.FileName}] = layer.DiffID
+		c.blobs[blobKey{digest: layer.Digest, fileName: layer.FileName}] = layer.DiffID
 	}
 }
 
@@ -147,6 +150,18 @@ func (c *catalogue) acquireImage(id digest.Digest) (*Image, error) {
 	defer c.mu.Unlock()
 	image, ok := c.images.images[id]
 	if !ok {
+		return nil, fmt.Errorf("%w: image %s", errdefs.ErrNotFound, id)
+	}
+	return image, c.acquireLocked(image.diffIDs())
+}
+
+// acquireManifest is like acquireImage for an image whose digest is that of a manifest or an index. Those of other archives are digests of
+// something else, which may be the same document.
+func (c *catalogue) acquireManifest(id digest.Digest) (*Image, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	image, ok := c.images.images[id]
+	if !ok || image.Manifest == "" {
 		return nil, fmt.Errorf("%w: image %s", errdefs.ErrNotFound, id)
 	}
 	return image, c.acquireLocked(image.diffIDs())

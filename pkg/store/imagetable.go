@@ -158,6 +158,11 @@ func (c *catalogue) saveImage(image Image) (*Image, error) {
 	before := c.images.images[image.Digest]
 	c.mu.Unlock()
 	if before != nil {
+		if (before.Manifest == "") != (image.Manifest == "") {
+			// A document can be a manifest and, in a docker archive, a configuration. Each names other layers.
+			return nil, fmt.Errorf("%w: image %s is on the node as %s, which has other content; remove one of the two",
+				errdefs.ErrFailedPrecondition, image.Digest, before.Names[0])
+		}
 		if image.Archive == nil {
 			image.Archive = before.Archive
 		}

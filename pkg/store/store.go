@@ -141,7 +141,7 @@ func (s *Store) Acquire(id digest.Digest, path string) (*Lease, error) {
 func (s *Store) Pull(ctx context.Context, named reference.Canonical, credentials registry.Credentials, path string) (*Lease, error) {
 	repository := s.registries.Repository(named, credentials)
 	key := pullKey{named.Digest(), named.Name(), repository.CredentialsID()}
-	present := func() (*Image, error) { return s.catalogue.acquireImage(named.Digest()) }
+	present := func() (*Image, error) { return s.catalogue.acquireManifest(named.Digest()) }
 	image, err := s.puller.acquire(ctx, key, named.String(), present, &registryOrigin{
 		repository: repository, platform: s.platform, documents: s.documents,
 		builder: s.builder, workDirs: s.workDirs,
