@@ -18,13 +18,14 @@ import (
 // images is the layer store.
 type images interface {
 	Resolve(ctx context.Context, named dockerref.Named, credentials registry.Credentials) (digest.Digest, error)
+	ResolvePlatform(ctx context.Context, named dockerref.Named, platform string, credentials registry.Credentials) (digest.Digest, error)
 	Acquire(id digest.Digest, path string) (*store.Lease, error)
 	Pull(ctx context.Context, named dockerref.Canonical, credentials registry.Credentials, path string) (*store.Lease, error)
 	Import(ctx context.Context, name string, file *os.File, wanted digest.Digest) (*store.Lease, error)
 }
 
-// withDigest returns the image of an oci:// reference with its digest. It asks the registry for the digest if neither the reference
-// nor digests have it.
+// withDigest returns the image of an oci:// reference with its digest, which is that of a manifest if the reference has a platform. It asks
+// the registry for the digest if neither the reference nor digests have it.
 func (r *Resolver) withDigest(
 	ctx context.Context, ref reference.Reference, credentials registry.Credentials, digests reference.Digests,
 ) (dockerref.Canonical, error) {
@@ -32,14 +33,19 @@ func (r *Resolver) withDigest(
 	if err != nil {
 		return nil, fmt.Errorf("%w: layer %s: %w", errdefs.ErrInvalidArgument, ref, err)
 	}
-	if canonical, ok := named.(dockerref.Canonical); ok {
+	if canonical, ok := named.(dockerref.Canonical); ok && ref.Platform() == "" {
 		return canonical, nil
 	}
 	id, ok := digests[ref.String()]
-	if !ok {
-		if id, err = r.images.Resolve(ctx, named, credentials); err != nil {
-			return nil, fmt.Errorf("layer %s: %w", ref, err)
-		}
+	switch {
+	case ok:
+	case ref.Platform() != "":
+		id, err = r.images.ResolvePlatform(ctx, named, ref.Platform(), credentials)
+	default:
+		id, err = r.images.Resolve(ctx, named, credentials)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("layer %s: %w", ref, err)
 	}
 	return dockerref.WithDigest(named, id)
 }

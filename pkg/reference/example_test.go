@@ -17,6 +17,7 @@ func ExampleParse() {
 		"volume://data",
 		"oci://debian",
 		"oci://registry.example:5000/team/data:1?path=/usr/share",
+		"oci://debian:12?platform=linux/arm64",
 	} {
 		ref, err := reference.Parse(text)
 		if err != nil {
@@ -38,11 +39,13 @@ func ExampleParse() {
 	// 	oci://docker.io/library/debian:latest
 	// oci "registry.example:5000/team/data:1" "usr/share"
 	// 	oci://registry.example:5000/team/data:1?path=%2Fusr%2Fshare
+	// oci "docker.io/library/debian:12" ""
+	// 	oci://docker.io/library/debian:12?platform=linux%2Farm64
 }
 
 // A path cannot leave its layer root, and a name is not a path.
 func ExampleParse_refused() {
-	for _, text := range []string{"dir://models/../secrets", "dir:///etc", "/etc"} {
+	for _, text := range []string{"dir://models/../secrets", "dir:///etc", "/etc", "oci://debian?platform=arm64"} {
 		_, err := reference.Parse(text)
 		fmt.Println(text, errdefs.IsInvalidArgument(err))
 	}
@@ -50,6 +53,7 @@ func ExampleParse_refused() {
 	// dir://models/../secrets true
 	// dir:///etc true
 	// /etc true
+	// oci://debian?platform=arm64 true
 }
 
 // The topmost layer comes first.

@@ -45,7 +45,12 @@ type Reference struct {
 	name string
 	// path is beneath name: relative, clean, unescaped, "" for all of it.
 	path string
+	// platform is that of an image, "" for the node's own.
+	platform string
 }
+
+// platformPattern is os/architecture or os/architecture/variant.
+var platformPattern = regexp.MustCompile(`^[a-z0-9]{1,32}/[a-z0-9]{1,32}(/[a-z0-9.]{1,32})?$`)
 
 // Digests are the image digests that references to images and archives were resolved to, by the reference's text.
 type Digests map[string]digest.Digest
@@ -143,14 +148,27 @@ func parseImage(text, rest string) (Reference, error) {
 	if err != nil {
 		return Reference{}, malformed(text, err.Error())
 	}
-	if len(values) != 1 || len(values["path"]) != 1 {
-		return Reference{}, malformed(text, "the only parameter of an image is path, as in ?path=/directory")
+	if !areImageParameters(values) {
+		return Reference{}, malformed(text, "the parameters of an image are path and platform, as in ?path=/directory&platform=linux/arm64")
+	}
+	if ref.platform = values.Get("platform"); values.Has("platform") && !platformPattern.MatchString(ref.platform) {
+		return Reference{}, malformed(text, "a platform is os/architecture or os/architecture/variant, as in ?platform=linux/arm64")
 	}
 	ref.path = strings.Trim(values.Get("path"), "/")
 	if err := checkPath(ref.path); err != nil {
 		return Reference{}, malformed(text, err.Error())
 	}
 	return ref, nil
+}
+
+// areImageParameters reports whether a query has one or both of the parameters of an image, each once.
+func areImageParameters(values url.Values) bool {
+	for key, list := range values {
+		if key != "path" && key != "platform" || len(list) != 1 {
+			return false
+		}
+	}
+	return len(values) > 0
 }
 
 // checkPath refuses a path that cannot be beneath a directory. The kernel refuses it too when the path is resolved
@@ -190,7 +208,11 @@ func (r Reference) Name() string { return r.name }
 // Path returns the path beneath Name: relative and clean, "" for all of it.
 func (r Reference) Path() string { return r.path }
 
-// WithDigest returns the reference to an image with a digest added to its name, or in place of the digest there.
+// Platform returns the platform of an image, for example "linux/arm64". It is "" for the platform of the node.
+func (r Reference) Platform() string { return r.platform }
+
+// WithDigest returns the reference to an image with a digest added to its name, or in place of the digest there. The digest is that of the
+// manifest for the reference's platform, so that the result has none.
 func (r Reference) WithDigest(id digest.Digest) (Reference, error) {
 	named, err := dockerref.ParseNormalizedNamed(r.name)
 	if err != nil {
@@ -200,7 +222,7 @@ func (r Reference) WithDigest(id digest.Digest) (Reference, error) {
 	if err != nil {
 		return Reference{}, malformed(r.String(), err.Error())
 	}
-	r.name = canonical.String()
+	r.name, r.platform = canonical.String(), ""
 	return r, nil
 }
 
@@ -209,8 +231,15 @@ func (r Reference) String() string {
 	switch {
 	case r.scheme == "":
 		return ""
-	case r.scheme == OCI && r.path != "":
-		return "oci://" + r.name + "?" + url.Values{"path": {"/" + r.path}}.Encode()
+	case r.scheme == OCI && (r.path != "" || r.platform != ""):
+		parameters := url.Values{}
+		if r.path != "" {
+			parameters.Set("path", "/"+r.path)
+		}
+		if r.platform != "" {
+			parameters.Set("platform", r.platform)
+		}
+		return "oci://" + r.name + "?" + parameters.Encode()
 	case r.path == "":
 		return string(r.scheme) + "://" + r.name
 	}

@@ -11,22 +11,24 @@ import (
 
 func TestParse(t *testing.T) {
 	for text, want := range map[string]Reference{
-		"dir://models":                        {Dir, "models", ""},
-		"dir://models/":                       {Dir, "models", ""},
-		"dir://models/llama/7b":               {Dir, "models", "llama/7b"},
-		"dir://models/llama/7b/":              {Dir, "models", "llama/7b"},
-		"dir://models/a%2Cb%0Ac%20d":          {Dir, "models", "a,b\nc d"},
-		"dir://models/a:b;c&d=e+f":            {Dir, "models", "a:b;c&d=e+f"},
-		"dir://models/...":                    {Dir, "models", "..."},
-		"volume://data":                       {Volume, "data", ""},
-		"volume://data/sub/dir":               {Volume, "data", "sub/dir"},
-		"archive://images/rootfs.tar.zst":     {Archive, "images", "rootfs.tar.zst"},
-		"oci://debian":                        {OCI, "docker.io/library/debian:latest", ""},
-		"oci://debian:12":                     {OCI, "docker.io/library/debian:12", ""},
-		"oci://example.com:5000/a/b:1":        {OCI, "example.com:5000/a/b:1", ""},
-		"oci://example.com/a?path=/usr/share": {OCI, "example.com/a:latest", "usr/share"},
+		"dir://models":                                 {Dir, "models", "", ""},
+		"dir://models/":                                {Dir, "models", "", ""},
+		"dir://models/llama/7b":                        {Dir, "models", "llama/7b", ""},
+		"dir://models/llama/7b/":                       {Dir, "models", "llama/7b", ""},
+		"dir://models/a%2Cb%0Ac%20d":                   {Dir, "models", "a,b\nc d", ""},
+		"dir://models/a:b;c&d=e+f":                     {Dir, "models", "a:b;c&d=e+f", ""},
+		"dir://models/...":                             {Dir, "models", "...", ""},
+		"volume://data":                                {Volume, "data", "", ""},
+		"volume://data/sub/dir":                        {Volume, "data", "sub/dir", ""},
+		"archive://images/rootfs.tar.zst":              {Archive, "images", "rootfs.tar.zst", ""},
+		"oci://debian":                                 {OCI, "docker.io/library/debian:latest", "", ""},
+		"oci://debian:12":                              {OCI, "docker.io/library/debian:12", "", ""},
+		"oci://example.com:5000/a/b:1":                 {OCI, "example.com:5000/a/b:1", "", ""},
+		"oci://example.com/a?path=/usr/share":          {OCI, "example.com/a:latest", "usr/share", ""},
+		"oci://debian?platform=linux/arm/v7":           {OCI, "docker.io/library/debian:latest", "", "linux/arm/v7"},
+		"oci://debian:12?platform=linux/arm64&path=/a": {OCI, "docker.io/library/debian:12", "a", "linux/arm64"},
 		"oci://example.com/a@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef": {
-			OCI, "example.com/a@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef", "",
+			OCI, "example.com/a@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef", "", "",
 		},
 	} {
 		t.Run(text, func(t *testing.T) {
@@ -67,7 +69,7 @@ func TestParseRefuses(t *testing.T) {
 		"archive://images":                            "a file beneath",
 		"oci://":                                      "invalid reference",
 		"oci://a/UPPER":                               "lowercase",
-		"oci://a?path=/x&other=1":                     "only parameter",
+		"oci://a?path=/x&other=1":                     "parameters of an image are path and platform",
 		"oci://a?path=/../x":                          "beneath",
 	} {
 		t.Run(fmt.Sprintf("%.60q", text), func(t *testing.T) {
@@ -114,7 +116,7 @@ func TestWithDigest(t *testing.T) {
 		t.Fatal(err)
 	}
 	got, err := ref.WithDigest(id)
-	if err != nil || got != (Reference{OCI, "docker.io/library/debian:12@" + id, "usr"}) {
+	if err != nil || got != (Reference{OCI, "docker.io/library/debian:12@" + id, "usr", ""}) {
 		t.Errorf("%+v, %v", got, err)
 	}
 }

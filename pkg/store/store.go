@@ -124,6 +124,26 @@ func (s *Store) Resolve(ctx context.Context, named reference.Named, credentials 
 	return descriptor.Digest, err
 }
 
+// ResolvePlatform returns the digest of the manifest that an image in a registry has for a platform, such as "linux/arm64".
+func (s *Store) ResolvePlatform(
+	ctx context.Context, named reference.Named, platform string, credentials registry.Credentials,
+) (digest.Digest, error) {
+	parsed, err := platforms.Parse(platform)
+	if err != nil {
+		return "", fmt.Errorf("%w: platform %q: %w", errdefs.ErrInvalidArgument, platform, err)
+	}
+	repository := s.registries.Repository(named, credentials)
+	descriptor, err := repository.Resolve(ctx)
+	if err != nil {
+		return "", err
+	}
+	description, err := image.Describe(ctx, descriptor, platforms.Only(parsed), repository.Fetch)
+	if err != nil {
+		return "", fmt.Errorf("image %s for %s: %w", named, platform, err)
+	}
+	return description.Manifest, nil
+}
+
 // Acquire leases an image without accessing a registry. path is the path of a directory in the image. It is relative and
 // clean, or "" for the whole image. Acquire returns ErrNotFound if the image or one of its layers is not present.
 func (s *Store) Acquire(id digest.Digest, path string) (*Lease, error) {

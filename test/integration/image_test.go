@@ -11,7 +11,11 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 	"google.golang.org/grpc/codes"
 
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
@@ -73,6 +77,32 @@ func TestImageVolume(t *testing.T) {
 		unpublish(t, second, v)
 		wantNothingLeft(t, node)
 	})
+}
+
+// TestPlatformOfImageVolume names another platform than the node's, of a tag and of the digest of an index.
+func TestPlatformOfImageVolume(t *testing.T) {
+	node := startNode(t)
+	r := startRegistry(t, node, registrytest.Options{})
+	index := mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
+	for _, architecture := range []string{"amd64", "arm64", "s390x"} {
+		image, err := registrytest.ImageOf(map[string]string{"f": architecture})
+		must(t, err)
+		platform := v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: architecture}}
+		index = mutate.AppendManifests(index, mutate.IndexAddendum{Add: image, Descriptor: platform})
+	}
+	pinned := pushAny(t, r, "many:1", index)
+	for i, name := range []string{"oci://" + r.Host + "/many:1", pinned} {
+		v := inline("layers", name+"?platform=linux/s390x")
+		pod := newPod(t, node, fmt.Sprint("pod-", i))
+		wantFile(t, filepath.Join(publish(t, pod, v), "f"), "s390x")
+		// The pod keeps its image, without the registry.
+		r.SetFault(func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(http.StatusNotFound); return true })
+		must(t, node.Kill())
+		start(t, node)
+		wantFile(t, filepath.Join(publish(t, pod, v), "f"), "s390x")
+		r.SetFault(nil)
+		unpublish(t, pod, v)
+	}
 }
 
 func TestPathInImageVolume(t *testing.T) {
