@@ -137,7 +137,7 @@ func (s *Store) ResolvePlatform(
 	if err != nil {
 		return "", err
 	}
-	description, err := image.Describe(ctx, descriptor, platforms.Only(parsed), repository.Fetch)
+	description, err := image.Describe(ctx, descriptor, platforms.Only(parsed), s.documents, repository.Fetch)
 	if err != nil {
 		return "", fmt.Errorf("image %s for %s: %w", named, platform, err)
 	}
