@@ -41,6 +41,15 @@ func stage(t *testing.T, node *drivertest.Node) (mountIn func(pod *drivertest.Po
 	}
 }
 
+// mountBare mounts a volume elsewhere without what is mounted in it, as a container may have it, and returns the path.
+func mountBare(t *testing.T, volume string) string {
+	t.Helper()
+	path := t.TempDir()
+	must(t, unix.Mount(volume, path, "", unix.MS_BIND, ""))
+	t.Cleanup(func() { _ = unix.Unmount(path, unix.MNT_DETACH) })
+	return path
+}
+
 func wantBusy(t *testing.T, volume, when string) {
 	t.Helper()
 	if err := unix.Unmount(volume, 0); !isErrno(err, unix.EBUSY) {
@@ -168,9 +177,7 @@ func TestBusyMountThatThePodHides(t *testing.T) {
 			other.Name = "other"
 			publish(t, pod, v)
 			publish(t, pod, other)
-			// A container that has the volume without what is mounted in it.
-			container := t.TempDir()
-			must(t, unix.Mount(scratch, container, "", unix.MS_BIND, ""))
+			container := mountBare(t, scratch)
 			must(t, os.Rename(filepath.Join(container, "a"), filepath.Join(container, "b")))
 			forge(t, filepath.Join(container, "b/up"))
 			must(t, unix.Unmount(container, unix.MNT_DETACH))
@@ -233,10 +240,7 @@ func TestLockFileThatCannotBeRemoved(t *testing.T) {
 			mountImage(t, "ext4", 16<<20, volume, "")
 			v := inline("layers", layersOf(t, node, map[string]string{"f": "layer"}), "upper", "volume://data/up")
 			publish(t, pod, v)
-			// A container that has the volume without what is mounted in it.
-			container := t.TempDir()
-			must(t, unix.Mount(volume, container, "", unix.MS_BIND, ""))
-			t.Cleanup(func() { _ = unix.Unmount(container, unix.MNT_DETACH) })
+			container := mountBare(t, volume)
 			if name == "read-only" {
 				c.spoil(t, volume)
 			} else {

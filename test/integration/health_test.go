@@ -234,7 +234,8 @@ func TestHealthOfFullUppers(t *testing.T) {
 	writeUntilFull(t, filepath.Join(target, "big"))
 	wantHealth(t, node, pod, v, degraded, "OutOfSpace")
 	must(t, os.Remove(filepath.Join(target, "big")))
-	must(t, os.Rename(filepath.Join(other, "up/upper"), filepath.Join(other, "up/moved")))
+	bare := mountBare(t, other)
+	must(t, os.Rename(filepath.Join(bare, "up/upper"), filepath.Join(bare, "up/moved")))
 	wantHealth(t, node, pod, v, dataLoss, "UpperLost")
 	unpublish(t, pod, v)
 }
