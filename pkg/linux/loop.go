@@ -97,6 +97,16 @@ func GrowLoop(loop *os.File) error {
 	return call("LOOP_SET_CAPACITY", loop, func(fd int) error { return unix.IoctlSetInt(fd, unix.LOOP_SET_CAPACITY, 0) })
 }
 
+// LoopSectorSize returns the size in bytes of the sectors of a loop device (BLKSSZGET). With direct I/O it is that of the disk beneath
+// its file, and a file system on the device needs blocks of at least that size.
+func LoopSectorSize(loop *os.File) (size int, err error) {
+	err = call("BLKSSZGET", loop, func(fd int) (err error) {
+		size, err = unix.IoctlGetInt(fd, unix.BLKSSZGET)
+		return err
+	})
+	return size, err
+}
+
 // KeepLoopBlocks has a loop device refuse discards, of which the kernel would make holes in its file, and write zeroes where it would
 // make holes for them too (queue/discard_max_bytes, sysfs-block(5); lo_fallocate in drivers/block/loop.c). From Linux 6.9 on the device
 // keeps that for its next file, and does not take it back: see [RemoveLoop].

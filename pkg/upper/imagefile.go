@@ -15,6 +15,13 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
+const (
+	// smallBlock is the size in bytes of the blocks that mkfs.ext4 chooses for a file system of less than largeImage bytes, of larger
+	// ones it is the size of a page (mke2fs.conf(5)).
+	smallBlock = 1 << 10
+	largeImage = 512 << 20
+)
+
 func (d diskImage) file() string { return filepath.Join(d.base, imageName) }
 
 // newFile is what the image is called while it is made.
@@ -73,11 +80,30 @@ func (d diskImage) format(ctx context.Context, image *os.File) error {
 		// It is discarded after a crash, so that it needs no journal.
 		args = append(args, "-O", "^has_journal")
 	}
+	if d.limit.Bytes < largeImage {
+		sector, err := sectorSize(image)
+		if err != nil {
+			return err
+		}
+		if sector > smallBlock {
+			args = append(args, "-b", fmt.Sprint(sector))
+		}
+	}
 	output, err := d.commands.CommandContext(ctx, makeExt4, append(args, image.Name())...).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("make a file system in %s: %s: %w: %s", image.Name(), makeExt4, err, strings.TrimSpace(string(output)))
 	}
 	return nil
+}
+
+// sectorSize returns the size in bytes of the sectors that an image has on a loop device.
+func sectorSize(image *os.File) (int, error) {
+	loop, err := linux.AttachLoop(image)
+	if err != nil {
+		return 0, err
+	}
+	defer loop.Close()
+	return linux.LoopSectorSize(loop)
 }
 
 // reserveAll reserves the disk for all of an image, unless it is sparse. It does nothing where that was done before.

@@ -1,10 +1,13 @@
 package drivertest
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // fileSystem is how a file system is made in an image file and mounted. Of one that is only read, content is a directory
@@ -44,6 +47,42 @@ func MakeImage(name, image string, size int64, content string) error {
 	}
 	return run(system.make(image, content))
 }
+
+// LargeSectors binds a file to a loop device with sectors of 4096 bytes. The device goes with its last user.
+func LargeSectors(file string) (*os.File, error) {
+	opened, err := os.OpenFile(file, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer opened.Close()
+	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer control.Close()
+	config := unix.LoopConfig{Fd: uint32(opened.Fd()), Size: 4096, Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_AUTOCLEAR}}
+	copy(config.Info.File_name[:len(config.Info.File_name)-1], file)
+	for {
+		number, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)
+		if err != nil {
+			return nil, err
+		}
+		loop, err := os.OpenFile(fmt.Sprint("/dev/loop", number), os.O_RDWR, 0)
+		if err != nil {
+			return nil, err
+		}
+		if err = unix.IoctlLoopConfigure(int(loop.Fd()), &config); err == nil {
+			return loop, nil
+		}
+		loop.Close()
+		if !errors.Is(err, unix.EBUSY) {
+			return nil, &os.PathError{Op: "bind to a loop device", Path: file, Err: err}
+		}
+	}
+}
+
+// FormatDevice makes the file system of that name on a block device.
+func FormatDevice(name, device string) error { return run(fileSystems[name].make(device, "")) }
 
 // MountImage mounts the file system of that name that is in an image file. The error says what the kernel lacks of it.
 func MountImage(name, image, dir string) error {
