@@ -18,6 +18,18 @@ func SetXattr(file *os.File, name string, value []byte) error {
 	})
 }
 
+// RemoveXattr removes an extended attribute of an open file (fremovexattr(2)). The handle may be one of [O_PATH]. The error is ENODATA
+// where there is none.
+func RemoveXattr(file *os.File, name string) error {
+	return call("removexattr "+name, file, func(fd int) error {
+		err := unix.Fremovexattr(fd, name)
+		if errors.Is(err, unix.EBADF) {
+			err = unix.Removexattr(ProcPath(file), name)
+		}
+		return err
+	})
+}
+
 // GetXattr returns an extended attribute of an open file (fgetxattr(2)). The handle may be one of [O_PATH]. The error is ENODATA where
 // there is none.
 func GetXattr(file *os.File, name string) ([]byte, error) {

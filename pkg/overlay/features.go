@@ -12,6 +12,7 @@ type Features struct {
 	LayerFD       bool
 	StatMount     bool
 	DetachedLayer bool
+	IDMappedUpper bool
 }
 
 // Feature describes a kernel feature.
@@ -61,6 +62,14 @@ var kernelFeatures = []Feature{
 		Fallback: "views are mounted by mount(8), which has to be installed and takes 2 ms more",
 		probe:    (*prober).mountAPI,
 		field:    func(f *Features) *bool { return &f.MountAPI },
+	},
+	{
+		Name: "id-mapped-upper", Since: "5.19",
+		What: "overlayfs takes an upper on an ID-mapped mount",
+		Fallback: "where a pod has another `fsGroup` than the pod before it, the driver goes over all files of the upper, " +
+			"as kubelet does with other volumes",
+		probe: (*prober).idMappedUpper,
+		field: func(f *Features) *bool { return &f.IDMappedUpper },
 	},
 }
 

@@ -9,16 +9,17 @@ import (
 )
 
 func TestFeaturesWithout(t *testing.T) {
-	all := Features{MountAPI: true, LayerFD: true, StatMount: true, DetachedLayer: true}
+	all := Features{MountAPI: true, LayerFD: true, StatMount: true, DetachedLayer: true, IDMappedUpper: true}
 	for name, test := range map[string]struct {
 		without []string
 		want    Features
 	}{
-		"nothing":                        {nil, all},
-		"what nothing needs":             {[]string{"statmount"}, Features{MountAPI: true, LayerFD: true, DetachedLayer: true}},
-		"what another needs":             {[]string{"layer-fd"}, Features{MountAPI: true, StatMount: true}},
-		"what another needs by a second": {[]string{"mount-api"}, Features{StatMount: true}},
-		"several":                        {[]string{"statmount", "detached-layer"}, Features{MountAPI: true, LayerFD: true}},
+		"nothing": {nil, all},
+		"what nothing needs": {[]string{"statmount"}, Features{MountAPI: true, LayerFD: true, DetachedLayer: true,
+			IDMappedUpper: true}},
+		"what another needs":             {[]string{"layer-fd"}, Features{MountAPI: true, StatMount: true, IDMappedUpper: true}},
+		"what another needs by a second": {[]string{"mount-api"}, Features{StatMount: true, IDMappedUpper: true}},
+		"several":                        {[]string{"statmount", "detached-layer"}, Features{MountAPI: true, LayerFD: true, IDMappedUpper: true}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if got, err := all.Without(test.without...); err != nil || got != test.want {
@@ -26,7 +27,8 @@ func TestFeaturesWithout(t *testing.T) {
 			}
 		})
 	}
-	if _, err := all.Without("warp"); err == nil || !strings.Contains(err.Error(), "detached-layer, layer-fd, mount-api, statmount") {
+	const known = "detached-layer, id-mapped-upper, layer-fd, mount-api, statmount"
+	if _, err := all.Without("warp"); err == nil || !strings.Contains(err.Error(), known) {
 		t.Errorf("an unknown feature: %v", err)
 	}
 }
@@ -36,7 +38,7 @@ func TestFallbacks(t *testing.T) {
 	if len(fallbacks) != len(kernelFeatures) {
 		t.Errorf("%d features, %d fallbacks", len(kernelFeatures), len(fallbacks))
 	}
-	all := Features{MountAPI: true, LayerFD: true, StatMount: true, DetachedLayer: true}
+	all := Features{MountAPI: true, LayerFD: true, StatMount: true, DetachedLayer: true, IDMappedUpper: true}
 	if fallbacks := all.Fallbacks(); len(fallbacks) > 0 {
 		t.Errorf("fallbacks where nothing is missing: %q", fallbacks)
 	}

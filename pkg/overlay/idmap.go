@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -26,15 +27,19 @@ type IDs struct{ UID, GID uint32 }
 
 // Map returns the owner that the view shows for the owner of a lower's file.
 func (i IDs) Map(uid, gid uint32) (mappedUID, mappedGID uint32) {
-	return swap(uid, i.UID), swap(gid, i.GID)
+	return Swap{0, i.UID}.Of(uid), Swap{0, i.GID}.Of(gid)
 }
 
-func swap(id, with uint32) uint32 {
+// Swap exchanges two user or group IDs. One ID cannot be shown as another without that one being shown as something else.
+type Swap struct{ A, B uint32 }
+
+// Of returns what an ID becomes.
+func (s Swap) Of(id uint32) uint32 {
 	switch id {
-	case 0:
-		return with
-	case with:
-		return 0
+	case s.A:
+		return s.B
+	case s.B:
+		return s.A
 	}
 	return id
 }
@@ -42,24 +47,34 @@ func swap(id, with uint32) uint32 {
 // maxID is the largest valid user or group ID. The next number means "unchanged" in chown(2).
 const maxID = 1<<32 - 2
 
-// mapping is the ID mapping that swaps root with an ID, in user_namespaces(7)'s order: in the layer, in the view, how
-// many.
-func mapping(id uint32) string {
+// mapping is the ID mapping of swaps, which are made one after the other, in user_namespaces(7)'s order: in the file system, in the
+// view, how many.
+func mapping(swaps ...Swap) string {
+	var named []uint32
+	for _, s := range swaps {
+		named = append(named, s.A, s.B)
+	}
+	slices.Sort(named)
 	var ranges []string
 	add := func(from, to, count uint64) {
 		if count > 0 {
 			ranges = append(ranges, fmt.Sprintf("%d:%d:%d", from, to, count))
 		}
 	}
-	if id == 0 {
-		add(0, 0, maxID+1)
-		return ranges[0]
+	next := uint64(0)
+	for _, id := range slices.Compact(named) {
+		to := id
+		for _, s := range swaps {
+			to = s.Of(to)
+		}
+		if to == id {
+			continue
+		}
+		add(next, next, uint64(id)-next)
+		add(uint64(id), uint64(to), 1)
+		next = uint64(id) + 1
 	}
-	n := uint64(id)
-	add(0, n, 1)
-	add(1, 1, n-1)
-	add(n, 0, 1)
-	add(n+1, n+1, maxID-n)
+	add(next, next, maxID+1-next)
 	return strings.Join(ranges, ",")
 }
 
@@ -68,111 +83,136 @@ const maxNamespaces = 256
 
 // namespaces caches user namespaces, which are the form in which the kernel takes ID mappings.
 type namespaces struct {
-	mu    sync.Mutex
-	byIDs map[IDs]*os.File
+	mu     sync.Mutex
+	byMaps map[idMaps]*os.File
 }
 
-// open returns the namespace with the mapping of these IDs. The caller closes it.
-func (n *namespaces) open(ids IDs) (*os.File, error) {
+// idMaps are the mappings of user and group IDs.
+type idMaps struct{ users, groups string }
+
+// open returns the namespace with these mappings. The caller closes it.
+func (n *namespaces) open(maps idMaps) (*os.File, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	namespace, ok := n.byIDs[ids]
+	namespace, ok := n.byMaps[maps]
 	if !ok {
 		var err error
-		if namespace, err = mount.GetUsernsFD(mapping(ids.UID), mapping(ids.GID)); err != nil {
-			return nil, fmt.Errorf("make a user namespace for ID-mapped layers (sysctl user.max_user_namespaces): %w", err)
+		if namespace, err = newNamespace(maps); err != nil {
+			return nil, err
 		}
-		for other, file := range n.byIDs {
-			if len(n.byIDs) < maxNamespaces {
+		for other, file := range n.byMaps {
+			if len(n.byMaps) < maxNamespaces {
 				break
 			}
 			file.Close()
-			delete(n.byIDs, other)
+			delete(n.byMaps, other)
 		}
-		if n.byIDs == nil {
-			n.byIDs = map[IDs]*os.File{}
+		if n.byMaps == nil {
+			n.byMaps = map[idMaps]*os.File{}
 		}
-		n.byIDs[ids] = namespace
+		n.byMaps[maps] = namespace
 	}
 	return linux.Dup(namespace)
+}
+
+func newNamespace(maps idMaps) (*os.File, error) {
+	namespace, err := mount.GetUsernsFD(maps.users, maps.groups)
+	if err != nil {
+		return nil, fmt.Errorf("make a user namespace for ID-mapped mounts (sysctl user.max_user_namespaces): %w", err)
+	}
+	return namespace, nil
 }
 
 func (n *namespaces) close() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for ids, namespace := range n.byIDs {
+	for maps, namespace := range n.byMaps {
 		namespace.Close()
-		delete(n.byIDs, ids)
+		delete(n.byMaps, maps)
 	}
 }
 
-// mappedLowers are lowers on ID-mapped mounts, one for each.
-type mappedLowers struct {
+// mappedDirs are directories on ID-mapped mounts, one for each, of which they are the roots.
+type mappedDirs struct {
 	dirs []*os.File
 	// attached is the directory that the mounts are attached in, "" while they are detached.
 	attached string
 }
 
 // mapLowers returns the lowers on read-only ID-mapped mounts.
-func (m *Mounter) mapLowers(lowers []*os.File, ids IDs) (*mappedLowers, error) {
-	namespace, err := m.namespaces.open(ids)
+func (m *Mounter) mapLowers(lowers []*os.File, ids IDs) (*mappedDirs, error) {
+	namespace, err := m.namespaces.open(idMaps{mapping(Swap{0, ids.UID}), mapping(Swap{0, ids.GID})})
 	if err != nil {
 		return nil, err
 	}
 	defer namespace.Close()
-	mapped := &mappedLowers{}
+	mapped := &mappedDirs{}
 	for _, lower := range lowers {
-		dir, err := mapLower(lower, namespace)
+		dir, err := mapMount(lower, "", linux.MountAttrReadOnly, namespace)
+		if errors.Is(err, errNotMappable) {
+			err = fmt.Errorf("%w: layer %s cannot be ID-mapped: %w; set ownership to chown or none",
+				errdefs.ErrFailedPrecondition, lower.Name(), err)
+		} else if err != nil {
+			err = fmt.Errorf("ID-map layer %s: %w", lower.Name(), err)
+		}
 		if err != nil {
 			return nil, errors.Join(err, mapped.close())
 		}
 		mapped.dirs = append(mapped.dirs, dir)
 	}
-	if m.features.DetachedLayer {
-		return mapped, nil
-	}
-	if err := m.attachMapped(mapped); err != nil {
-		return nil, errors.Join(err, mapped.close())
-	}
-	return mapped, nil
+	return mapped, m.attachMapped(mapped)
 }
 
-func mapLower(lower, namespace *os.File) (*os.File, error) {
-	clone, err := linux.OpenTree(lower, "")
+// errNotMappable says that a file system cannot be mounted with an ID mapping.
+var errNotMappable = errors.New("its file system does not support it on this kernel")
+
+// mapMount returns a detached clone of the mount at a path in a directory, with attributes, and with the ID mapping of a namespace.
+// It returns errNotMappable if the file system has no such mapping.
+func mapMount(dir *os.File, path string, attributes uint64, namespace *os.File) (*os.File, error) {
+	clone, err := linux.OpenTree(dir, path)
 	if err != nil {
 		return nil, err
 	}
-	change := linux.MountChange{Set: linux.MountAttrIDMap | linux.MountAttrReadOnly, Private: true, UserNamespace: namespace}
+	change := linux.MountChange{Set: linux.MountAttrIDMap | attributes, Private: true, UserNamespace: namespace}
 	err = linux.MountSetattr(clone, change)
 	if err == nil {
 		return clone, nil
 	}
 	clone.Close()
 	if errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.ENOSYS) || errors.Is(err, syscall.EPERM) {
-		return nil, fmt.Errorf("%w: layer %s cannot be ID-mapped: its file system does not support it on this kernel: %w; "+
-			"set ownership to chown or none", errdefs.ErrFailedPrecondition, lower.Name(), err)
+		return nil, fmt.Errorf("%w: %w", errNotMappable, err)
 	}
-	return nil, fmt.Errorf("ID-map layer %s: %w", lower.Name(), err)
+	return nil, err
 }
 
-// attachMapped attaches the mounts in the tree while the overlay is mounted: before Linux 6.15, overlayfs takes no layer on a mount
-// that is in no namespace.
-func (m *Mounter) attachMapped(lowers *mappedLowers) error {
+// attachMapped attaches the mounts in the tree while the overlay is mounted: before Linux 6.15, overlayfs takes no directory on a mount
+// that is in no namespace. It closes the mounts if it fails.
+func (m *Mounter) attachMapped(mapped *mappedDirs) error {
+	if m.features.DetachedLayer {
+		return nil
+	}
+	if err := m.attachEach(mapped); err != nil {
+		return errors.Join(err, mapped.close())
+	}
+	return nil
+}
+
+func (m *Mounter) attachEach(mapped *mappedDirs) error {
 	dir, err := m.makeScratch()
 	if err != nil {
 		return err
 	}
-	lowers.attached = dir
-	for i, lower := range lowers.dirs {
+	mapped.attached = dir
+	for i, mount := range mapped.dirs {
 		path := filepath.Join(dir, strconv.Itoa(i))
 		if err := os.Mkdir(path, 0o700); err != nil {
-			return fmt.Errorf("make a mount point for an ID-mapped layer: %w", err)
+			return fmt.Errorf("make a mount point for an ID-mapped mount: %w", err)
 		}
 		target, err := linux.OpenDir(path)
 		if err != nil {
 			return err
 		}
-		err = attach(lower, target)
+		err = attach(mount, target)
 		target.Close()
 		if err != nil {
 			return err
@@ -182,13 +222,13 @@ func (m *Mounter) attachMapped(lowers *mappedLowers) error {
 }
 
 // close unmounts the mounts. The overlay has clones of its own.
-func (l *mappedLowers) close() error {
+func (l *mappedDirs) close() error {
 	var failed error
 	for i, dir := range l.dirs {
 		if l.attached != "" {
 			err := linux.UnmountLazily(filepath.Join(l.attached, strconv.Itoa(i)))
 			if err != nil && !errors.Is(err, syscall.EINVAL) && !errors.Is(err, fs.ErrNotExist) {
-				failed = errors.Join(failed, fmt.Errorf("unmount an ID-mapped layer: %w", err))
+				failed = errors.Join(failed, fmt.Errorf("unmount an ID-mapped mount: %w", err))
 			}
 		}
 		dir.Close()

@@ -32,6 +32,9 @@ type Mounter struct {
 	questions  questions
 }
 
+// scratchName is short: see mountWithCommand.
+const scratchName = "l"
+
 var _ mount.Interface = (*Mounter)(nil)
 
 // Config configures a [Mounter].
@@ -48,7 +51,7 @@ type Config struct {
 
 // NewMounter returns a mounter. It removes what an earlier process with the same directory left there.
 func NewMounter(config Config) (*Mounter, error) {
-	emptyPath, scratch := filepath.Join(config.Dir, "empty"), filepath.Join(config.Dir, "l")
+	emptyPath, scratch := filepath.Join(config.Dir, "empty"), filepath.Join(config.Dir, scratchName)
 	if err := os.MkdirAll(emptyPath, 0o755); err != nil {
 		return nil, fmt.Errorf("make the mounter's directory: %w", err)
 	}
@@ -137,6 +140,13 @@ func (m *Mounter) Overlay(spec Spec, target *os.File) error {
 			// What cannot be unmounted now is unmounted when the next process starts, and is no reason to remove the view.
 			_ = lowers.close()
 		}()
+	}
+	if len(spec.UpperGroups) > 0 {
+		unmap, err := m.mapUpper(&spec)
+		if err != nil {
+			return err
+		}
+		defer unmap()
 	}
 	if m.features.MountAPI {
 		return m.mountWithAPI(spec, target)

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
@@ -99,6 +100,60 @@ func (p *prober) detachedLayer() error {
 	}
 	defer mount.Close()
 	return configure(mount, (*linux.FSContext).SetFile)
+}
+
+// idMappedUpper makes an overlay of ID-mapped lowers: overlayfs takes uppers since it takes these, and an overlay with an upper would
+// write to the disk, which may be full.
+func (p *prober) idMappedUpper() error {
+	namespace, err := newNamespace(idMaps{mapping(), mapping(Swap{0, 1})})
+	if err != nil {
+		return err
+	}
+	defer namespace.Close()
+	mapped, err := mapMount(p.dir, "", linux.MountAttrReadOnly, namespace)
+	if err != nil {
+		return err
+	}
+	defer mapped.Close()
+	if configureByPath(mapped) == nil {
+		return nil
+	}
+	// Before Linux 6.15, it has to be attached. clearScratch removes the directory, and unmounts what a crash leaves here.
+	path := filepath.Join(p.dir.Name(), scratchName, "probe", "0")
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		return err
+	}
+	target, err := linux.OpenDir(path)
+	if err != nil {
+		return err
+	}
+	defer target.Close()
+	if err := attach(mapped, target); err != nil {
+		return err
+	}
+	return errors.Join(configureByPath(mapped), linux.UnmountLazily(path))
+}
+
+// configureByPath makes an overlay of the two directories in base by the parameters that every kernel knows.
+func configureByPath(base *os.File) error {
+	var paths []string
+	for _, name := range probeNames {
+		layer, err := linux.OpenDirAt(base, name)
+		if err != nil {
+			return err
+		}
+		defer layer.Close()
+		paths = append(paths, linux.ProcPath(layer))
+	}
+	context, err := linux.Fsopen(fsType)
+	if err != nil {
+		return err
+	}
+	defer context.Close()
+	if err := context.SetString("lowerdir", strings.Join(paths, ":")); err != nil {
+		return err
+	}
+	return context.Create()
 }
 
 func (p *prober) statMount() error {

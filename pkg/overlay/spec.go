@@ -22,6 +22,9 @@ type Spec struct {
 	Volatile bool
 	// LayerOwner has root's files of the lowers appear to be owned by these IDs.
 	LayerOwner IDs
+	// UpperGroups has the groups of the upper's files appear exchanged, one pair after the other. What is written through the view is
+	// stored exchanged back. Upper and Work must be in the same directory. See Mounter.MapsGroups.
+	UpperGroups []Swap
 	// Metacopy has changes of owners and modes copy up metadata only. Once an upper has been
 	// mounted with Metacopy, every later mount of it must have it too.
 	Metacopy bool
@@ -39,6 +42,8 @@ func (s Spec) validate() error {
 		return fmt.Errorf("%w: an overlay takes an upper and a work directory or neither", errdefs.ErrInvalidArgument)
 	case s.Volatile && s.Upper == nil:
 		return fmt.Errorf("%w: a view without an upper cannot be volatile", errdefs.ErrInvalidArgument)
+	case len(s.UpperGroups) > 0 && s.Upper == nil:
+		return fmt.Errorf("%w: a view without an upper has no groups of an upper", errdefs.ErrInvalidArgument)
 	}
 	return nil
 }

@@ -33,6 +33,8 @@ type Record struct {
 	Size int64 `json:"sizeBytes,omitempty"`
 	// Made is set once the persistent upper exists. If it does not exist later, it is lost.
 	Made bool `json:"made,omitempty"`
+	// Group is the group of the files of a volume with a persistent upper, nil until it had a pod with an fsGroup.
+	Group *Group `json:"group,omitempty"`
 	// Resolved has the image digests that references to images and archives were resolved to, and Layers the layers of
 	// these images by diff ID: garbage collection leaves them in the layer store.
 	Resolved reference.Digests `json:"resolved,omitempty"`
@@ -49,13 +51,32 @@ type Provisioned struct {
 	Access          spec.AccessMode       `json:"access"`
 }
 
+// Group is the group of a volume's files, which is the fsGroup of the last pod that had one. Files in the upper stay as they were
+// stored, and the kernel shows them with that group.
+type Group struct {
+	// ID is the fsGroup of the last pod that had one, First that of the first.
+	ID    uint32 `json:"id"`
+	First uint32 `json:"first"`
+	// Stored is the ID by which the upper has the volume's group: First, or, of an upper that is older than that, the group that its
+	// root had. Group Stored is stored as First then.
+	Stored uint32 `json:"stored"`
+}
+
+// Swaps returns how the upper's groups have to be exchanged so that pods see the volume's group, nil if they need not.
+func (g *Group) Swaps() []overlay.Swap {
+	if g == nil || g.ID == g.Stored {
+		return nil
+	}
+	return []overlay.Swap{{A: g.Stored, B: g.First}, {A: g.First, B: g.ID}}
+}
+
 // Publication is a volume at one target path.
 type Publication struct {
 	Target     string             `json:"target"`
 	Pod        kubelet.Pod        `json:"pod"`
 	Access     spec.AccessMode    `json:"access,omitempty"`
 	Attributes overlay.Attributes `json:"attributes"`
-	// Group is the pod's fsGroup, nil if it has none.
+	// Group is the pod's fsGroup. Where a pod has none, it is that of the volume's files, nil if these have none either.
 	Group *uint32 `json:"group,omitempty"`
 	// BootID identifies the boot of the node in which the volume was published.
 	BootID string `json:"bootID"`

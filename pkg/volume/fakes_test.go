@@ -197,6 +197,10 @@ func (m fakeMounter) UpperInUse(*os.File) (bool, error) {
 	return m.n.busyUpper, m.n.failing("upper in use")
 }
 
+func (m fakeMounter) MapsGroups(*os.File, []overlay.Swap) (bool, error) {
+	return true, m.n.failing("maps groups")
+}
+
 // fakeLayers resolves every reference to the one layer.
 type fakeLayers struct{ n *fakeNode }
 

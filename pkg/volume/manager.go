@@ -32,6 +32,7 @@ type mounter interface {
 	Unmount(target string) error
 	At(path string) (overlay.Mounted, error)
 	UpperInUse(upper *os.File) (bool, error)
+	MapsGroups(upper *os.File, swaps []overlay.Swap) (bool, error)
 }
 
 // layers resolves layer references into open directories.

@@ -22,6 +22,97 @@ func sameGroup(a, b *uint32) bool {
 	return (a == nil) == (b == nil) && (a == nil || *a == *b)
 }
 
+// groupFor returns the group that the files of a volume have for a pod: its fsGroup. A pod without one sees that of the last pod that
+// had one, as with other volumes, whose files keep it.
+func groupFor(r *record.Record, fsGroup *uint32) *uint32 {
+	if fsGroup != nil || r.Group == nil {
+		return fsGroup
+	}
+	group := r.Group.ID
+	return &group
+}
+
+// newGroup returns the group of files that are stored with it.
+func newGroup(id uint32) *record.Group { return &record.Group{ID: id, First: id, Stored: id} }
+
+// groupChange gives an upper that exists to a group.
+type groupChange struct {
+	views  views
+	record *record.Record
+	group  uint32
+}
+
+// make gives the upper to the group, and returns how the group is then stored. The kernel shows the files of a persistent upper with
+// the group, and none of them is changed. Where it cannot, and in another volume of the pod, which kubelet may give to the group as
+// well, make goes over all files, as kubelet does: walked is true then. With ownership by walking, that is done later, for the whole
+// view.
+func (c groupChange) make(ctx context.Context, dir *os.File) (group *record.Group, walked bool, err error) {
+	root, err := upper.RootAttrOf(dir)
+	if err != nil {
+		return nil, false, err
+	}
+	group = newGroup(c.group)
+	if c.record.Spec.Ownership != spec.OwnershipChown && !c.record.Spec.Ephemeral() {
+		if walked, err = c.mustWalk(dir, root, group); err != nil {
+			return nil, false, err
+		}
+	}
+	if walked {
+		return newGroup(c.group), true, walkUpper(ctx, dir, c.group)
+	}
+	return group, false, upper.SetGroup(dir, group.Stored, groupDirMode)
+}
+
+// mustWalk reports whether the files of the upper have to be changed. If they do not, it says in group how they are stored.
+func (c groupChange) mustWalk(dir *os.File, root upper.RootAttr, group *record.Group) (bool, error) {
+	unfinished, err := hasXattr(dir, walkXattr)
+	if err != nil || unfinished {
+		return unfinished, err
+	}
+	if !sharesUpper(c.record) {
+		return root.GID != c.group, nil
+	}
+	if old := c.record.Group; old != nil {
+		group.First, group.Stored = old.First, old.Stored
+	} else {
+		group.Stored = root.GID
+	}
+	if group.Swaps() == nil {
+		return false, nil
+	}
+	can, err := c.views.MapsGroups(dir, group.Swaps())
+	return !can, err
+}
+
+// walkXattr is an extended attribute of the root of an upper from before its files are given to a group until the record says so. Pods
+// cannot set it.
+const walkXattr = "trusted.overlay-csi.group-changing"
+
+// walkUpper gives all files of an upper that is not mounted to a group. What was interrupted is repeated by the next publish, for
+// whichever group that is.
+func walkUpper(ctx context.Context, dir *os.File, group uint32) error {
+	root, err := linux.Open(dir, ".", os.O_RDONLY|linux.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	if err := linux.SetXattr(root, walkXattr, []byte{'1'}); err != nil {
+		return err
+	}
+	if done, err := chown.Tree(ctx, root, chown.Owners{Group: &group}); err != nil {
+		return fmt.Errorf("%d files done: %w", done, err)
+	}
+	return nil
+}
+
+func hasXattr(dir *os.File, name string) (bool, error) {
+	_, err := linux.GetXattr(dir, name)
+	if errors.Is(err, syscall.ENODATA) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // layerOwner returns the owner of the layers' files that belong to root. A pod's group takes precedence over the volume's.
 func layerOwner(r *record.Record, p *record.Publication) overlay.IDs {
 	var owner overlay.IDs

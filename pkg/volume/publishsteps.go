@@ -74,7 +74,7 @@ func (p *publishing) checkConflicts(context.Context) error {
 			return err
 		}
 		if live {
-			if err := checkPublished(p.req, here); err != nil {
+			if err := checkPublished(p.req, r, here); err != nil {
 				return err
 			}
 			p.done, err = ownersChanged(r, here)
@@ -96,8 +96,8 @@ func (p *publishing) checkConflicts(context.Context) error {
 }
 
 // checkPublished compares the request with a mounted view at its target.
-func checkPublished(req PublishRequest, here *record.Publication) error {
-	if here.Attributes != req.Attributes || here.Access != req.Access || !sameGroup(here.Group, req.Group) {
+func checkPublished(req PublishRequest, r *record.Record, here *record.Publication) error {
+	if here.Attributes != req.Attributes || here.Access != req.Access || !sameGroup(here.Group, groupFor(r, req.Group)) {
 		return fmt.Errorf("%w: the volume is published at %s with other mount options, another access mode or another group",
 			errdefs.ErrAlreadyExists, req.Target)
 	}
@@ -163,7 +163,7 @@ func (p *publishing) newRecord(ctx context.Context) error {
 		pod.UID = uid
 	}
 	publication := record.Publication{
-		Target: req.Target, Pod: pod, Access: req.Access, Attributes: req.Attributes, Group: req.Group, BootID: p.m.config.BootID,
+		Target: req.Target, Pod: pod, Access: req.Access, Attributes: req.Attributes, Group: groupFor(r, req.Group), BootID: p.m.config.BootID,
 		LowerDirs: p.layers.Paths(), Fingerprints: p.layers.Fingerprints,
 	}
 	if req.Spec.Upper == spec.UpperPodVolume {
@@ -225,9 +225,9 @@ func (p *publishing) openShared(context.Context) error {
 		return nil
 	case err != nil:
 		return err
-	case !sameGroup(other.Group, p.req.Group):
-		return fmt.Errorf("%w: the volume is published at %s for another fsGroup; pods that share an upper at the same time need the same one",
-			errdefs.ErrFailedPrecondition, other.Target)
+	case !sameGroup(other.Group, p.publication.Group):
+		return fmt.Errorf("%w: the volume is published at %s for pod %s with another fsGroup; pods that share an upper at the same time "+
+			"need the same one: wait until that pod is gone", errdefs.ErrFailedPrecondition, other.Target, other.Pod)
 	}
 	p.shared, err = linux.Open(nil, other.Target, linux.O_PATH|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
 	return err
@@ -301,6 +301,9 @@ func (p *publishing) saveMade(context.Context) error {
 		return err
 	}
 	p.after.Made = true
+	if group := p.publication.Group; group != nil && !p.dirs.Existed {
+		p.after.Group = newGroup(*group)
+	}
 	return p.m.records.SaveDurably(p.after)
 }
 
@@ -325,12 +328,31 @@ func (p *publishing) checkUpperFree(context.Context) error {
 	return p.upper.ClearWork()
 }
 
-// setGroup gives the root of an upper that existed to the pod's group.
-func (p *publishing) setGroup(context.Context) error {
-	if !p.dirs.Existed || p.req.Group == nil {
+// setGroup gives an upper that existed to the group of the publication.
+func (p *publishing) setGroup(ctx context.Context) error {
+	if !p.dirs.Existed || p.publication.Group == nil {
 		return nil
 	}
-	return upper.SetGroup(p.dirs.Upper, *p.req.Group, groupDirMode)
+	group, walked, err := groupChange{p.m.views, p.after, *p.publication.Group}.make(ctx, p.dirs.Upper)
+	if err != nil {
+		return fmt.Errorf("give the upper to group %d: %w", *p.publication.Group, err)
+	}
+	if sharesUpper(p.after) && (p.after.Group == nil || *p.after.Group != *group) {
+		p.after.Group = group
+		if walked && p.before != nil {
+			// That is not undone.
+			before := *p.before
+			before.Group = group
+			p.before = &before
+		}
+		if err := p.m.records.Save(p.after); err != nil {
+			return err
+		}
+	}
+	if !walked {
+		return nil
+	}
+	return linux.RemoveXattr(p.dirs.Upper, walkXattr)
 }
 
 func (p *publishing) mount(ctx context.Context) error {
@@ -342,13 +364,14 @@ func (p *publishing) mount(ctx context.Context) error {
 		err = p.m.views.Bind(p.shared, p.target, p.publication.Attributes)
 	} else {
 		err = p.m.views.Overlay(overlay.Spec{
-			Lowers:     p.layers.Dirs,
-			Upper:      p.dirs.Upper,
-			Work:       p.dirs.Work,
-			Volatile:   p.prepared && p.after.Spec.Ephemeral(),
-			LayerOwner: mappedOwner(p.after, p.publication),
-			Metacopy:   p.after.Spec.Ownership == spec.OwnershipChown,
-			Attributes: p.publication.Attributes,
+			Lowers:      p.layers.Dirs,
+			Upper:       p.dirs.Upper,
+			Work:        p.dirs.Work,
+			Volatile:    p.prepared && p.after.Spec.Ephemeral(),
+			LayerOwner:  mappedOwner(p.after, p.publication),
+			UpperGroups: p.after.Group.Swaps(),
+			Metacopy:    p.after.Spec.Ownership == spec.OwnershipChown,
+			Attributes:  p.publication.Attributes,
 		}, p.target)
 	}
 	p.mounted = err == nil

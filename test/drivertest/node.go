@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"syscall"
 	"time"
 
@@ -127,6 +128,11 @@ func NewNode(dir, binary string, args ...string) (*Node, error) {
 
 // AddArgs adds flags for the next start.
 func (n *Node) AddArgs(args ...string) { n.args = append(n.args, args...) }
+
+// RemoveArg removes a flag for the next start.
+func (n *Node) RemoveArg(arg string) {
+	n.args = slices.DeleteFunc(n.args, func(other string) bool { return other == arg })
+}
 
 // Forget is for a driver that was not meant to start: it has ended by itself.
 func (n *Node) Forget() { n.running = nil }

@@ -53,6 +53,24 @@ func TestPodThatIsNotRootEditsALayersFile(t *testing.T) {
 	}
 }
 
+// TestClaimFollowsTheGroupOfThePod: what a pod with one fsGroup wrote belongs to that of the next pod.
+func TestClaimFollowsTheGroupOfThePod(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t, "restricted")
+	n.claim("workspace")
+	group := func(gid int64) podOption {
+		return func(p *corev1.Pod) { p.Spec.SecurityContext.FSGroup = &gid }
+	}
+	first := n.run("first", restricted(3000), group(1000), withVolume(claimVolume("work", "workspace")))
+	first.want("umask 002 && mkdir /work/new && echo first > /work/new/file && sync && stat -c %g /work/new/file", "1000")
+	first.delete()
+	second := n.run("second", restricted(4000), group(2000), withVolume(claimVolume("work", "workspace")))
+	second.want("stat -c %g /work /work/f /work/new /work/new/file && echo second >> /work/new/file && cat /work/new/file",
+		"2000\n2000\n2000\n2000\nfirst\nsecond")
+	second.delete()
+	n.deleteClaim("workspace")
+}
+
 // TestClaimGrows: a larger request is real in the pods that use the claim, without a restart.
 func TestClaimGrows(t *testing.T) {
 	t.Parallel()

@@ -1,0 +1,84 @@
+package overlay
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestMapping(t *testing.T) {
+	const last = maxID
+	for name, c := range map[string]struct {
+		swaps []Swap
+		want  string
+	}{
+		"nothing":                   {nil, "0:0:4294967295"},
+		"an ID with itself":         {[]Swap{{5, 5}}, "0:0:4294967295"},
+		"there and back":            {[]Swap{{5, 9}, {9, 5}}, "0:0:4294967295"},
+		"root":                      {[]Swap{{0, 1000}}, "0:1000:1,1:1:999,1000:0:1,1001:1001:4294966294"},
+		"root's neighbour":          {[]Swap{{1, 0}}, "0:1:1,1:0:1,2:2:4294967293"},
+		"the last one":              {[]Swap{{7, last}}, "0:0:7,7:4294967294:1,8:8:4294967286,4294967294:7:1"},
+		"two groups":                {[]Swap{{1000, 1000}, {1000, 2000}}, "0:0:1000,1000:2000:1,1001:1001:999,2000:1000:1,2001:2001:4294965294"},
+		"an older upper":            {[]Swap{{0, 3}, {3, 5}}, "0:5:1,1:1:2,3:0:1,4:4:1,5:3:1,6:6:4294967289"},
+		"its first group":           {[]Swap{{0, 3}, {3, 3}}, "0:3:1,1:1:2,3:0:1,4:4:4294967291"},
+		"the group that it had":     {[]Swap{{0, 3}, {3, 0}}, "0:0:4294967295"},
+		"neighbours in other order": {[]Swap{{6, 5}, {5, 4}}, "0:0:4,4:5:1,5:6:1,6:4:1,7:7:4294967288"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := mapping(c.swaps...); got != c.want {
+				t.Errorf("mapping is %s, want %s", got, c.want)
+			}
+		})
+	}
+}
+
+// TestUpperGroups: files show other groups and are stored as they were.
+func TestUpperGroups(t *testing.T) {
+	for name, m := range mounters(t) {
+		t.Run(name, func(t *testing.T) {
+			requireFeature(t, "id-mapped-upper")
+			dir := tmpfs(t)
+			target := filepath.Join(dir, "target")
+			spec := Spec{
+				Lowers: []*os.File{open(t, dir+"/lower")}, Upper: open(t, dir+"/base/upper"), Work: open(t, dir+"/base/work"),
+				UpperGroups: []Swap{{A: 1000, B: 2000}},
+			}
+			can, err := m.MapsGroups(spec.Upper, spec.UpperGroups)
+			if err != nil || !can {
+				t.Skipf("this kernel's tmpfs has no ID mapping: %v, %v", can, err)
+			}
+			file := filepath.Join(dir, "base/upper/f")
+			check(t, os.WriteFile(file, nil, 0o600))
+			check(t, os.Chown(file, 5, 1000))
+			check(t, m.Overlay(spec, open(t, target)))
+			defer func() { check(t, m.Unmount(target)) }()
+			wantGroup(t, filepath.Join(target, "f"), 2000)
+			check(t, os.WriteFile(filepath.Join(target, "new"), nil, 0o600))
+			check(t, os.Chown(filepath.Join(target, "new"), 5, 2000))
+			wantGroup(t, filepath.Join(dir, "base/upper/new"), 1000)
+			check(t, os.Chown(filepath.Join(target, "f"), 5, 1000))
+			wantGroup(t, file, 2000)
+			if inUse, err := m.UpperInUse(spec.Upper); err != nil || !inUse {
+				t.Errorf("the upper is in use: %v, %v", inUse, err)
+			}
+		})
+	}
+}
+
+func wantGroup(t *testing.T, path string, want uint32) {
+	t.Helper()
+	var stat unix.Stat_t
+	check(t, unix.Lstat(path, &stat))
+	if stat.Gid != want {
+		t.Errorf("%s has group %d, want %d", path, stat.Gid, want)
+	}
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
