@@ -7,6 +7,8 @@ import (
 	"os"
 	"syscall"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
@@ -195,4 +197,18 @@ func changeOwners(ctx context.Context, r *record.Record, p *record.Publication) 
 		return fmt.Errorf("change owners, %d files done: %w", done, err)
 	}
 	return linux.SetXattr(root, ownersXattr, []byte(mark))
+}
+
+// finishOwners changes the owners of the files of a view that is mounted where a publish wants it, if a crash cut that off. If it
+// fails, it unmounts the view, which no container has yet, unless another pod has it too.
+func (v views) finishOwners(ctx context.Context, r *record.Record, here *record.Publication) error {
+	err := changeOwners(ctx, r, here)
+	if err == nil {
+		return nil
+	}
+	_, otherErr := v.firstLive(r, here.Target)
+	if errdefs.IsNotFound(otherErr) {
+		return errors.Join(err, v.unmount(here.Target))
+	}
+	return err
 }

@@ -65,8 +65,9 @@ type publishing struct {
 	layers        *layer.ResolvedLayers
 	target        *os.File
 	madeTarget    bool
-	// shared is the root of a mounted view of the same upper, nil if there is none.
-	shared *os.File
+	// shared is the root of a mounted view of the same upper, nil if there is none. sharedWith is its publication.
+	shared     *os.File
+	sharedWith *record.Publication
 	// madeBase is set if the directory of the pod's upper is new.
 	madeBase bool
 	// upper is nil if the view has none, or shares a view that has one. prepared is set while it is in use.
@@ -89,7 +90,6 @@ func (p *publishing) steps() []step {
 	return []step{
 		{name: "load the record", do: p.loadRecord},
 		{name: "check for conflicts", do: p.checkConflicts},
-		{name: "unmount an unfinished view", do: p.unmountUnfinished},
 		{name: "resolve the layers", do: p.resolveLayers},
 		{name: "open the target", do: p.openTarget, undo: p.removeTarget},
 		{name: "create the record", do: p.newRecord},

@@ -66,6 +66,13 @@ var publishes = map[string]func(n *fakeNode) PublishRequest{
 		return n.request("p1", inline, spec.KeyUpper, "volume://scratch")
 	},
 	"static claim": func(n *fakeNode) PublishRequest { return n.request("p1", rwo) },
+	"static claim, first pod with an fsGroup": func(n *fakeNode) PublishRequest {
+		first := n.publish(n.request("p1", rwo))
+		check(n.t, n.manager.Unpublish(n.t.Context(), "v", first.Target))
+		req, group := n.request("p2", rwo), uint32(2000)
+		req.Group = &group
+		return req
+	},
 	"provisioned claim, first pod": func(n *fakeNode) PublishRequest {
 		n.create()
 		req := n.request("p1", rwo)

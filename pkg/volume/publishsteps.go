@@ -58,7 +58,7 @@ func (p *publishing) loadRecord(ctx context.Context) error {
 }
 
 // checkConflicts compares the request with the record.
-func (p *publishing) checkConflicts(context.Context) error {
+func (p *publishing) checkConflicts(ctx context.Context) error {
 	r, req := p.before, p.req
 	if r == nil {
 		return nil
@@ -77,8 +77,8 @@ func (p *publishing) checkConflicts(context.Context) error {
 			if err := checkPublished(p.req, r, here); err != nil {
 				return err
 			}
-			p.done, err = ownersChanged(r, here)
-			return err
+			p.done = true
+			return p.m.views.finishOwners(ctx, r, here)
 		}
 	}
 	if req.Access != spec.ReadWriteOncePod && !req.Inline {
@@ -102,14 +102,6 @@ func checkPublished(req PublishRequest, r *record.Record, here *record.Publicati
 			errdefs.ErrAlreadyExists, req.Target)
 	}
 	return nil
-}
-
-// unmountUnfinished unmounts a view whose publish ended while owners were changed. No container has it yet.
-func (p *publishing) unmountUnfinished(context.Context) error {
-	if p.before == nil || p.req.Spec.Ownership != spec.OwnershipChown || p.before.Publication(p.req.Target) == nil {
-		return nil
-	}
-	return p.m.views.unmount(p.req.Target)
 }
 
 func (p *publishing) resolveLayers(ctx context.Context) error {
@@ -229,6 +221,7 @@ func (p *publishing) openShared(context.Context) error {
 		return fmt.Errorf("%w: the volume is published at %s for pod %s with another fsGroup; pods that share an upper at the same time "+
 			"need the same one: wait until that pod is gone", errdefs.ErrFailedPrecondition, other.Target, other.Pod)
 	}
+	p.sharedWith = other
 	p.shared, err = linux.Open(nil, other.Target, linux.O_PATH|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
 	return err
 }
@@ -385,9 +378,11 @@ func (p *publishing) unmount(context.Context) error {
 	return p.m.views.unmount(p.req.Target)
 }
 
+// changeOwners goes over the files of the view. One that is shared may not have been gone over: it is of a pod that cannot write, or of
+// a publish that a crash cut off.
 func (p *publishing) changeOwners(ctx context.Context) error {
-	if p.shared != nil {
-		return nil
+	if p.shared != nil && p.publication.Attributes.ReadOnly {
+		return changeOwners(ctx, p.after, p.sharedWith)
 	}
 	return changeOwners(ctx, p.after, p.publication)
 }

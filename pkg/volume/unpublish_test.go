@@ -17,7 +17,10 @@ import (
 
 // TestUnpublish unpublishes every kind of volume.
 func TestUnpublish(t *testing.T) {
-	persistent := []string{"static claim", "provisioned claim, first pod", "provisioned claim, next pod", "claim, pods that share"}
+	persistent := []string{
+		"static claim", "static claim, first pod with an fsGroup", "provisioned claim, first pod", "provisioned claim, next pod",
+		"claim, pods that share",
+	}
 	for name, prepare := range publishes {
 		t.Run(name, func(t *testing.T) {
 			n := newFakeNode(t)

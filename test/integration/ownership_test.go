@@ -250,6 +250,64 @@ func TestInterruptedWalkIsFinished(t *testing.T) {
 	wantNothingLeft(t, node)
 }
 
+// TestOwnershipWalkOfASharedView: a pod that shares a view gets no file that was not gone over, and keeps its view.
+func TestOwnershipWalkOfASharedView(t *testing.T) {
+	takesMinutes(t)
+	for name, readOnly := range map[string]bool{"by a pod that writes": false, "by a pod that reads": true} {
+		t.Run(name, func(t *testing.T) {
+			node := startNode(t)
+			files := map[string]string{}
+			for n := range 3000 {
+				files[fmt.Sprintf("dir-%d/file-%d", n%30, n)] = "x"
+			}
+			v := claim("walked", readWriteOnce, "layers", layersOf(t, node, files), "ownership", "chown")
+			v.Group = "2000"
+			first, second := newPod(t, node, "first"), newPod(t, node, "second")
+			upper := upperDir(node, first, v)
+			published := make(chan error, 1)
+			go func() {
+				_, err := first.Publish(timeout(t), v)
+				published <- err
+			}()
+			eventually(t, "a part of the directories is copied up", func() bool {
+				entries, _ := os.ReadDir(upper)
+				return len(entries) > 2
+			})
+			must(t, node.Kill())
+			if <-published == nil {
+				t.Fatal("the publish was over before the kill")
+			}
+			start(t, node)
+			shared := v
+			shared.ReadOnly = readOnly
+			target := publish(t, second, shared)
+			for name := range files {
+				wantOwner(t, filepath.Join(target, name), 0, 2000, 0o664)
+			}
+			before := mountID(t, target)
+			publish(t, second, shared)
+			publish(t, first, v)
+			if after := mountID(t, target); after != before {
+				t.Errorf("the pod's view was mounted again: mount %d, before %d", after, before)
+			}
+			unpublish(t, first, v)
+			wantFile(t, filepath.Join(target, "dir-0/file-0"), "x")
+			unpublish(t, second, shared)
+			deleteVolume(t, node, v)
+			wantNothingLeft(t, node)
+		})
+	}
+}
+
+// mountID identifies the mount that a directory is on.
+func mountID(t *testing.T, path string) uint64 {
+	t.Helper()
+	var stat unix.Statx_t
+	// An old kernel returns the ID that another mount may get later.
+	must(t, unix.Statx(unix.AT_FDCWD, path, 0, unix.STATX_MNT_ID|unix.STATX_MNT_ID_UNIQUE, &stat))
+	return stat.Mnt_id
+}
+
 // TestLayerThatCannotBeMapped: an overlay is such a file system.
 func TestLayerThatCannotBeMapped(t *testing.T) {
 	node := newNode(t, "--layer-root-allow-submounts="+drivertest.LayerRoot)
