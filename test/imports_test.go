@@ -13,7 +13,7 @@ const module = "github.com/overlay-csi/overlay-csi/"
 var mayImport = map[string][]string{
 	"cmd/overlay-csi": {
 		"pkg/admin", "pkg/dataroot", "pkg/driver", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/record",
-		"pkg/registry", "pkg/store", "pkg/unpack", "pkg/upper", "pkg/volume",
+		"pkg/registry", "pkg/store", "pkg/store/access", "pkg/unpack", "pkg/upper", "pkg/volume",
 	},
 	"cmd/overlayctl": {"pkg/admin/api"},
 	"pkg/admin":      {"pkg/admin/api", "pkg/image", "pkg/record", "pkg/registry", "pkg/spec", "pkg/store", "pkg/volume"},
@@ -27,7 +27,8 @@ var mayImport = map[string][]string{
 	"pkg/layer": {
 		"pkg/dataroot", "pkg/image", "pkg/kubeapi", "pkg/kubelet", "pkg/overlay", "pkg/reference", "pkg/registry", "pkg/store",
 	},
-	"pkg/store":           {"pkg/dataroot", "pkg/image", "pkg/record", "pkg/reference", "pkg/registry", "pkg/unpack"},
+	"pkg/store":           {"pkg/dataroot", "pkg/image", "pkg/record", "pkg/reference", "pkg/registry", "pkg/store/access", "pkg/unpack"},
+	"pkg/store/access":    {},
 	"pkg/unpack":          {},
 	"pkg/registry":        {"pkg/image"},
 	"pkg/image":           {"pkg/unpack"},

@@ -20,6 +20,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
+	"github.com/overlay-csi/overlay-csi/pkg/store/access"
 )
 
 // options are the parsed and checked flags.
@@ -119,6 +120,11 @@ func addStoreFlags(flags *pflag.FlagSet, opts *options, maxLayerSize *string) {
 		"Docker config.json `file` with registry credentials, for images that a volume's own secret does not cover")
 	flags.StringSliceVar(&opts.registry.CredentialsNamespaces, "registry-config-namespaces", []string{registry.AllNamespaces},
 		"`namespaces` whose pods and claims may use --registry-config; *: all; empty: only --prefetch and overlayctl use it")
+	flags.StringVar((*string)(&config.Access.Policy), "image-pull-credentials-verification-policy", string(access.NeverVerifyPreloadedImages),
+		fmt.Sprintf("`policy` of verifying credentials for images on the node, as kubelet's: %q; preloaded are those of --prefetch",
+			access.Policies()))
+	flags.StringSliceVar(&config.Access.Allowlist, "preloaded-images-verification-allowlist", nil,
+		"`images` of --prefetch, without tags, that NeverVerifyAllowlistedImages does not verify; may end with /*")
 	flags.StringArrayVar(&config.Prefetch, "prefetch", nil,
 		"`image` (registry/repository:tag) to pull at start and not to collect; repeatable")
 	flags.IntVar(&config.MaxConcurrentLayerPulls, "max-concurrent-layer-pulls", 4,
@@ -158,6 +164,9 @@ func (o *options) completeStore() error {
 			return fmt.Errorf("--prefetch: %w", err)
 		}
 		o.store.Prefetch[i] = named.String()
+	}
+	if err := o.store.Access.Check(); err != nil {
+		return fmt.Errorf("--image-pull-credentials-verification-policy, --preloaded-images-verification-allowlist: %w", err)
 	}
 	percent := func(p int) bool { return p >= 0 && p <= 100 }
 	gc := o.store.GC

@@ -84,6 +84,12 @@ func (r *Resolver) leaseImage(
 	if err != nil {
 		return nil, err
 	}
+	// The volume was published with this image before. It must be published again when the registry is away, or the secret was renewed.
+	if digests[ref.String()] == named.Digest() {
+		if lease, err := r.images.Acquire(named.Digest(), ref.Path()); !errdefs.IsNotFound(err) {
+			return lease, err
+		}
+	}
 	lease, err := r.images.Pull(ctx, named, credentials, ref.Path())
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", ref, err)

@@ -79,16 +79,16 @@ func (r *Repository) WrapMismatch(err error) error { return r.wrap("unpack", err
 
 // describeUser describes the credentials that the last request was sent with.
 func (r *Repository) describeUser() string {
-	user := r.lastUser.Load()
+	login := r.lastLogin.Load()
 	switch {
-	case user == nil && r.refusal != "":
+	case login == nil && r.refusal != "":
 		return "without credentials: the volume's secret has no entry for the image, and " + r.refusal
-	case user == nil:
+	case login == nil:
 		return "without credentials: neither the volume's secret nor the node's credentials have an entry for the image"
-	case *user == "":
+	case login.user == "":
 		return "with a token"
 	}
-	return fmt.Sprintf("as user %q", *user)
+	return fmt.Sprintf("as user %q", login.user)
 }
 
 // maxMessage is the maximum length of Error.Message in bytes.

@@ -27,18 +27,32 @@ type Repository struct {
 	credentialsID string
 	// refusal says why the node's credentials are not used. It is empty if they are.
 	refusal string
-	// lastUser is the user of the last login that was sent. It is "" for a token, and nil if no login was sent.
-	lastUser *atomic.Pointer[string]
+	// logins are the IDs of the logins that may be sent.
+	logins []string
+	// lastLogin is the last login that was sent, nil if none was.
+	lastLogin *atomic.Pointer[sentLogin]
+}
+
+// sentLogin is a login that was sent to a registry.
+type sentLogin struct {
+	id string
+	// user is "" for a token.
+	user string
 }
 
 // Repository returns the repository of an image. It sends no request.
 func (c *Client) Repository(named reference.Named, credentials Credentials) *Repository {
 	repository := &Repository{
-		named: named, registry: reference.Domain(named), config: c.config, credentialsID: credentials.ID(), lastUser: &atomic.Pointer[string]{},
+		named: named, registry: reference.Domain(named), config: c.config, credentialsID: credentials.ID(),
+		lastLogin: &atomic.Pointer[sentLogin]{},
+	}
+	if credentials.ID() != "" {
+		repository.logins = append(repository.logins, secretLogin+credentials.ID())
 	}
 	switch {
 	case c.mayUseNode(credentials):
 		repository.credentialsID += "+node"
+		repository.logins = append(repository.logins, nodeLogin)
 	case c.config.CredentialsFile != "":
 		repository.refusal = fmt.Sprintf("namespace %q may not use the node's", credentials.namespace)
 	}
@@ -47,9 +61,10 @@ func (c *Client) Repository(named reference.Named, credentials Credentials) *Rep
 		if err != nil {
 			return "", "", err
 		}
-		for _, candidate := range []Credentials{credentials, node} {
+		ids := []string{secretLogin + credentials.ID(), nodeLogin}
+		for i, candidate := range []Credentials{credentials, node} {
 			if found, ok := candidate.find(host, reference.Path(named)); ok {
-				repository.lastUser.Store(&found.user)
+				repository.lastLogin.Store(&sentLogin{ids[i], found.user})
 				return found.user, found.secret, nil
 			}
 		}
@@ -64,6 +79,24 @@ func (c *Client) Repository(named reference.Named, credentials Credentials) *Rep
 
 // Named returns the name of the image.
 func (r *Repository) Named() reference.Named { return r.named }
+
+// IDs of logins. That of a secret has its hash.
+const (
+	nodeLogin   = "node"
+	secretLogin = "secret:"
+)
+
+// Logins returns the IDs of the logins that requests to the repository may have. They do not disclose the logins.
+func (r *Repository) Logins() []string { return r.logins }
+
+// SentLogin returns the ID of the last login that was sent. It returns false if the registry has asked for none.
+func (r *Repository) SentLogin() (string, bool) {
+	login := r.lastLogin.Load()
+	if login == nil {
+		return "", false
+	}
+	return login.id, true
+}
 
 // CredentialsID returns the ID of the credentials that the repository is accessed with.
 func (r *Repository) CredentialsID() string { return r.credentialsID }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"math"
 	"os"
 	"syscall"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
+	"github.com/overlay-csi/overlay-csi/pkg/store/access"
 	"github.com/overlay-csi/overlay-csi/pkg/unpack"
 )
 
@@ -31,12 +33,20 @@ type builder struct {
 }
 
 // build unpacks a blob in dir, verifies it, commits the layer to the store, and acquires a reference on it. The caller removes dir
-// after an error.
-func (b *builder) build(ctx context.Context, dir *workDir, blob image.LayerBlob, content io.Reader) (Layer, error) {
+// after an error. holders returns who may have the layer, once its content was read.
+//
+// If the layer is present, whoever describes it has not shown yet that he has it. build then only verifies the blob.
+func (b *builder) build(
+	ctx context.Context, dir *workDir, blob image.LayerBlob, content io.Reader, holders func() []access.ID,
+) (Layer, error) {
+	if b.catalogue.has(blob, anyLayer) {
+		return b.verify(ctx, dir, blob, content, holders)
+	}
 	layer, err := b.unpack(ctx, dir, blob, content)
 	if err != nil {
 		return Layer{}, err
 	}
+	layer.Holders = holders()
 	// dir becomes the directory of the layer, which has only tree and layer.json.
 	if err := dir.removeExcept(treeName); err != nil {
 		return Layer{}, err
@@ -54,13 +64,74 @@ func (b *builder) build(ctx context.Context, dir *workDir, blob image.LayerBlob,
 	if isNew {
 		err = b.syncLayersDir()
 	} else {
-		err = dir.discard()
+		err = errors.Join(dir.discard(), b.catalogue.addHolders(layer.DiffID, layer.Holders))
 	}
 	if err != nil {
 		b.catalogue.unref([]digest.Digest{layer.DiffID})
 		return Layer{}, err
 	}
 	return layer, nil
+}
+
+// verify reads a blob whose layer is present, and verifies its digest and the diff ID. It adds holders to the layer, and acquires a
+// reference on it. It discards dir.
+func (b *builder) verify(
+	ctx context.Context, dir *workDir, blob image.LayerBlob, content io.Reader, holders func() []access.ID,
+) (Layer, error) {
+	compressed := image.NewVerifyingReader(blob, content)
+	diffID, err := b.hashTar(ctx, blob, compressed)
+	if err != nil {
+		return Layer{}, compressed.ExplainUnpackError(err)
+	}
+	if err := compressed.Verify(); err != nil {
+		return Layer{}, err
+	}
+	if blob.DiffID != "" && blob.DiffID != diffID {
+		return Layer{}, errDiffID(blob, diffID)
+	}
+	if err := b.catalogue.acquire([]digest.Digest{diffID}); err != nil {
+		return Layer{}, fmt.Errorf("%w: layer %s was removed while its blob was read; retry", errdefs.ErrUnavailable, diffID)
+	}
+	if err := errors.Join(b.catalogue.addHolders(diffID, holders()), dir.discard()); err != nil {
+		b.catalogue.unref([]digest.Digest{diffID})
+		return Layer{}, err
+	}
+	return Layer{DiffID: diffID}, nil
+}
+
+// hashTar returns the digest of the tar of a blob.
+func (b *builder) hashTar(ctx context.Context, blob image.LayerBlob, compressed io.Reader) (digest.Digest, error) {
+	source := &blobReader{from: compressed}
+	content, err := blob.OpenTar(source)
+	if err != nil {
+		return "", err
+	}
+	defer content.Close()
+	tar := decompressedReader{content, source}
+	limited := &io.LimitedReader{N: math.MaxInt64, R: readerFunc(func(buffer []byte) (int, error) {
+		if err := ctx.Err(); err != nil {
+			return 0, err
+		}
+		return tar.Read(buffer)
+	})}
+	if b.limits.MaxBytes > 0 && b.limits.MaxEntries > 0 {
+		limited.N = min(b.limits.MaxBytes, math.MaxInt64/2) + min(b.limits.MaxEntries, math.MaxInt32)*maxHeaderBytes
+	}
+	hash := sha256.New()
+	if _, err := io.Copy(hash, limited); err != nil {
+		return "", err
+	}
+	if limited.N == 0 {
+		return "", fmt.Errorf("%w: the tar has more bytes than a layer may have; raise --max-layer-size", errdefs.ErrInvalidArgument)
+	}
+	return digest.NewDigest(digest.SHA256, hash), nil
+}
+
+// maxHeaderBytes is what the headers of one entry of a tar have at most on average, in bytes.
+const maxHeaderBytes = 64 << 10
+
+func errDiffID(blob image.LayerBlob, diffID digest.Digest) error {
+	return fmt.Errorf("%w: layer %s has diff ID %s instead of %s", image.ErrContentMismatch, blob.Descriptor.Digest, diffID, blob.DiffID)
 }
 
 // syncLayersDir writes the names of the layers to the disk.
@@ -96,8 +167,7 @@ func (b *builder) unpack(ctx context.Context, dir *workDir, blob image.LayerBlob
 		layer.Digest = ""
 	}
 	if blob.DiffID != "" && blob.DiffID != layer.DiffID {
-		return Layer{}, fmt.Errorf("%w: layer %s has diff ID %s instead of %s",
-			image.ErrContentMismatch, blob.Descriptor.Digest, layer.DiffID, blob.DiffID)
+		return Layer{}, errDiffID(blob, layer.DiffID)
 	}
 	return layer, nil
 }

@@ -18,6 +18,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
+	"github.com/overlay-csi/overlay-csi/pkg/store/access"
 )
 
 // blobKey identifies the content of a layer by its blob. The same blob is another layer if it is a single file instead of a
@@ -47,7 +48,7 @@ type catalogue struct {
 	records  records
 	prefetch []string
 
-	// saveMu serializes saveImage. saveImage does not hold mu while it writes, because publishing a volume needs mu.
+	// saveMu serializes saveImage and addHolders. They do not hold mu while they write, because publishing a volume needs mu.
 	saveMu sync.Mutex
 }
 
@@ -125,19 +126,26 @@ func (c *catalogue) findLocked(blob image.LayerBlob) *LayerStatus {
 	return c.layers[c.blobs[keyOf(blob)]]
 }
 
-// has reports whether the layer of a blob is present.
-func (c *catalogue) has(blob image.LayerBlob) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.findLocked(blob) != nil
-}
+// permission reports whether a layer may be used. It does no I/O.
+type permission func(Layer) bool
 
-// acquireBlob acquires a reference on the layer of a blob. It returns ErrNotFound if the layer is not present.
-func (c *catalogue) acquireBlob(blob image.LayerBlob) (digest.Digest, error) {
+// anyLayer is the permission to use every layer.
+func anyLayer(Layer) bool { return true }
+
+// has reports whether the layer of a blob is present and may be used.
+func (c *catalogue) has(blob image.LayerBlob, may permission) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	layer := c.findLocked(blob)
-	if layer == nil {
+	return layer != nil && may(layer.Layer)
+}
+
+// acquireBlob acquires a reference on the layer of a blob. It returns ErrNotFound if the layer is not present, or may not be used.
+func (c *catalogue) acquireBlob(blob image.LayerBlob, may permission) (digest.Digest, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	layer := c.findLocked(blob)
+	if layer == nil || !may(layer.Layer) {
 		return "", fmt.Errorf("%w: layer %s", errdefs.ErrNotFound, blob.Descriptor.Digest)
 	}
 	return layer.DiffID, c.acquireLocked([]digest.Digest{layer.DiffID})
@@ -196,6 +204,21 @@ func (c *catalogue) acquireLocked(ids []digest.Digest) error {
 	for _, id := range ids {
 		c.leases.acquire(id)
 		c.layers[id].LastUsed = now
+	}
+	return nil
+}
+
+// addHolders adds to those who may have a layer. The caller holds a reference on it.
+func (c *catalogue) addHolders(id digest.Digest, holders []access.ID) error {
+	c.saveMu.Lock()
+	defer c.saveMu.Unlock()
+	c.mu.Lock()
+	status := c.layers[id]
+	status.Holders = access.AddHolders(status.Holders, holders)
+	layer := status.Layer
+	c.mu.Unlock()
+	if err := writeJSON(filepath.Join(c.layerDir(id), layerName), layer); err != nil {
+		return fmt.Errorf("write %s of layer %s: %w", layerName, id, err)
 	}
 	return nil
 }

@@ -62,6 +62,8 @@ type fetch struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	done   chan struct{}
+	blob   image.LayerBlob
+	from   origin
 	// err and canceled may be read after done is closed. canceled reports whether the pull has ended before the fetch.
 	err      error
 	canceled bool
@@ -77,7 +79,7 @@ func (f *fetcher) layer(ctx context.Context, blob image.LayerBlob, from origin) 
 	own := fetchKeyOf(blob, from.source())
 	key := own.shared()
 	for {
-		id, current, isOurs := f.join(ctx, key, blob)
+		id, current, isOurs := f.join(ctx, key, blob, from)
 		if current == nil {
 			return id, nil
 		}
@@ -103,16 +105,18 @@ func (f *fetcher) layer(ctx context.Context, blob image.LayerBlob, from origin) 
 
 // join acquires a reference on the layer of a blob if it is present. Otherwise it returns the fetch in progress. isOurs
 // reports whether the fetch is new, so that the caller must run it.
-func (f *fetcher) join(ctx context.Context, key fetchKey, blob image.LayerBlob) (id digest.Digest, current *fetch, isOurs bool) {
+func (f *fetcher) join(
+	ctx context.Context, key fetchKey, blob image.LayerBlob, from origin,
+) (id digest.Digest, current *fetch, isOurs bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if id, err := f.catalogue.acquireBlob(blob); err == nil {
+	if id, err := f.catalogue.acquireBlob(blob, from.mayUse); err == nil {
 		return id, nil, false
 	}
 	if current, ok := f.fetches[key]; ok {
 		return "", current, false
 	}
-	current = &fetch{done: make(chan struct{})}
+	current = &fetch{done: make(chan struct{}), blob: blob, from: from}
 	current.ctx, current.cancel = context.WithCancel(ctx)
 	f.fetches[key] = current
 	return "", current, true
@@ -124,7 +128,7 @@ func (f *fetcher) run(ctx context.Context, key fetchKey, current *fetch, blob im
 	layer, err := f.fetchWithRoom(current, key, blob, from)
 	id := layer.DiffID
 	if err != nil {
-		if present, missing := f.catalogue.acquireBlob(blob); missing == nil {
+		if present, missing := f.catalogue.acquireBlob(blob, from.mayUse); missing == nil {
 			id, err = present, nil
 		}
 	}
@@ -139,10 +143,10 @@ func (f *fetcher) run(ctx context.Context, key fetchKey, current *fetch, blob im
 	return id, err
 }
 
-// cancelOthersLocked cancels the fetches of a blob whose layer is present now.
+// cancelOthersLocked cancels the fetches of a blob whose layer is present now, and may be used without them.
 func (f *fetcher) cancelOthersLocked(blob blobKey) {
 	for key, other := range f.fetches {
-		if key.blob == blob {
+		if key.blob == blob && f.catalogue.has(other.blob, other.from.mayUse) {
 			other.cancel()
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
+	"github.com/overlay-csi/overlay-csi/pkg/store/access"
 )
 
 // Layer is an unpacked layer.
@@ -27,6 +28,8 @@ type Layer struct {
 	Opaque bool `json:"opaque,omitempty"`
 	// Created is the time when the layer was unpacked.
 	Created time.Time `json:"created"`
+	// Holders are those who may have the layer. A layer of an earlier driver has none: each registry is asked for its blob again.
+	Holders []access.ID `json:"holders,omitempty"`
 }
 
 // LayerStatus is a layer with the time of its last use.

@@ -21,6 +21,7 @@ import (
 //	layers/incoming/<key>/tree/          the layer while it is unpacked, deleted after a crash
 //	layers/incoming/<key>/scratch/       temporary files of the unpacker
 //	images/<digest>.json                 the description of an image (Image)
+//	access                               which logins registries accepted for which images (package access)
 //
 // A layer is unpacked in incoming, verified, and synced. Then its directory is renamed to its diff ID. It is therefore
 // either complete or absent. Layers in layers/sha256 are not modified. An image is written after its layers.
@@ -29,6 +30,7 @@ const (
 	sha256Name   = "sha256"
 	incomingName = "incoming"
 	imagesName   = "images"
+	accessName   = "access"
 	treeName     = "tree"
 	scratchName  = "scratch"
 	layerName    = "layer.json"
@@ -53,6 +55,7 @@ func (l layout) layersDir() string                { return filepath.Join(l.path,
 func (l layout) layerDir(id digest.Digest) string { return filepath.Join(l.layersDir(), id.Encoded()) }
 func (l layout) incomingDir() string              { return filepath.Join(l.path, layersName, incomingName) }
 func (l layout) imagesDir() string                { return filepath.Join(l.path, imagesName) }
+func (l layout) accessPath() string               { return filepath.Join(l.path, accessName) }
 func (l layout) imagePath(id digest.Digest) string {
 	return filepath.Join(l.imagesDir(), id.Encoded()+".json")
 }

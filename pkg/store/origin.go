@@ -16,6 +16,7 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
+	"github.com/overlay-csi/overlay-csi/pkg/store/access"
 )
 
 // origin is the source of an image.
@@ -27,6 +28,12 @@ type origin interface {
 	// fetch adds the layer of one of the blobs to the store, and acquires a reference on it. dirName is the name of the work
 	// directory.
 	fetch(ctx context.Context, blob image.LayerBlob, dirName string, progress *progressCounter) (Layer, error)
+	// mayUse reports whether the origin's image may have a layer that is on the node.
+	mayUse(layer Layer) bool
+	// holders returns who may have a layer that the origin has just given whole.
+	holders() []access.ID
+	// accept remembers that the origin gave an image.
+	accept(img *Image) error
 	// close frees the resources of the origin.
 	close() error
 }
@@ -68,6 +75,32 @@ type registryOrigin struct {
 	documents  *image.Documents
 	builder    *builder
 	workDirs   *workDirs
+	access     *access.Verifier
+}
+
+func (o *registryOrigin) mayUse(layer Layer) bool {
+	return o.access.MayUseLayer(layer.Holders, tenantOf(o.repository))
+}
+
+func (o *registryOrigin) holders() []access.ID {
+	return o.access.LayerHolders(tenantOf(o.repository), o.login())
+}
+
+func (o *registryOrigin) accept(img *Image) error {
+	return o.access.AcceptImage(img.Digest, o.repository.Named().Name(), o.login())
+}
+
+// login returns the login that the registry has accepted.
+func (o *registryOrigin) login() string {
+	if login, ok := o.repository.SentLogin(); ok {
+		return login
+	}
+	return access.Anonymous
+}
+
+func tenantOf(repository *registry.Repository) access.Tenant {
+	named := repository.Named()
+	return access.Tenant{Host: reference.Domain(named), Repository: named.Name(), Logins: repository.Logins()}
 }
 
 func (o *registryOrigin) close() error { return nil }
@@ -149,7 +182,7 @@ func (o *registryOrigin) fetchInto(
 		spool.Finish(err)
 		return err
 	})
-	layer, err := o.builder.build(ctx, dir, blob, progress.unpackingReader(spool.Reader()))
+	layer, err := o.builder.build(ctx, dir, blob, progress.unpackingReader(spool.Reader()), o.holders)
 	cancel()
 	if failed := group.Wait(); failed != nil && err != nil && !errors.Is(failed, context.Canceled) {
 		// The failed download is the reason why unpacking failed.
@@ -166,6 +199,7 @@ type archiveOrigin struct {
 	documents *image.Documents
 	builder   *builder
 	workDirs  *workDirs
+	access    *access.Verifier
 	// archive is nil for the tar of a root file system. describe sets it.
 	archive *image.Archive
 	dir     *workDir
@@ -182,6 +216,17 @@ func (o *archiveOrigin) close() error {
 	}
 	return errors.Join(err, o.file.Close())
 }
+
+// mayUse reports whether a layer is public, as all layers of archives are: every pod may name an archive.
+func (o *archiveOrigin) mayUse(layer Layer) bool {
+	return o.access.MayUseLayer(layer.Holders, access.Tenant{})
+}
+
+func (o *archiveOrigin) holders() []access.ID {
+	return o.access.LayerHolders(access.Tenant{}, access.Anonymous)
+}
+
+func (o *archiveOrigin) accept(*Image) error { return nil }
 
 func (o *archiveOrigin) source() source { return source{repository: o.identity.Key().String()} }
 
@@ -220,7 +265,7 @@ func (o *archiveOrigin) fetch(ctx context.Context, blob image.LayerBlob, dirName
 		return Layer{}, errors.Join(err, dir.discard())
 	}
 	defer content.Close()
-	layer, err := o.builder.build(ctx, dir, blob, progress.reader(content))
+	layer, err := o.builder.build(ctx, dir, blob, progress.reader(content), o.holders)
 	if err != nil {
 		return Layer{}, errors.Join(o.builder.explainDiskFull(blob, err), dir.discard())
 	}

@@ -59,6 +59,10 @@ func (p *prefetcher) prefetch(ctx context.Context, store *Store, name string) er
 		return err
 	}
 	defer lease.Release()
+	if err := store.access.Preload(id, named.Name()); err != nil {
+		return err
+	}
+	klog.FromContext(ctx).Info("Image prefetched", keyImage, name, keyDigest, id)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.resolved[name] = id

@@ -62,7 +62,7 @@ func (p *puller) progress(current *pull) Progress {
 	progress := Progress{Image: current.name}
 	for _, blob := range p.blobs(current) {
 		layer := LayerProgress{Digest: blob.Descriptor.Digest, FileName: blob.FileName, Size: blob.Descriptor.Size}
-		if p.catalogue.has(blob) {
+		if p.catalogue.has(blob, current.mayUse) {
 			layer.Present, layer.Done = true, layer.Size
 		} else {
 			layer.Done, _ = p.fetcher.progress(blob, current.from)

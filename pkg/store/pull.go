@@ -53,10 +53,12 @@ type pullKey struct {
 
 // pull is a pull in progress.
 type pull struct {
-	name  string
-	from  source
-	began time.Time
-	done  chan struct{}
+	name string
+	from source
+	// mayUse says which layers of the node the pull may use.
+	mayUse permission
+	began  time.Time
+	done   chan struct{}
 
 	// ctx is done when the store is closed, or when nobody has waited for the pull for too long.
 	ctx    context.Context
@@ -85,7 +87,7 @@ type pull struct {
 // acquire acquires references on the layers of an image. It calls present, and pulls the image from an origin if that returns
 // an error. It closes the origin. It returns ErrUnavailable if ctx is done before the pull is.
 func (p *puller) acquire(ctx context.Context, key pullKey, name string, present func() (*Image, error), from origin) (*Image, error) {
-	image, current, isNew := p.join(key, name, from.source(), present)
+	image, current, isNew := p.join(key, name, from, present)
 	if isNew {
 		p.work.Go(func() { p.run(key, current, from) })
 	} else if err := from.close(); err != nil {
@@ -99,7 +101,7 @@ func (p *puller) acquire(ctx context.Context, key pullKey, name string, present 
 
 // join returns the image if it is present. Otherwise it joins the pull in progress. isNew reports whether the pull is new, so
 // that the caller must run it.
-func (p *puller) join(key pullKey, name string, from source, present func() (*Image, error)) (_ *Image, current *pull, isNew bool) {
+func (p *puller) join(key pullKey, name string, from origin, present func() (*Image, error)) (_ *Image, current *pull, isNew bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if image, err := present(); err == nil {
@@ -113,7 +115,9 @@ func (p *puller) join(key pullKey, name string, from source, present func() (*Im
 		}
 		return nil, current, false
 	}
-	current = &pull{name: name, from: from, began: time.Now(), done: make(chan struct{}), waiters: 1}
+	current = &pull{
+		name: name, from: from.source(), mayUse: from.mayUse, began: time.Now(), done: make(chan struct{}), waiters: 1,
+	}
 	current.ctx, current.cancel = context.WithCancelCause(p.ctx)
 	p.pulls[key] = current
 	return nil, current, true
@@ -241,7 +245,15 @@ func (p *puller) pull(ctx context.Context, current *pull, from origin) (*Image, 
 		// The digest of the tar of a root file system is its diff ID.
 		img.Digest = img.Layers[0].DiffID
 	}
-	return p.catalogue.saveImage(img)
+	saved, err := p.catalogue.saveImage(img)
+	if err != nil {
+		return nil, err
+	}
+	if err := from.accept(saved); err != nil {
+		// The registry will be asked again.
+		klog.FromContext(ctx).Error(err, "Could not remember the accepted credentials")
+	}
+	return saved, nil
 }
 
 // hold takes over the caller's reference on a layer.

@@ -31,7 +31,7 @@ const (
 // counts as taken for other pulls until it is written, or the pull ends. reserve returns ErrResourceExhausted, and removes
 // nothing, if the missing layers cannot fit.
 func (p *puller) reserve(ctx context.Context, current *pull) error {
-	if err := p.checkSizes(current.blobs); err != nil {
+	if err := p.checkSizes(current); err != nil {
 		return err
 	}
 	missing, err := p.tryReserve(current)
@@ -57,17 +57,17 @@ func (p *puller) reserve(ctx context.Context, current *pull) error {
 
 // checkSizes returns ErrResourceExhausted if the missing blobs would not fit on an empty disk, or if one is larger than a layer
 // may be. The sizes are from an untrusted source: after checkSizes, the sum of all sizes does not overflow.
-func (p *puller) checkSizes(blobs []image.LayerBlob) error {
+func (p *puller) checkSizes(current *pull) error {
 	usage, err := linux.FileSystemUsage(p.catalogue.root)
 	if err != nil {
 		return err
 	}
 	left := usage.Bytes.Total - usage.Bytes.Total/100*int64(p.minFreePercent)
 	seen := map[blobKey]bool{}
-	for _, blob := range blobs {
+	for _, blob := range current.blobs {
 		size := blob.Descriptor.Size
 		// The layer of a blob that is present may be removed before the pull needs it, so that its size counts too if it is too large.
-		isMissing := !seen[keyOf(blob)] && !p.catalogue.has(blob)
+		isMissing := !seen[keyOf(blob)] && !p.catalogue.has(blob, current.mayUse)
 		if size > usage.Bytes.Total || (isMissing && size > left) {
 			return fmt.Errorf("%w: the image has more to download than can ever fit on the disk of %s, which has %s; "+
 				"layer %s of %d bytes does not fit",
@@ -127,7 +127,7 @@ func (p *puller) outstandingLocked(pulls []*pull) int64 {
 	for _, current := range pulls {
 		for _, blob := range current.blobs {
 			key := fetchKeyOf(blob, current.from)
-			if seen[key] || p.catalogue.has(blob) {
+			if seen[key] || p.catalogue.has(blob, current.mayUse) {
 				continue
 			}
 			seen[key] = true

@@ -15,6 +15,7 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
+	"github.com/overlay-csi/overlay-csi/pkg/store/access"
 	"github.com/overlay-csi/overlay-csi/pkg/unpack"
 )
 
@@ -30,6 +31,8 @@ type Config struct {
 	MinFreeDiskPercent int
 	// AbandonAfter is the time after which a pull ends that no request waits for. Zero is 10 minutes.
 	AbandonAfter time.Duration
+	// Access says who may use the images on the node.
+	Access access.Config
 	// GC configures garbage collection.
 	GC GCConfig
 	// Prefetch are the names of images that are pulled at start. Their layers are not removed.
@@ -45,6 +48,7 @@ type Store struct {
 	collector  *collector
 	prefetcher *prefetcher
 	registries *registry.Client
+	access     *access.Verifier
 	platform   platforms.MatchComparer
 	documents  *image.Documents
 
@@ -81,11 +85,15 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 	if err != nil {
 		return nil, fmt.Errorf("open the layer store: %w", err)
 	}
+	verifier, err := access.NewVerifier(layout.accessPath(), config.Access)
+	if err != nil {
+		return nil, fmt.Errorf("open the layer store: %w", err)
+	}
 	limits := unpack.Limits{MaxBytes: config.MaxLayerBytes, MaxEntries: config.MaxLayerEntries, MinFreePercent: config.MinFreeDiskPercent}
 	ctx, stop := context.WithCancel(ctx)
 	s := &Store{
-		catalogue: catalogue, workDirs: workDirs, registries: registries, platform: platforms.Default(), documents: image.NewDocuments(),
-		stop:       stop,
+		catalogue: catalogue, workDirs: workDirs, registries: registries, access: verifier, platform: platforms.Default(),
+		documents: image.NewDocuments(), stop: stop,
 		builder:    &builder{layout: layout, catalogue: catalogue, limits: limits, syncer: newSyncer(root.Dir())},
 		prefetcher: &prefetcher{catalogue: catalogue, names: config.Prefetch, resolved: map[string]digest.Digest{}},
 	}
@@ -144,8 +152,8 @@ func (s *Store) ResolvePlatform(
 	return description.Manifest, nil
 }
 
-// Acquire leases an image without accessing a registry. path is the path of a directory in the image. It is relative and
-// clean, or "" for the whole image. Acquire returns ErrNotFound if the image or one of its layers is not present.
+// Acquire leases an image without accessing a registry, and without a look at credentials. path is the path of a directory in the
+// image. It is relative and clean, or "" for the whole image. Acquire returns ErrNotFound if the image or one of its layers is not present.
 func (s *Store) Acquire(id digest.Digest, path string) (*Lease, error) {
 	image, err := s.catalogue.acquireImage(id)
 	if err != nil {
@@ -154,17 +162,23 @@ func (s *Store) Acquire(id digest.Digest, path string) (*Lease, error) {
 	return openLease(s.catalogue, image, path)
 }
 
-// Pull leases an image at path, and pulls it first if it is not present. path is as in Acquire. Concurrent calls share the
+// Pull leases an image at path. It pulls it first if it is not present, or if the registry of the name has not accepted the
+// credentials for it yet (package access). path is as in Acquire. Concurrent calls share the
 // pull of an image and of a layer. If ctx is done, Pull returns ErrUnavailable with the progress. The pull continues, and
 // another call joins it.
 // A pull that no call has waited for during Config.AbandonAfter ends; the next one resumes its downloads.
 func (s *Store) Pull(ctx context.Context, named reference.Canonical, credentials registry.Credentials, path string) (*Lease, error) {
 	repository := s.registries.Repository(named, credentials)
 	key := pullKey{named.Digest(), named.Name(), repository.CredentialsID()}
-	present := func() (*Image, error) { return s.catalogue.acquireManifest(named.Digest()) }
+	present := func() (*Image, error) {
+		if !s.access.MayUseImage(named.Digest(), tenantOf(repository)) {
+			return nil, fmt.Errorf("%w: accepted credentials for image %s", errdefs.ErrNotFound, named)
+		}
+		return s.catalogue.acquireManifest(named.Digest())
+	}
 	image, err := s.puller.acquire(ctx, key, named.String(), present, &registryOrigin{
 		repository: repository, platform: s.platform, documents: s.documents,
-		builder: s.builder, workDirs: s.workDirs,
+		builder: s.builder, workDirs: s.workDirs, access: s.access,
 	})
 	if err != nil {
 		return nil, err
@@ -184,7 +198,8 @@ func (s *Store) Import(ctx context.Context, name string, file *os.File, wanted d
 	}
 	present := func() (*Image, error) { return s.catalogue.acquireArchive(identity) }
 	imported, err := s.puller.acquire(ctx, pullKey{image: identity.Key()}, name, present, &archiveOrigin{
-		identity: identity, file: file, platform: s.platform, documents: s.documents, builder: s.builder, workDirs: s.workDirs,
+		identity: identity, file: file, platform: s.platform, documents: s.documents,
+		builder: s.builder, workDirs: s.workDirs, access: s.access,
 	})
 	if err != nil {
 		return nil, err

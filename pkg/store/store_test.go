@@ -21,6 +21,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
+	"github.com/overlay-csi/overlay-csi/pkg/store/access"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 	"github.com/overlay-csi/overlay-csi/test/needs"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
@@ -67,7 +68,9 @@ func newNodeIn(t *testing.T, dir string, change ...func(*node)) *node {
 	must(t, err)
 	t.Cleanup(func() { must(t, n.trash.Close()) })
 	n.registry = registry.Config{CertsDir: n.certsDir, StallTimeout: 5 * time.Second, Backoff: 10 * time.Millisecond}
-	n.config = store.Config{MaxConcurrentLayerPulls: 4, GC: store.GCConfig{HighThreshold: 100, LowThreshold: 100, Interval: time.Hour}}
+	n.config = store.Config{Access: access.Config{Policy: access.NeverVerifyPreloadedImages}}
+	n.config.MaxConcurrentLayerPulls = 4
+	n.config.GC = store.GCConfig{HighThreshold: 100, LowThreshold: 100, Interval: time.Hour}
 	for _, c := range change {
 		c(n)
 	}
@@ -261,11 +264,11 @@ func TestPull(t *testing.T) {
 			wantFile(t, filepath.Join(lease.Dirs[1].Name(), "d/c"), "c")
 			wantFile(t, filepath.Join(lease.Dirs[2].Name(), "a"), "plain")
 			r.Close()
-			again, err := n.pull(pinned, "", registry.Credentials{})
+			again, err := n.pull(pinned, "", credentials)
 			must(t, err)
 			again.Release()
 			n.restart()
-			again, err = n.pull(pinned, "", registry.Credentials{})
+			again, err = n.pull(pinned, "", credentials)
 			must(t, err)
 			again.Release()
 		})

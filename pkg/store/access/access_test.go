@@ -1,0 +1,155 @@
+package access
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+)
+
+const image = digest.Digest("sha256:0123")
+
+func newVerifier(t *testing.T, path string, config Config) *Verifier {
+	t.Helper()
+	v, err := NewVerifier(path, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestPolicies has an image that the operator preloaded, one that a login was accepted for, and one that is public.
+func TestPolicies(t *testing.T) {
+	const preloaded, private, public = digest.Digest("sha256:1"), digest.Digest("sha256:2"), digest.Digest("sha256:3")
+	path := filepath.Join(t.TempDir(), "access")
+	for policy, wantPreloaded := range map[Policy]bool{
+		NeverVerify: true, NeverVerifyPreloadedImages: true, NeverVerifyAllowlistedImages: true, AlwaysVerify: false,
+	} {
+		t.Run(string(policy), func(t *testing.T) {
+			v := newVerifier(t, path, Config{Policy: policy, Allowlist: []string{"host/team/*"}})
+			must(t, v.Preload(preloaded, "host/team/a"))
+			must(t, v.Preload(preloaded, "host/other/a"))
+			must(t, v.AcceptImage(private, "host/team/a", "login"))
+			must(t, v.AcceptImage(public, "host/team/a", Anonymous))
+			never := policy == NeverVerify
+			for name, c := range map[string]struct {
+				image      digest.Digest
+				repository string
+				logins     []string
+				want       bool
+			}{
+				"preloaded":                  {preloaded, "host/team/a", nil, wantPreloaded},
+				"preloaded, not in the list": {preloaded, "host/other/a", nil, never || policy == NeverVerifyPreloadedImages},
+				"preloaded, other name":      {preloaded, "host/team/b", []string{"login"}, never},
+				"login":                      {private, "host/team/a", []string{"wrong", "login"}, true},
+				"another login":              {private, "host/team/a", []string{"wrong"}, never},
+				"no login":                   {private, "host/team/a", nil, never},
+				"login, other repository":    {private, "host/team/b", []string{"login"}, never},
+				"public":                     {public, "host/team/a", nil, true},
+				"public, with a login":       {public, "host/team/a", []string{"login"}, true},
+				"public, other registry":     {public, "evil/team/a", nil, never},
+				"unknown":                    {image, "host/team/a", []string{"login"}, never},
+			} {
+				t.Run(name, func(t *testing.T) {
+					if got := v.MayUseImage(c.image, Tenant{"host", c.repository, c.logins}); got != c.want {
+						t.Errorf("MayUseImage is %t", got)
+					}
+				})
+			}
+		})
+	}
+}
+
+// TestHolders says who may use a layer that came from host/a with the login "login".
+func TestHolders(t *testing.T) {
+	v := newVerifier(t, filepath.Join(t.TempDir(), "access"), Config{Policy: AlwaysVerify})
+	holders := v.LayerHolders(Tenant{"host", "host/a", nil}, "login")
+	for name, c := range map[string]struct {
+		tenant Tenant
+		want   bool
+	}{
+		"same repository":                   {Tenant{"host", "host/a", []string{"other"}}, true},
+		"same login":                        {Tenant{"host", "host/b", []string{"login"}}, true},
+		"same login for another registry":   {Tenant{"evil", "evil/a", []string{"login"}}, false},
+		"another repository":                {Tenant{"host", "host/b", []string{"other"}}, false},
+		"another repository, without login": {Tenant{"host", "host/b", nil}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := v.MayUseLayer(holders, c.tenant); got != c.want {
+				t.Errorf("MayUseLayer is %t", got)
+			}
+			if v.MayUseLayer(nil, c.tenant) {
+				t.Error("a layer without holders may be used")
+			}
+			if public := AddHolders(holders, v.LayerHolders(Tenant{}, Anonymous)); !v.MayUseLayer(public, c.tenant) {
+				t.Error("a public layer may not be used")
+			}
+		})
+	}
+	var many []ID
+	for i := range maxHolders + 10 {
+		many = AddHolders(many, []ID{ID(fmt.Sprint(i))})
+	}
+	if len(many) != maxHolders || many[0] != "10" {
+		t.Errorf("%d holders, the first is %s", len(many), many[0])
+	}
+}
+
+// TestTableOnDisk reads the table again, damages it, and fills it.
+func TestTableOnDisk(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "access")
+	config, tenant := Config{Policy: AlwaysVerify}, Tenant{"host", "host/a", []string{"secret"}}
+	accept := func() { must(t, newVerifier(t, path, config).AcceptImage(image, tenant.Repository, "secret")) }
+	may := func() bool { return newVerifier(t, path, config).MayUseImage(image, tenant) }
+	accept()
+	if !may() {
+		t.Error("it is forgotten")
+	}
+	for name, damage := range map[string]func(data []byte) []byte{
+		"empty":            func([]byte) []byte { return nil },
+		"half a salt":      func(data []byte) []byte { return data[:saltSize/2] },
+		"other salt":       func(data []byte) []byte { data[0] ^= 1; return data },
+		"half an ID":       func(data []byte) []byte { return data[:saltSize+idSize/2] },
+		"zeros at the end": func(data []byte) []byte { clear(data[saltSize:]); return data },
+	} {
+		t.Run(name, func(t *testing.T) {
+			data, err := os.ReadFile(path)
+			must(t, err)
+			must(t, os.WriteFile(path, damage(data), 0o600))
+			if may() {
+				t.Error("a damaged table accepts")
+			}
+			accept()
+			if !may() {
+				t.Error("the table does not work again")
+			}
+		})
+	}
+	must(t, os.Remove(path))
+	if may() {
+		t.Error("a table that is gone accepts")
+	}
+	v := newVerifier(t, path, config)
+	for i := range maxIDs + 1 {
+		v.table.addLocked(v.table.hash(fmt.Sprint(i)))
+		if len(v.table.order) == maxIDs {
+			break
+		}
+	}
+	must(t, v.table.write())
+	must(t, v.AcceptImage(image, tenant.Repository, "secret"))
+	info, err := os.Stat(path)
+	must(t, err)
+	if want := int64(saltSize + (maxIDs/2+1)*idSize); info.Size() != want || !may() {
+		t.Errorf("the file has %d bytes, want %d", info.Size(), want)
+	}
+}
