@@ -18,7 +18,8 @@ const (
 	encryptedSuffix = "+encrypted"
 )
 
-// modelTypes are the prefixes of the media types of the CNCF ModelPack specification, and of its former name. They contain ".tar" if the blob is a tar.
+// modelTypes are the prefixes of the media types of the CNCF ModelPack specification, and of its former name. They contain ".tar" if the
+// blob is a tar.
 var modelTypes = []string{"application/vnd.cncf.model.", "application/vnd.cnai.model."}
 
 // ollamaSuffixes are the suffixes of the names of Ollama's files. Others have none.

@@ -123,12 +123,13 @@ func TestOllama(t *testing.T) {
 		manifest, err := json.Marshal(image)
 		must(t, err)
 		root := ocispec.Descriptor{Digest: digest.FromBytes(manifest)}
-		return Describe(t.Context(), root, platforms.Default(), NewDocuments(), func(_ context.Context, descriptor ocispec.Descriptor) ([]byte, error) {
+		fetch := func(_ context.Context, descriptor ocispec.Descriptor) ([]byte, error) {
 			if descriptor.Digest == root.Digest {
 				return manifest, nil
 			}
 			return configData, nil
-		})
+		}
+		return Describe(t.Context(), root, platforms.Default(), NewDocuments(), fetch)
 	}
 	got, err := describe(types[:5])
 	must(t, err)
