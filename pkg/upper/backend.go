@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/singleflight"
 )
 
 // Backend is how an upper is stored and limited. A volume keeps the backend that its first upper was made with.
@@ -52,6 +53,8 @@ type Backends struct {
 	unavailable map[Backend]error
 	quota       *projects
 	handles     *handles
+	// imageChecks are the checks of disk images in progress.
+	imageChecks singleflight.Group
 }
 
 // NewBackends probes which backends the data root supports, and removes the mount points that an earlier process left.
@@ -166,6 +169,7 @@ func (b *Backends) Open(at Location) Upper {
 	case DiskImage:
 		return diskImage{
 			b.innerMount(at.Base), b.config.Commands, dir.path(), b.config.Discard, at.Limit, at.Ephemeral, at.Made, b.config.Sparse,
+			&b.imageChecks,
 		}
 	case Tmpfs:
 		return tmpfs{b.innerMount(at.Base), at.Limit}

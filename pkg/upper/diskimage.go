@@ -11,6 +11,7 @@ import (
 	"syscall"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/singleflight"
 	mountutils "k8s.io/mount-utils"
 	"k8s.io/utils/exec"
 
@@ -45,6 +46,7 @@ type diskImage struct {
 	made bool
 	// sparse is set if the disk is not reserved.
 	sparse bool
+	checks *singleflight.Group
 }
 
 var _ Upper = diskImage{}
@@ -160,9 +162,22 @@ func (d diskImage) attach(ctx context.Context, made bool) (*os.File, error) {
 	return loop, nil
 }
 
-// check lets e2fsck repair what it safely can. It returns ErrDataLoss if more is wrong, and ErrUnavailable if e2fsck did not end by
-// itself, so that nothing is known of the image.
+// check checks the image. A check may take longer than a request: it then goes on, check returns ErrUnavailable, and the next request
+// waits for the same check. A later check of an image that is in order takes milliseconds.
 func (d diskImage) check(ctx context.Context) error {
+	checked := d.checks.DoChan(d.file(), func() (any, error) { return nil, d.runCheck(context.WithoutCancel(ctx)) })
+	select {
+	case result := <-checked:
+		return result.Err
+	case <-ctx.Done():
+		return fmt.Errorf("%w: the disk image %s is being checked by %s, which goes on; try again later: %w",
+			errdefs.ErrUnavailable, d.file(), checkExt4, context.Cause(ctx))
+	}
+}
+
+// runCheck lets e2fsck repair what it safely can. It returns ErrDataLoss if more is wrong, and ErrUnavailable if e2fsck did not end by
+// itself, so that nothing is known of the image.
+func (d diskImage) runCheck(ctx context.Context) error {
 	output, err := d.commands.CommandContext(ctx, checkExt4, "-p", d.file()).CombinedOutput()
 	if err == nil {
 		return nil

@@ -3,12 +3,14 @@ package upper_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 	utilexec "k8s.io/utils/exec"
 
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
@@ -55,6 +57,70 @@ func TestKilledCheck(t *testing.T) {
 	}
 	if left, err := filepath.Glob(filepath.Join(mountDir, "*")); err != nil || len(left) != 0 {
 		t.Errorf("left over: %v, %v", left, err)
+	}
+}
+
+// slow are commands of which e2fsck begins when something is written to a FIFO, and says in a file that it began.
+type slow struct {
+	utilexec.Interface
+	fifo, log string
+}
+
+func (s slow) CommandContext(ctx context.Context, program string, args ...string) utilexec.Cmd {
+	if program != "e2fsck" {
+		return s.Interface.CommandContext(ctx, program, args...)
+	}
+	script := fmt.Sprintf(`read line < %s; echo began >> %s; exec e2fsck "$@"`, s.fifo, s.log)
+	return s.Interface.CommandContext(ctx, "sh", append([]string{"-c", script, "sh"}, args...)...)
+}
+
+// TestCheckGoesOnAfterItsRequest has e2fsck take longer than kubelet waits for a publish. If each publish began it again, it would never
+// end.
+func TestCheckGoesOnAfterItsRequest(t *testing.T) {
+	root := newDataRoot(t, "tmpfs")
+	at := upper.Location{Backend: upper.DiskImage, Base: "base", Limit: upper.LimitOf(8 << 20)}
+	u := newUpper(t, newBackends(t, root), root, at)
+	prepare := func(ctx context.Context) error {
+		dirs, err := u.Prepare(ctx, upper.RootAttr{Mode: 0o755})
+		if err == nil {
+			dirs.Close()
+		}
+		return err
+	}
+	if err := errors.Join(prepare(t.Context()), u.Release(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	commands := slow{utilexec.New(), filepath.Join(dir, "fifo"), filepath.Join(dir, "log")}
+	if err := unix.Mkfifo(commands.fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	u = upper.NewBackends(upper.Config{Root: root, MountDir: t.TempDir(), Discard: os.RemoveAll, Commands: commands}).Open(at)
+	ctx, cancel := context.WithCancel(t.Context())
+	result := make(chan error, 1)
+	go func() { result <- prepare(ctx) }()
+	// It can be opened when the check has opened it.
+	fifo, err := os.OpenFile(commands.fifo, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer fifo.Close()
+	cancel()
+	if err := <-result; !errdefs.IsUnavailable(err) {
+		t.Errorf("Prepare whose request ends amid the check: %v, want Unavailable", err)
+	}
+	go func() { result <- prepare(t.Context()) }()
+	if _, err := fifo.WriteString("\n"); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-result; err != nil {
+		t.Errorf("Prepare after the check: %v", err)
+	}
+	if err := u.Release(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if log, err := os.ReadFile(commands.log); string(log) != "began\n" {
+		t.Errorf("the checks that went on to their end: %q (%v), want one", log, err)
 	}
 }
 
