@@ -85,10 +85,7 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 	if err != nil {
 		return nil, fmt.Errorf("open the layer store: %w", err)
 	}
-	verifier, err := access.NewVerifier(layout.accessPath(), config.Access)
-	if err != nil {
-		return nil, fmt.Errorf("open the layer store: %w", err)
-	}
+	verifier := access.NewVerifier(layout.accessPath(), config.Access)
 	limits := unpack.Limits{MaxBytes: config.MaxLayerBytes, MaxEntries: config.MaxLayerEntries, MinFreePercent: config.MinFreeDiskPercent}
 	ctx, stop := context.WithCancel(ctx)
 	s := &Store{

@@ -1,24 +1,19 @@
 package access
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
 const image = digest.Digest("sha256:0123")
-
-func newVerifier(t *testing.T, path string, config Config) *Verifier {
-	t.Helper()
-	v, err := NewVerifier(path, config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return v
-}
 
 func must(t *testing.T, err error) {
 	t.Helper()
@@ -35,7 +30,7 @@ func TestPolicies(t *testing.T) {
 		NeverVerify: true, NeverVerifyPreloadedImages: true, NeverVerifyAllowlistedImages: true, AlwaysVerify: false,
 	} {
 		t.Run(string(policy), func(t *testing.T) {
-			v := newVerifier(t, path, Config{Policy: policy, Allowlist: []string{"host/team/*"}})
+			v := NewVerifier(path, Config{Policy: policy, Allowlist: []string{"host/team/*"}})
 			must(t, v.Preload(preloaded, "host/team/a"))
 			must(t, v.Preload(preloaded, "host/other/a"))
 			must(t, v.AcceptImage(private, "host/team/a", "login"))
@@ -71,7 +66,7 @@ func TestPolicies(t *testing.T) {
 
 // TestHolders says who may use a layer that came from host/a with the login "login".
 func TestHolders(t *testing.T) {
-	v := newVerifier(t, filepath.Join(t.TempDir(), "access"), Config{Policy: AlwaysVerify})
+	v := NewVerifier(filepath.Join(t.TempDir(), "access"), Config{Policy: AlwaysVerify})
 	holders := v.LayerHolders(Tenant{"host", "host/a", nil}, "login")
 	for name, c := range map[string]struct {
 		tenant Tenant
@@ -108,8 +103,8 @@ func TestHolders(t *testing.T) {
 func TestTableOnDisk(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "access")
 	config, tenant := Config{Policy: AlwaysVerify}, Tenant{"host", "host/a", []string{"secret"}}
-	accept := func() { must(t, newVerifier(t, path, config).AcceptImage(image, tenant.Repository, "secret")) }
-	may := func() bool { return newVerifier(t, path, config).MayUseImage(image, tenant) }
+	accept := func() { must(t, NewVerifier(path, config).AcceptImage(image, tenant.Repository, "secret")) }
+	may := func() bool { return NewVerifier(path, config).MayUseImage(image, tenant) }
 	accept()
 	if !may() {
 		t.Error("it is forgotten")
@@ -138,7 +133,7 @@ func TestTableOnDisk(t *testing.T) {
 	if may() {
 		t.Error("a table that is gone accepts")
 	}
-	v := newVerifier(t, path, config)
+	v := NewVerifier(path, config)
 	for i := range maxIDs + 1 {
 		v.table.addLocked(v.table.hash(fmt.Sprint(i)))
 		if len(v.table.order) == maxIDs {
@@ -151,5 +146,24 @@ func TestTableOnDisk(t *testing.T) {
 	must(t, err)
 	if want := int64(saltSize + (maxIDs/2+1)*idSize); info.Size() != want || !may() {
 		t.Errorf("the file has %d bytes, want %d", info.Size(), want)
+	}
+}
+
+// TestTableOnAReadOnlyDisk begins where the table cannot be written. It works in memory, and is stored once it can be.
+func TestTableOnAReadOnlyDisk(t *testing.T) {
+	needs.Root(t)
+	dir := t.TempDir()
+	must(t, unix.Mount("tmpfs", dir, "tmpfs", unix.MS_RDONLY, ""))
+	t.Cleanup(func() { must(t, unix.Unmount(dir, 0)) })
+	path := filepath.Join(dir, "access")
+	config, tenant := Config{Policy: AlwaysVerify}, Tenant{"host", "host/a", []string{"secret"}}
+	v := NewVerifier(path, config)
+	if err := v.AcceptImage(image, tenant.Repository, "secret"); !errors.Is(err, unix.EROFS) || !v.MayUseImage(image, tenant) {
+		t.Errorf("the error is %v; the image may be used: %t", err, v.MayUseImage(image, tenant))
+	}
+	must(t, unix.Mount("", dir, "", unix.MS_REMOUNT, ""))
+	must(t, v.AcceptImage(image, "host/b", "secret"))
+	if !NewVerifier(path, config).MayUseImage(image, tenant) {
+		t.Error("what was accepted while the disk was read-only is forgotten")
 	}
 }

@@ -35,39 +35,36 @@ type table struct {
 	mu    sync.Mutex
 	ids   map[ID]bool
 	order []ID
+	// isStored reports whether the file has the table. If not, the next ID has it written as a whole: the disk may have been full.
+	isStored bool
 }
 
-// openTable reads a table. It makes a new one if the file is missing or has no salt.
-func openTable(path string) (*table, error) {
+// openTable reads a table. It begins a new one if the file is missing, damaged, or cannot be read. The disk need not be writable.
+func openTable(path string) *table {
 	t := &table{path: path, ids: map[ID]bool{}}
-	file, err := os.Open(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return t, t.create()
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer file.Close()
-	data, err := io.ReadAll(io.LimitReader(file, saltSize+maxIDs*idSize))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) < saltSize {
-		return t, t.create()
+	data, err := readTable(path)
+	if err != nil || len(data) < saltSize {
+		t.salt = make([]byte, saltSize)
+		rand.Read(t.salt)
+		_ = t.write()
+		return t
 	}
 	t.salt, data = data[:saltSize], data[saltSize:]
 	for ; len(data) >= idSize; data = data[idSize:] {
 		t.addLocked(ID(hex.EncodeToString(data[:idSize])))
 	}
 	// A crash can have left a part of an ID.
-	return t, os.Truncate(path, saltSize+int64(len(t.order))*idSize)
+	t.isStored = len(data) == 0
+	return t
 }
 
-// create begins an empty table with a new salt.
-func (t *table) create() error {
-	t.salt = make([]byte, saltSize)
-	rand.Read(t.salt)
-	return t.write()
+func readTable(path string) ([]byte, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	return io.ReadAll(io.LimitReader(file, saltSize+maxIDs*idSize))
 }
 
 // write replaces the file.
@@ -81,7 +78,9 @@ func (t *table) write() error {
 		return err
 	}
 	defer dir.Close()
-	return linux.WriteFileAtomic(dir, filepath.Base(t.path), data, true)
+	err = linux.WriteFileAtomic(dir, filepath.Base(t.path), data, true)
+	t.isStored = err == nil
+	return err
 }
 
 func (i ID) bytes() []byte {
@@ -127,6 +126,9 @@ func (t *table) add(id ID) error {
 	}
 	if len(t.order) < maxIDs {
 		t.addLocked(id)
+		if !t.isStored {
+			return t.write()
+		}
 		return t.append(id)
 	}
 	for _, old := range t.order[:maxIDs/2] {
@@ -144,5 +146,7 @@ func (t *table) append(id ID) error {
 		return err
 	}
 	_, err = file.Write(id.bytes())
-	return errors.Join(err, file.Close())
+	err = errors.Join(err, file.Close())
+	t.isStored = err == nil
+	return err
 }
