@@ -16,6 +16,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
+	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
 var (
@@ -67,6 +68,7 @@ var publishes = map[string]func(n *fakeNode) PublishRequest{
 	},
 	"static claim": func(n *fakeNode) PublishRequest { return n.request("p1", rwo) },
 	"static claim, first pod with an fsGroup": func(n *fakeNode) PublishRequest {
+		needs.Root(n.t) // Nobody else gives a directory to any group.
 		first := n.publish(n.request("p1", rwo))
 		check(n.t, n.manager.Unpublish(n.t.Context(), "v", first.Target))
 		req, group := n.request("p2", rwo), uint32(2000)
