@@ -4,6 +4,8 @@ package chown
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"os"
 	"syscall"
 
@@ -46,39 +48,66 @@ type changer struct {
 	changed bool
 }
 
-// change changes one file, as linux.Visit.
+// change changes one file, as linux.Visit. A pod may put another file or a link in place of an entry at any moment, so that the file is
+// met by a handle.
 func (c *changer) change(dir *os.File, name string, stat linux.Stat) error {
 	c.done++
-	uid, gid, mode := stat.Uid, stat.Gid, stat.Perm()
-	if uid == 0 {
-		uid = c.owners.UID
-	}
-	switch {
-	case c.owners.Group != nil:
-		gid = *c.owners.Group
-		mode |= groupMode(stat)
-	case gid == 0:
-		gid = c.owners.GID
-	}
-	has := stat.Perm()
-	if stat.IsSymlink() {
-		mode = has
-	}
-	if uid == stat.Uid && gid == stat.Gid && mode == has {
+	if c.want(stat) == stateOf(stat) {
 		return nil
 	}
 	c.changed = true
-	if uid != stat.Uid || gid != stat.Gid {
-		if err := linux.Fchownat(dir, name, uid, gid); err != nil {
+	if name == "" {
+		return c.apply(dir, stat)
+	}
+	file, err := linux.Open(dir, name, linux.O_PATH|linux.O_NOFOLLOW, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	if stat, err = linux.StatFile(file); err != nil {
+		return err
+	}
+	return c.apply(file, stat)
+}
+
+// state is what is changed of a file.
+type state struct{ uid, gid, mode uint32 }
+
+func stateOf(stat linux.Stat) state { return state{stat.Uid, stat.Gid, stat.Perm()} }
+
+// want returns the state that a file is to have.
+func (c *changer) want(stat linux.Stat) state {
+	want := stateOf(stat)
+	if want.uid == 0 {
+		want.uid = c.owners.UID
+	}
+	switch {
+	case c.owners.Group != nil:
+		want.gid = *c.owners.Group
+		want.mode |= groupMode(stat)
+	case want.gid == 0:
+		want.gid = c.owners.GID
+	}
+	return want
+}
+
+// apply changes an open file.
+func (c *changer) apply(file *os.File, stat linux.Stat) error {
+	has, want := stateOf(stat), c.want(stat)
+	if has.uid != want.uid || has.gid != want.gid {
+		if err := linux.Fchownat(file, "", want.uid, want.gid); err != nil {
 			return err
 		}
 		// chown(2) clears these.
-		has &^= syscall.S_ISUID | syscall.S_ISGID
+		has.mode &^= syscall.S_ISUID | syscall.S_ISGID
 	}
-	if mode == has {
+	if want.mode == has.mode || stat.IsSymlink() {
 		return nil
 	}
-	return linux.Fchmodat(dir, name, mode)
+	return linux.Fchmodat(file, "", want.mode)
 }
 
 // groupMode returns the permissions of the group for a file.

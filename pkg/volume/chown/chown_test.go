@@ -111,3 +111,23 @@ func TestDeepOverlay(t *testing.T) {
 		t.Errorf("%d files, want %d", files, want)
 	}
 }
+
+// TestLinkInPlaceOfAFile has a pod put a link in place of a file after the walk has looked at that. The file that it points to is the
+// node's.
+func TestLinkInPlaceOfAFile(t *testing.T) {
+	path, outside := t.TempDir(), filepath.Join(t.TempDir(), "outside")
+	must(t, os.WriteFile(outside, nil, 0o600))
+	must(t, os.WriteFile(filepath.Join(path, "f"), nil, 0o600))
+	stat := statOf(t, filepath.Join(path, "f"))
+	must(t, os.Remove(filepath.Join(path, "f")))
+	must(t, os.Symlink(outside, filepath.Join(path, "f")))
+	dir, err := os.Open(path)
+	must(t, err)
+	defer dir.Close()
+	gid := uint32(os.Getgid())
+	c := changer{owners: Owners{Group: &gid}}
+	must(t, c.change(dir, "f", stat))
+	if mode := statOf(t, outside).Perm(); mode != 0o600 {
+		t.Errorf("the file behind the link has mode %04o", mode)
+	}
+}
