@@ -104,7 +104,8 @@ func walkUpper(ctx context.Context, dir *os.File, group uint32) error {
 	if done, err := chown.Tree(ctx, root, chown.Owners{Group: &group}); err != nil {
 		return fmt.Errorf("%d files done: %w", done, err)
 	}
-	return nil
+	// The record may lie on another file system, and says that all files are changed.
+	return linux.SyncDir(root)
 }
 
 func hasXattr(dir *os.File, name string) (bool, error) {
@@ -192,6 +193,10 @@ func changeOwners(ctx context.Context, r *record.Record, p *record.Publication) 
 		return fmt.Errorf("change owners: %w", err)
 	}
 	defer root.Close()
+	// The mark of other owners: from here on, not all files are theirs.
+	if err := linux.RemoveXattr(root, ownersXattr); err != nil && !errors.Is(err, syscall.ENODATA) {
+		return fmt.Errorf("change owners: %w", err)
+	}
 	owner := layerOwner(r, p)
 	if done, err := chown.Tree(ctx, root, chown.Owners{UID: owner.UID, GID: owner.GID, Group: p.Group}); err != nil {
 		return fmt.Errorf("change owners, %d files done: %w", done, err)
@@ -202,6 +207,9 @@ func changeOwners(ctx context.Context, r *record.Record, p *record.Publication) 
 // finishOwners changes the owners of the files of a view that is mounted where a publish wants it, if a crash cut that off. If it
 // fails, it unmounts the view, which no container has yet, unless another pod has it too.
 func (v views) finishOwners(ctx context.Context, r *record.Record, here *record.Publication) error {
+	if done, err := ownersChanged(r, here); err != nil || done {
+		return err
+	}
 	err := changeOwners(ctx, r, here)
 	if err == nil {
 		return nil

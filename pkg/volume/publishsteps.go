@@ -338,7 +338,8 @@ func (p *publishing) setGroup(ctx context.Context) error {
 			before.Group = group
 			p.before = &before
 		}
-		if err := p.m.records.Save(p.after); err != nil {
+		// What pods write from now on is stored by this.
+		if err := p.m.records.SaveDurably(p.after); err != nil {
 			return err
 		}
 	}
