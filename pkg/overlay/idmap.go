@@ -234,21 +234,25 @@ func (l *mappedDirs) close() error {
 		dir.Close()
 	}
 	if l.attached != "" {
-		failed = errors.Join(failed, removeEmpty(l.attached))
+		failed = errors.Join(failed, removeScratch(l.attached))
 	}
 	return failed
 }
 
-// removeEmpty removes a directory of empty directories, and never the content of something that is mounted there.
-func removeEmpty(dir string) error {
-	entries, err := os.ReadDir(dir)
+// removeScratch removes links and empty directories, and never the content of something that is mounted there: it can be an upper.
+func removeScratch(path string) error {
+	err := os.Remove(path)
+	if !errors.Is(err, syscall.ENOTEMPTY) {
+		return err
+	}
+	entries, err := os.ReadDir(path)
 	if err != nil {
 		return err
 	}
 	for _, entry := range entries {
-		if err := os.Remove(filepath.Join(dir, entry.Name())); err != nil {
+		if err := removeScratch(filepath.Join(path, entry.Name())); err != nil {
 			return err
 		}
 	}
-	return os.Remove(dir)
+	return os.Remove(path)
 }

@@ -91,7 +91,7 @@ func clearScratch(dir string) error {
 		return nil
 	}
 	for _, entry := range entries {
-		err = errors.Join(err, os.RemoveAll(filepath.Join(dir, entry.Name())))
+		err = errors.Join(err, removeScratch(filepath.Join(dir, entry.Name())))
 	}
 	if linux.IsNotWritable(err) {
 		return nil

@@ -13,7 +13,7 @@ import (
 // Unmount unmounts what is mounted at target (mount.Interface). A link at target itself is not followed. A mount whose file system does
 // not answer is taken out of the tree: a thread of this process that waits for the answer keeps it in use.
 func (m *Mounter) Unmount(target string) error {
-	if m.questions.isOpen(target) {
+	if m.questions.isOverdue(target) {
 		return linux.UnmountLazily(target)
 	}
 	return linux.Unmount(target)

@@ -17,7 +17,8 @@ var errNoAnswer = errors.New("the file system does not answer")
 // questions are the paths of which file systems have been asked and have not answered yet. Each keeps a thread of this process for as
 // long as that takes, so that none is asked twice.
 type questions struct {
-	mu   sync.Mutex
+	mu sync.Mutex
+	// open says of each question whether its answer is overdue.
 	open map[string]bool
 }
 
@@ -48,6 +49,7 @@ func (q *questions) ask(path string, stat func() (mountRoot, error)) (mountRoot,
 	case a := <-answered:
 		return a.mountRoot, a.err
 	case <-timer.C:
+		q.setOverdue(path)
 		return mountRoot{}, errNoAnswer
 	}
 }
@@ -55,18 +57,26 @@ func (q *questions) ask(path string, stat func() (mountRoot, error)) (mountRoot,
 func (q *questions) begin(path string) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.open[path] {
+	if _, isOpen := q.open[path]; isOpen {
 		return false
 	}
 	if q.open == nil {
 		q.open = map[string]bool{}
 	}
-	q.open[path] = true
+	q.open[path] = false
 	return true
 }
 
-// isOpen reports whether the file system at a path has been asked and has not answered yet.
-func (q *questions) isOpen(path string) bool {
+func (q *questions) setOverdue(path string) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if _, isOpen := q.open[path]; isOpen {
+		q.open[path] = true
+	}
+}
+
+// isOverdue reports whether the file system at a path has been asked and has not answered in time.
+func (q *questions) isOverdue(path string) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.open[path]
