@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sync/singleflight"
@@ -170,7 +171,7 @@ func (d diskImage) check(ctx context.Context) error {
 	case result := <-checked:
 		return result.Err
 	case <-ctx.Done():
-		return fmt.Errorf("%w: the disk image %s is being checked by %s, which goes on; try again later: %w",
+		return fmt.Errorf("%w: the disk image %s is being checked by %s, which goes on; try again later (%s)",
 			errdefs.ErrUnavailable, d.file(), checkExt4, context.Cause(ctx))
 	}
 }
@@ -227,13 +228,27 @@ func (d diskImage) Release(ctx context.Context) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := d.innerMount.Release(ctx); err != nil || loop == nil {
+	err = d.innerMount.Release(ctx)
+	if loop == nil {
 		return err
 	}
 	loop.Close()
-	// It stays where a container that has not ended still uses it.
-	_ = linux.RemoveLoop(loop.Name())
+	if err != nil {
+		return err
+	}
+	removeLoop(loop.Name())
 	return nil
+}
+
+// removeLoop removes a loop device. Others may have it open for a moment: udev, or whoever looks for the device of another file. It stays
+// where a container that has not ended still uses it.
+func removeLoop(name string) {
+	for range 5 {
+		if err := linux.RemoveLoop(name); !errors.Is(err, syscall.EBUSY) {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
 }
 
 // Discard releases and discards the image.

@@ -64,6 +64,10 @@ func (d diskImage) build(ctx context.Context) error {
 	if err := image.Truncate(d.limit.Bytes); err != nil {
 		return fmt.Errorf("%w (the data root's file system may not support files of that size)", err)
 	}
+	// On a full disk mkfs.ext4 says in words only that there is no space.
+	if err := d.reserveAll(image); err != nil {
+		return err
+	}
 	if err := d.format(ctx, image); err != nil {
 		return err
 	}
@@ -115,8 +119,25 @@ func (d diskImage) reserveAll(image *os.File) error {
 	if err != nil {
 		return err
 	}
-	if err := linux.Reserve(image, info.Size()); err != nil {
-		return reserveError(image.Name(), info.Size(), err)
+	return reserve(image, info.Size())
+}
+
+// reserve reserves the disk for the first bytes of an image. It looks first whether they fit: fallocate(2) that fails takes until then,
+// and on some file systems afterwards too, what others need.
+func reserve(image *os.File, bytes int64) error {
+	stat, err := linux.StatFile(image)
+	if err != nil {
+		return err
+	}
+	disk, err := linux.FileSystemUsage(image)
+	if err != nil {
+		return err
+	}
+	if bytes-stat.DiskBytes() > disk.Bytes.Available {
+		return reserveError(image.Name(), bytes, syscall.ENOSPC)
+	}
+	if err := linux.Reserve(image, bytes); err != nil {
+		return reserveError(image.Name(), bytes, err)
 	}
 	return nil
 }
@@ -135,8 +156,8 @@ func (d diskImage) extend(bytes int64) error {
 	}
 	if d.sparse {
 		err = image.Truncate(bytes)
-	} else if err = linux.Reserve(image, bytes); err != nil {
-		err = errors.Join(reserveError(image.Name(), bytes, err), image.Truncate(info.Size()))
+	} else if err = reserve(image, bytes); err != nil {
+		err = errors.Join(err, image.Truncate(info.Size()))
 	}
 	if err != nil {
 		return err

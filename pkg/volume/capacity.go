@@ -45,10 +45,6 @@ func newLedger(config Config, uppers uppers) *ledger {
 func (m *Manager) Capacity(ctx context.Context) (int64, error) { return m.ledger.available(ctx) }
 
 func (l *ledger) available(ctx context.Context) (int64, error) {
-	disk, err := linux.FileSystemUsageAt(l.root)
-	if err != nil {
-		return 0, err
-	}
 	// Before the records: one that is read later than its growth ends has the new size.
 	growing := l.allGrowing()
 	ids, err := l.records.List()
@@ -66,6 +62,11 @@ func (l *ledger) available(ctx context.Context) (int64, error) {
 		reservedHere, allocatedHere := l.reservedFor(ctx, r)
 		reserved += reservedHere
 		allocated += allocatedHere
+	}
+	// After the uppers: what is reserved for one meanwhile does not count as free and as its own.
+	disk, err := linux.FileSystemUsageAt(l.root)
+	if err != nil {
+		return 0, err
 	}
 	return max(l.allocatable(disk.Bytes.Available+allocated)-reserved, 0), nil
 }
