@@ -236,29 +236,45 @@ func (c *checker) check(ctx context.Context, r *record.Record, target string) ([
 
 // checkView checks a view, and returns whether it is mounted.
 func (c *checker) checkView(ctx context.Context, current *healthCheck, r *record.Record, p *record.Publication) (mounted bool) {
-	found := &current.found
 	current.asks("the view at " + p.Target)
 	live, err := c.views.isLive(p)
-	if err != nil {
-		found.add(Inaccessible, reasonNotMounted, err.Error())
+	switch {
+	case err != nil:
+		current.found.add(Inaccessible, reasonNotMounted, err.Error())
 		return false
-	}
-	if !live {
-		if c.isExpected(r.ID, p.Target) {
-			found.add(Inaccessible, reasonNotMounted,
-				fmt.Sprintf("nothing is mounted at %s; kubelet mounts it when it starts the pod again", p.Target))
+	case live:
+		found := c.checkMounted(ctx, current, r, p)
+		if live, err := c.views.isLive(p); err == nil && !live {
+			// The operation that has unmounted it meanwhile has released its upper.
+			return false
 		}
+		for _, f := range found {
+			current.found.add(f.Severity, f.Reason, f.Message)
+		}
+		return true
+	case !c.isExpected(r.ID, p.Target):
 		return false
 	}
+	// A publish may have ended since.
+	if live, err := c.views.isLive(p); err == nil && live {
+		return true
+	}
+	current.found.add(Inaccessible, reasonNotMounted,
+		fmt.Sprintf("nothing is mounted at %s; kubelet mounts it when it starts the pod again", p.Target))
+	return false
+}
+
+// checkMounted returns what is wrong with a view that is mounted.
+func (c *checker) checkMounted(ctx context.Context, current *healthCheck, r *record.Record, p *record.Publication) (found findings) {
 	for i, fingerprint := range p.Fingerprints {
 		current.asks("layer " + p.LowerDirs[i])
 		found.addError(layer.CheckUnchanged(p.LowerDirs[i], fingerprint), mountedLayer)
 	}
 	if hasUpper(r) {
 		current.asks("the upper of " + p.Target)
-		addUpper(ctx, found, c.uppers.open(r, p))
+		addUpper(ctx, &found, c.uppers.open(r, p))
 	}
-	return true
+	return found
 }
 
 // isExpected reports whether a view must be mounted that is in the record: an operation in progress may be about to mount or unmount

@@ -60,10 +60,12 @@ func (m *Manager) reconcileVolume(ctx context.Context, id string) error {
 	case err != nil:
 		return err
 	}
+	var failed error
 	for _, p := range r.Publications {
-		if err := m.reconcilePublication(ctx, r, p); err != nil {
-			return err
-		}
+		failed = errors.Join(failed, m.reconcilePublication(ctx, r, p))
+	}
+	if failed != nil {
+		return failed
 	}
 	if len(r.Publications) == 0 && !r.Spec.Persistent() {
 		return m.unrecorded.discard(ctx, id)
