@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"unicode/utf8"
 
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -35,25 +36,41 @@ func NewDocuments() *Documents {
 	return &Documents{semaphore.NewWeighted(smallMemory), semaphore.NewWeighted(largeMemory)}
 }
 
-// read fetches a document and parses it. It waits until there is memory for both, or ctx is done. What parse keeps is not accounted for
-// any more when read returns. fetch must not take without end.
+// read fetches a document and parses it. It waits until there is memory, or ctx is done: for a small document to parse it, so that a
+// registry that sends slowly delays nobody else, and for a large one to fetch it too. What parse keeps is not accounted for any more when
+// read returns. fetch must not take without end.
 func (d *Documents) read(ctx context.Context, descriptor ocispec.Descriptor, fetch Fetch, parse func(data []byte) error) error {
 	if descriptor.Size < 0 || descriptor.Size > MaxDocumentSize {
 		return fmt.Errorf("%w: document %s has %d bytes; the maximum is %d",
 			errdefs.ErrInvalidArgument, truncate(string(descriptor.Digest)), descriptor.Size, MaxDocumentSize)
 	}
-	memory := d.large
-	if descriptor.Size <= smallDocument {
-		memory = d.small
-	}
 	cost := descriptor.Size * documentCost
-	if err := memory.Acquire(ctx, cost); err != nil {
-		return fmt.Errorf("%w: wait for other images to be read: %w", errdefs.ErrUnavailable, err)
+	acquire := func(memory *semaphore.Weighted) error {
+		if err := memory.Acquire(ctx, cost); err != nil {
+			return fmt.Errorf("%w: wait for other images to be read: %w", errdefs.ErrUnavailable, err)
+		}
+		return nil
 	}
-	defer memory.Release(cost)
+	isSmall := descriptor.Size <= smallDocument
+	if !isSmall {
+		if err := acquire(d.large); err != nil {
+			return err
+		}
+		defer d.large.Release(cost)
+	}
 	data, err := fetch(ctx, descriptor)
 	if err != nil {
 		return err
+	}
+	if isSmall {
+		if err := acquire(d.small); err != nil {
+			return err
+		}
+		defer d.small.Release(cost)
+	}
+	// encoding/json makes three bytes of each invalid one.
+	if !utf8.Valid(data) {
+		return fmt.Errorf("%w: document %s is not text in UTF-8", errdefs.ErrInvalidArgument, truncate(string(descriptor.Digest)))
 	}
 	return parse(data)
 }

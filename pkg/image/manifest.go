@@ -118,7 +118,22 @@ func parseManifest(data []byte) (manifestOrIndex, error) {
 			return d, err
 		}
 	}
-	return d, d.checkTexts()
+	if err := d.checkTexts(); err != nil || isIndex {
+		return d, err
+	}
+	return d.bounded(), nil
+}
+
+// bounded returns a manifest with only what has a bound: a pull keeps it while it waits for the configuration.
+func (d manifestOrIndex) bounded() manifestOrIndex {
+	d.MediaType = ""
+	config := descriptor{MediaType: d.Config.MediaType, Digest: d.Config.Digest, Size: d.Config.Size}
+	d.Config = &config
+	for i := range d.Layers.items {
+		layer := &d.Layers.items[i]
+		layer.Platform, layer.Annotations.ReferenceType, layer.Annotations.RefName = nil, "", ""
+	}
+	return d
 }
 
 // checkTexts returns an error if the media types and names of the layers are too long together.

@@ -156,3 +156,24 @@ func TestEncryptedLayer(t *testing.T) {
 		t.Errorf("the error is %v", err)
 	}
 }
+
+// TestManifestKeepsOnlyWhatHasABound: a pull keeps the manifest while it waits for the configuration, for minutes.
+func TestManifestKeepsOnlyWhatHasABound(t *testing.T) {
+	long := strings.Repeat("x", 1<<20)
+	names := map[string]string{"org.opencontainers.image.ref.name": long, "vnd.docker.reference.type": long, "org.opencontainers.image.title": "f"}
+	layer, config := blobOf("x/y", names), blobOf("x/config", names)
+	layer.Platform, config.Platform = &ocispec.Platform{OS: long}, &ocispec.Platform{OS: long}
+	data, err := json.Marshal(ocispec.Manifest{MediaType: long, Config: config, Layers: []ocispec.Descriptor{layer}})
+	must(t, err)
+	got, err := parseManifest(data)
+	must(t, err)
+	if left := fmt.Sprintf("%+v %+v", got, *got.Config); len(left) > 1<<10 || got.Layers.items[0].Annotations.Title != "f" {
+		t.Errorf("%d bytes are kept", len(left))
+	}
+	err = NewDocuments().read(t.Context(), ocispec.Descriptor{Size: 3}, func(context.Context, ocispec.Descriptor) ([]byte, error) {
+		return []byte{'"', 0xff, '"'}, nil
+	}, func([]byte) error { return nil })
+	if !errdefs.IsInvalidArgument(err) {
+		t.Errorf("a document that is not UTF-8: %v", err)
+	}
+}
