@@ -39,7 +39,8 @@ type builder struct {
 func (b *builder) build(
 	ctx context.Context, dir *workDir, blob image.LayerBlob, content io.Reader, holders func() []access.ID,
 ) (Layer, error) {
-	if b.catalogue.has(blob, anyLayer) {
+	if id, err := b.catalogue.acquireBlob(blob, anyLayer); err == nil {
+		defer b.catalogue.unref([]digest.Digest{id})
 		return b.verify(ctx, dir, blob, content, holders)
 	}
 	layer, err := b.unpack(ctx, dir, blob, content)
@@ -81,6 +82,10 @@ func (b *builder) verify(
 	compressed := image.NewVerifyingReader(blob, content)
 	diffID, err := b.hashTar(ctx, blob, compressed)
 	if err != nil {
+		if ctx.Err() != nil {
+			// The rest of the blob is of no interest.
+			return Layer{}, fmt.Errorf("verify layer %s: %w", blob.Descriptor.Digest, err)
+		}
 		return Layer{}, compressed.ExplainUnpackError(err)
 	}
 	if err := compressed.Verify(); err != nil {
@@ -153,6 +158,10 @@ func (b *builder) unpack(ctx context.Context, dir *workDir, blob image.LayerBlob
 	uncompressed := &hashingReader{hash: sha256.New()}
 	result, err := b.unpackTar(ctx, dir, blob, compressed, uncompressed)
 	if err != nil {
+		if ctx.Err() != nil {
+			// The rest of the blob is of no interest.
+			return Layer{}, fmt.Errorf("unpack layer %s: %w", blob.Descriptor.Digest, err)
+		}
 		return Layer{}, compressed.ExplainUnpackError(err)
 	}
 	if err := compressed.Verify(); err != nil {

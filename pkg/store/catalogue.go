@@ -280,6 +280,14 @@ func (c *catalogue) listImages() []Image {
 	return list
 }
 
+// mayUse reports whether a layer is present and may be used.
+func (c *catalogue) mayUse(id digest.Digest, mayUse func(Layer) bool) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	layer := c.layers[id]
+	return layer != nil && mayUse(layer.Layer)
+}
+
 // hasLayersLocked reports whether all layers of an image are present.
 func (c *catalogue) hasLayersLocked(image *Image) bool {
 	return !slices.ContainsFunc(image.Layers, func(layer ImageLayer) bool { return c.layers[layer.DiffID] == nil })

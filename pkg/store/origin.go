@@ -6,13 +6,14 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
-	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
@@ -86,8 +87,24 @@ func (o *registryOrigin) holders() []access.ID {
 	return o.access.LayerHolders(tenantOf(o.repository), o.login())
 }
 
+// accept remembers the login that the registry accepted for an image. If it asked for none, but a layer was used that is not public, the
+// image is not public either: the layer was there, and was not asked for.
 func (o *registryOrigin) accept(img *Image) error {
-	return o.access.AcceptImage(img.Digest, o.repository.Named().Name(), o.login())
+	logins := []string{o.login()}
+	if logins[0] == access.Anonymous && !o.isPublic(img) {
+		logins = o.repository.Logins()
+	}
+	var failed error
+	for _, login := range logins {
+		failed = errors.Join(failed, o.access.AcceptImage(img.Digest, o.repository.Named().Name(), login))
+	}
+	return failed
+}
+
+// isPublic reports whether everybody may use all layers of an image.
+func (o *registryOrigin) isPublic(img *Image) bool {
+	mayUse := func(layer Layer) bool { return o.access.MayUseLayer(layer.Holders, access.Tenant{}) }
+	return !slices.ContainsFunc(img.Layers, func(layer ImageLayer) bool { return !o.builder.catalogue.mayUse(layer.DiffID, mayUse) })
 }
 
 // login returns the login that the registry has accepted.
@@ -200,6 +217,9 @@ type archiveOrigin struct {
 	builder   *builder
 	workDirs  *workDirs
 	access    *access.Verifier
+	// imports bounds how many archives are open at the same time: their indexes and decompressors take memory.
+	imports  *semaphore.Weighted
+	isOpened bool
 	// archive is nil for the tar of a root file system. describe sets it.
 	archive *image.Archive
 	dir     *workDir
@@ -213,6 +233,9 @@ func (o *archiveOrigin) close() error {
 	if o.dir != nil {
 		err = o.dir.discard()
 		o.dir.release()
+	}
+	if o.isOpened {
+		o.imports.Release(1)
 	}
 	return errors.Join(err, o.file.Close())
 }
@@ -231,7 +254,11 @@ func (o *archiveOrigin) accept(*Image) error { return nil }
 func (o *archiveOrigin) source() source { return source{repository: o.identity.Key().String()} }
 
 func (o *archiveOrigin) describe(ctx context.Context) (Image, []image.LayerBlob, error) {
-	var err error
+	err := o.imports.Acquire(ctx, 1)
+	if err != nil {
+		return Image{}, nil, context.Cause(ctx)
+	}
+	o.isOpened = true
 	if o.dir, err = o.workDirs.acquire(archiveWorkDirName(o.identity)); err != nil {
 		return Image{}, nil, err
 	}
@@ -265,13 +292,20 @@ func (o *archiveOrigin) fetch(ctx context.Context, blob image.LayerBlob, dirName
 		return Layer{}, errors.Join(err, dir.discard())
 	}
 	defer content.Close()
-	layer, err := o.builder.build(ctx, dir, blob, progress.reader(content), o.holders)
+	counted := progress.reader(content)
+	unchanged := readerFunc(func(buffer []byte) (int, error) {
+		n, err := counted.Read(buffer)
+		if err == io.EOF {
+			// Before the layer is committed, and may be used.
+			if changed := o.checkUnchanged(); changed != nil {
+				return n, changed
+			}
+		}
+		return n, err
+	})
+	layer, err := o.builder.build(ctx, dir, blob, unchanged, o.holders)
 	if err != nil {
 		return Layer{}, errors.Join(o.builder.explainDiskFull(blob, err), dir.discard())
-	}
-	if err := o.checkUnchanged(); err != nil {
-		o.builder.catalogue.unref([]digest.Digest{layer.DiffID})
-		return Layer{}, err
 	}
 	return layer, nil
 }

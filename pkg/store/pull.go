@@ -218,6 +218,12 @@ func (p *puller) pull(ctx context.Context, current *pull, from origin) (*Image, 
 		return nil, err
 	}
 	defer p.hold(current, blobs)()
+	// What is present must not be removed to make room for the rest.
+	for _, blob := range blobs {
+		if id, err := p.catalogue.acquireBlob(blob, current.mayUse); err == nil {
+			current.hold(id)
+		}
+	}
 	if err := p.reserve(ctx, current); err != nil {
 		return nil, err
 	}

@@ -127,13 +127,16 @@ func (p *puller) outstandingLocked(pulls []*pull) int64 {
 	for _, current := range pulls {
 		for _, blob := range current.blobs {
 			key := fetchKeyOf(blob, current.from)
-			if seen[key] || p.catalogue.has(blob, current.mayUse) {
+			if seen[key.shared()] || p.catalogue.has(blob, current.mayUse) {
 				continue
 			}
-			seen[key] = true
+			seen[key.shared()] = true
 			size := blob.Descriptor.Size
 			received, unpacked := p.fetcher.progress(blob, current.from)
-			total += max(size-unpacked, 0)
+			// A layer of others is only read and verified.
+			if !p.catalogue.has(blob, anyLayer) {
+				total += max(size-unpacked, 0)
+			}
 			if current.from.host != "" {
 				downloads = append(downloads, max(size-max(received, current.onDisk[key]), 0))
 			}

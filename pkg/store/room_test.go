@@ -146,6 +146,25 @@ func TestPullsReserveTheirSpace(t *testing.T) {
 	n.mustPull(pinnedB)
 }
 
+// TestPullKeepsWhatItHas makes room for a layer of an image whose other layer is the least recently used one of the node.
+func TestPullKeepsWhatItHas(t *testing.T) {
+	n := newNodeIn(t, newDisk(t, "size=64m"))
+	r := n.startRegistry(registrytest.Options{})
+	old, layerOfOld := random(t, "old", 20<<20)
+	newer, _ := random(t, "newer", 28<<20)
+	_, missing := random(t, "missing", 14<<20)
+	n.pullUnused(push(t, r, "old:1", old))
+	n.pullUnused(push(t, r, "newer:1", newer))
+	pinned := push(t, r, "old:2", image(t, layerOfOld, missing))
+	r.Requests()
+	n.mustPull(pinned)
+	for _, request := range r.Requests() {
+		if strings.HasPrefix(request, "GET") && strings.Contains(request, mustHex(t, layerOfOld)) {
+			t.Errorf("what was there was downloaded again: %s", request)
+		}
+	}
+}
+
 // TestDownloadLeavesTheReserve: somebody else fills the disk amid a download.
 func TestDownloadLeavesTheReserve(t *testing.T) {
 	dir := newDisk(t, "size=64m")

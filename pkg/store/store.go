@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
@@ -39,6 +40,10 @@ type Config struct {
 	Prefetch []string
 }
 
+// maxImports is the maximum number of archives that are open at the same time. The index of one takes up to 30 MiB, and its decompressor
+// twice the largest window of zstd.
+const maxImports = 2
+
 // Store is the layer store of one node. Only one process may use it at a time.
 type Store struct {
 	catalogue  *catalogue
@@ -51,6 +56,7 @@ type Store struct {
 	access     *access.Verifier
 	platform   platforms.MatchComparer
 	documents  *image.Documents
+	imports    *semaphore.Weighted
 
 	stop context.CancelFunc
 	work sync.WaitGroup
@@ -90,7 +96,7 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 	ctx, stop := context.WithCancel(ctx)
 	s := &Store{
 		catalogue: catalogue, workDirs: workDirs, registries: registries, access: verifier, platform: platforms.Default(),
-		documents: image.NewDocuments(), stop: stop,
+		documents: image.NewDocuments(), imports: semaphore.NewWeighted(maxImports), stop: stop,
 		builder:    &builder{layout: layout, catalogue: catalogue, limits: limits, syncer: newSyncer(root.Dir())},
 		prefetcher: &prefetcher{catalogue: catalogue, names: config.Prefetch, resolved: map[string]digest.Digest{}},
 	}
@@ -196,7 +202,7 @@ func (s *Store) Import(ctx context.Context, name string, file *os.File, wanted d
 	present := func() (*Image, error) { return s.catalogue.acquireArchive(identity) }
 	imported, err := s.puller.acquire(ctx, pullKey{image: identity.Key()}, name, present, &archiveOrigin{
 		identity: identity, file: file, platform: s.platform, documents: s.documents,
-		builder: s.builder, workDirs: s.workDirs, access: s.access,
+		builder: s.builder, workDirs: s.workDirs, access: s.access, imports: s.imports,
 	})
 	if err != nil {
 		return nil, err
