@@ -24,7 +24,7 @@ import (
 //	access                               which logins registries accepted for which images (package access)
 //
 // A layer is unpacked in incoming, verified, and synced. Then its directory is renamed to its diff ID. It is therefore
-// either complete or absent. Layers in layers/sha256 are not modified. An image is written after its layers.
+// either complete or absent. The tree of a layer in layers/sha256 is not modified. An image is written after its layers.
 const (
 	layersName   = "layers"
 	sha256Name   = "sha256"

@@ -18,7 +18,7 @@ var errSlotLost = errors.New("another layer gets the slot of this slow download"
 //
 //   - No registry has all of the slots, if there is more than one. Archives count as one registry.
 //   - A free slot goes to the registry that has the fewest, and there to the fetch that has waited longest.
-//   - A fetch that has waited for slotTurn gets the slot of the slowest download, which waits again.
+//   - When a fetch has waited for slotTurn, the slowest download gives its slot up and waits again.
 type slots struct {
 	total int
 
