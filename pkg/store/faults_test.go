@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
@@ -22,11 +23,19 @@ import (
 // incompressible returns a file of size bytes that does not compress.
 func incompressible(size int) registrytest.Entry {
 	data := make([]byte, size)
-	random := rand.New(rand.NewPCG(1, 2))
-	for i := range data {
-		data[i] = byte(random.Uint32())
-	}
+	_, _ = rand.NewChaCha8([32]byte{}).Read(data)
 	return registrytest.File("random", string(data))
+}
+
+// largeLayer returns a layer of one file of size bytes that is not compressed, which takes long under the race detector. Each name has
+// another content.
+func largeLayer(t *testing.T, name string, size int) v1.Layer {
+	t.Helper()
+	entry := incompressible(size)
+	entry.Content = name + entry.Content
+	l, err := registrytest.LayerOf(mustTar(t, entry))
+	must(t, err)
+	return l
 }
 
 // TestRegistryFails checks that a pull resumes after each transient failure of a registry.

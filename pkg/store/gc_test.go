@@ -113,9 +113,8 @@ func TestCollectByThresholdsAndAge(t *testing.T) {
 	})
 	r := n.startRegistry(registrytest.Options{})
 	for i := range 5 {
-		entry := incompressible(8 << 20)
-		entry.Content = fmt.Sprint(i) + entry.Content
-		lease, err := n.pull(push(t, r, fmt.Sprint("i", i, ":1"), image(t, layer(t, entry))), "", registry.Credentials{})
+		large := largeLayer(t, fmt.Sprint(i), 8<<20)
+		lease, err := n.pull(push(t, r, fmt.Sprint("i", i, ":1"), image(t, large)), "", registry.Credentials{})
 		must(t, err)
 		lease.Release()
 		eventually(t, func() bool { return len(mustGlob(t, filepath.Join(dir, "trash/*"))) == 0 })

@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -153,12 +152,8 @@ func TestDiskFull(t *testing.T) {
 	r := n.startRegistry(registrytest.Options{})
 	filler := filepath.Join(dir, "others")
 	must(t, os.WriteFile(filler, bytes.Repeat([]byte("x"), 40<<20), 0o644))
-	random := make([]byte, 16<<20)
-	for i := range random {
-		random[i] = byte(rand.Uint32())
-	}
 	// The layer compresses well: the disk has space for the download, but not for the files.
-	l := layer(t, registrytest.File("small", "x"), registrytest.File("big", strings.Repeat(string(random[:1000]), 30_000)))
+	l := layer(t, registrytest.File("small", "x"), registrytest.File("big", strings.Repeat(incompressible(1000).Content, 30_000)))
 	pinned := push(t, r, "a:1", image(t, l))
 	_, err := n.pull(pinned, "", registry.Credentials{})
 	wantError(t, err, "is full", dir, "no space left")
@@ -168,12 +163,12 @@ func TestDiskFull(t *testing.T) {
 	lease := n.mustPull(pinned)
 	wantFileSize(t, filepath.Join(lease.Dirs[0].Name(), "big"), 30_000_000)
 	// A download that is too large is refused before it starts.
-	incompressible := layer(t, registrytest.File("big", string(bytes.Repeat(random, 4))))
+	large := largeLayer(t, "", 64<<20)
 	r.Requests()
-	_, err = n.pull(push(t, r, "b:1", image(t, incompressible)), "", registry.Credentials{})
+	_, err = n.pull(push(t, r, "b:1", image(t, large)), "", registry.Credentials{})
 	wantError(t, err, "to download", dir)
 	for _, request := range r.Requests() {
-		if strings.HasPrefix(request, "GET") && strings.Contains(request, mustHex(t, incompressible)) {
+		if strings.HasPrefix(request, "GET") && strings.Contains(request, mustHex(t, large)) {
 			t.Errorf("it was downloaded: %s", request)
 		}
 	}

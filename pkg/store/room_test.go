@@ -31,9 +31,7 @@ func (l sized) Size() (int64, error) { return l.size, nil }
 // random is an image of one layer with a file that does not compress. Each name has another content.
 func random(t *testing.T, name string, size int) (v1.Image, v1.Layer) {
 	t.Helper()
-	entry := incompressible(size)
-	entry.Content = name + entry.Content
-	l := layer(t, entry)
+	l := largeLayer(t, name, size)
 	return image(t, l), l
 }
 
@@ -150,9 +148,9 @@ func TestPullsReserveTheirSpace(t *testing.T) {
 func TestPullKeepsWhatItHas(t *testing.T) {
 	n := newNodeIn(t, newDisk(t, "size=64m"))
 	r := n.startRegistry(registrytest.Options{})
-	old, layerOfOld := random(t, "old", 20<<20)
-	newer, _ := random(t, "newer", 28<<20)
-	_, missing := random(t, "missing", 14<<20)
+	old, layerOfOld := random(t, "old", 10<<20)
+	newer, _ := random(t, "newer", 14<<20)
+	_, missing := random(t, "missing", 22<<20)
 	n.pullUnused(push(t, r, "old:1", old))
 	n.pullUnused(push(t, r, "newer:1", newer))
 	pinned := push(t, r, "old:2", image(t, layerOfOld, missing))
@@ -205,7 +203,7 @@ func TestUnpackingMakesRoom(t *testing.T) {
 		unused v1.Layer
 		layer  v1.Layer
 	}{
-		"bytes":  {"size=64m", layer(t, incompressible(24<<20)), layer(t, registrytest.File("big", strings.Repeat(pattern, 50_000)))},
+		"bytes":  {"size=64m", largeLayer(t, "", 24<<20), layer(t, registrytest.File("big", strings.Repeat(pattern, 50_000)))},
 		"inodes": {"size=64m,nr_inodes=200", layer(t, files...), layer(t, append(files, registrytest.File("more", "x"))...)},
 	} {
 		for _, reserve := range []int{0, 10} {
