@@ -160,7 +160,9 @@ func TestEncryptedLayer(t *testing.T) {
 // TestManifestKeepsOnlyWhatHasABound: a pull keeps the manifest while it waits for the configuration, for minutes.
 func TestManifestKeepsOnlyWhatHasABound(t *testing.T) {
 	long := strings.Repeat("x", 1<<20)
-	names := map[string]string{"org.opencontainers.image.ref.name": long, "vnd.docker.reference.type": long, "org.opencontainers.image.title": "f"}
+	names := map[string]string{
+		"org.opencontainers.image.ref.name": long, "vnd.docker.reference.type": long, "org.opencontainers.image.title": "f",
+	}
 	layer, config := blobOf("x/y", names), blobOf("x/config", names)
 	layer.Platform, config.Platform = &ocispec.Platform{OS: long}, &ocispec.Platform{OS: long}
 	data, err := json.Marshal(ocispec.Manifest{MediaType: long, Config: config, Layers: []ocispec.Descriptor{layer}})
