@@ -3,6 +3,7 @@ package integration
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -17,7 +18,10 @@ import (
 func newContainerNode(t *testing.T, args ...string) *drivertest.Node {
 	t.Helper()
 	script := filepath.Join(t.TempDir(), "overlay-csi")
-	content := fmt.Sprintf("#!/bin/sh\nexec unshare --mount --propagation unchanged %s \"$@\"\n", driverBinary(t))
+	// The shell of busybox takes its own unshare, which cannot do this, for a name without a path.
+	unshare, err := exec.LookPath("unshare")
+	mustRun(t, err)
+	content := fmt.Sprintf("#!/bin/sh\nexec %s --mount --propagation unchanged %s \"$@\"\n", unshare, driverBinary(t))
 	must(t, os.WriteFile(script, []byte(content), 0o755))
 	node := newNodeOf(t, script, args...)
 	must(t, unix.Mount(node.KubeletDir, node.KubeletDir, "", unix.MS_BIND, ""))
