@@ -73,7 +73,7 @@ func atByTable(path string, statErr error) (Mounted, error) {
 	}
 	switch {
 	case len(mounts) == 0 && errors.Is(statErr, errNoAnswer):
-		// What does not answer is the answer to another goroutine, or of what has been unmounted since.
+		// Another goroutine is asking, or what does not answer has been unmounted since.
 		return Nothing, nil
 	case len(mounts) == 0:
 		return Nothing, statErr

@@ -256,7 +256,7 @@ func (o *archiveOrigin) source() source { return source{repository: o.identity.K
 func (o *archiveOrigin) describe(ctx context.Context) (Image, []image.LayerBlob, error) {
 	err := o.imports.Acquire(ctx, 1)
 	if err != nil {
-		return Image{}, nil, context.Cause(ctx)
+		return Image{}, nil, fmt.Errorf("wait until other archives are imported: %w", context.Cause(ctx))
 	}
 	o.isOpened = true
 	if o.dir, err = o.workDirs.acquire(archiveWorkDirName(o.identity)); err != nil {

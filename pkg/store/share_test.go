@@ -137,17 +137,7 @@ func TestAbandonedPullEnds(t *testing.T) {
 	r := n.startRegistry(registrytest.Options{})
 	l := layer(t, incompressible(size))
 	pinned := push(t, r, "a:1", image(t, l))
-	halfway := make(chan struct{})
-	var once sync.Once
-	r.SetFault(func(w http.ResponseWriter, request *http.Request) bool {
-		if registrytest.IsBlob(request, mustHex(t, l)) {
-			w.(*registrytest.ResponseWriter).StopAfter(size/2, func() {
-				once.Do(func() { close(halfway) })
-				<-request.Context().Done()
-			})
-		}
-		return false
-	})
+	halfway, _ := stopHalfway(t, r, l)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	request := make(chan error, 1)
