@@ -2,6 +2,7 @@ package upper_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -84,6 +85,41 @@ func TestBackends(t *testing.T) {
 			}
 			uppertest.Run(t, suite)
 		})
+	}
+}
+
+// TestDiscardIsCutOff: what a Discard that ended half-way leaves of an upper is either there to be discarded again, or not in the way
+// of a new one. The kernel refuses a new view whose work directory has the mark of a volatile one.
+func TestDiscardIsCutOff(t *testing.T) {
+	root := newDataRoot(t, "tmpfs")
+	var discarded int
+	errCutOff := errors.New("the process was killed")
+	backends := upper.NewBackends(upper.Config{Root: root, MountDir: t.TempDir(), Commands: utilexec.New(), Discard: func(path string) error {
+		if discarded++; discarded > 1 {
+			return errCutOff
+		}
+		return os.RemoveAll(path)
+	}})
+	u := newUpper(t, backends, root, upper.Location{Backend: upper.Directory, Base: "base", Ephemeral: true})
+	prepare := func() upper.Dirs {
+		dirs, err := u.Prepare(t.Context(), upper.RootAttr{Mode: 0o755})
+		if err != nil {
+			t.Fatal(err)
+		}
+		dirs.Close()
+		return dirs
+	}
+	prepare()
+	_, work := u.Paths()
+	mark := filepath.Join(work, "work", "incompat", "volatile")
+	if err := os.MkdirAll(mark, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := u.Discard(t.Context()); !errors.Is(err, errCutOff) {
+		t.Fatalf("Discard = %v, want that it is cut off", err)
+	}
+	if _, err := os.Stat(mark); !prepare().Existed && err == nil {
+		t.Error("the upper is new, and its work directory has the mark of the view before")
 	}
 }
 

@@ -62,10 +62,14 @@ func (d directory) Yield() error { return nil }
 
 func (d directory) Release(context.Context) error { return nil }
 
-// Discard leaves the base directory, which also has the volume's record.
+// Discard leaves the base directory, which also has the volume's record. The upper goes last: it tells the next process that there is
+// something to discard, and a work directory that outlives it may have the mark with which the kernel refuses a new view.
 func (d directory) Discard(context.Context) error {
 	upper, work := d.Paths()
-	return errors.Join(d.discard(upper), d.discard(work))
+	if err := d.discard(work); err != nil {
+		return err
+	}
+	return d.discard(upper)
 }
 
 func (d directory) Grow(context.Context, Limit) error { return nil }

@@ -317,7 +317,7 @@ func (u fakeUpper) Release(context.Context) error {
 
 func (u fakeUpper) Discard(ctx context.Context) error {
 	upperPath, workPath := u.Paths()
-	return errors.Join(u.Release(ctx), fakeRoot{u.n}.Discard(upperPath), fakeRoot{u.n}.Discard(workPath))
+	return errors.Join(u.Release(ctx), fakeRoot{u.n}.Discard(workPath), fakeRoot{u.n}.Discard(upperPath))
 }
 
 func (u fakeUpper) Grow(_ context.Context, limit upper.Limit) error {
