@@ -42,8 +42,9 @@ type Config struct {
 	Commands commands
 	// Mounter mounts and unmounts busy mounts, for pod-volume.
 	Mounter busyMounter
-	// InUse reports whether a holder on this node still has its publication, for pod-volume.
-	InUse func(LockHolder) bool
+	// InUse reports whether a holder on this node still has its publication, and where its upper is by its record, for pod-volume. Both
+	// are as good as the record: where that cannot be read, at is zero and inUse true.
+	InUse func(LockHolder) (at PodVolumePath, inUse bool)
 }
 
 // Backends chooses backends and opens uppers on one data root.
@@ -174,7 +175,7 @@ func (b *Backends) Open(at Location) Upper {
 	case Tmpfs:
 		return tmpfs{b.innerMount(at.Base), at.Limit}
 	case PodVolume:
-		return podVolume{at.PodVolume, at.PodDir, at.Holder, at.Layers, b.config.InUse, b.config.Mounter, b.handles}
+		return podVolume{at.PodVolume, at.PodDir, at.Holder, at.Layers, holders{b.config.InUse}, b.config.Mounter, b.handles}
 	case Directory:
 	}
 	return dir

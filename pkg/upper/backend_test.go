@@ -41,7 +41,7 @@ func newBackends(t *testing.T, root *os.File) *upper.Backends {
 	t.Helper()
 	return upper.NewBackends(upper.Config{
 		Root: root, MountDir: t.TempDir(), Discard: os.RemoveAll, Commands: utilexec.New(),
-		Mounter: bindMounter{}, InUse: func(upper.LockHolder) bool { return true },
+		Mounter: bindMounter{}, InUse: func(upper.LockHolder) (upper.PodVolumePath, bool) { return upper.PodVolumePath{}, true },
 	})
 }
 

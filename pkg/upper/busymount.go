@@ -121,11 +121,36 @@ func (p podVolume) detach(volume, base *os.File) (detached bool, err error) {
 }
 
 // isOfAnother reports whether a busy mount belongs to another view of this node. The pod may have moved the busy mount and removed or
-// falsified the lock file in it: it is of another view only if that one is known. A busy mount that is taken for that of this view by
-// mistake is of the same pod, and Hold replaces it.
+// falsified the lock file in it: it is of another view only if that one is known to have its upper in this volume. A busy mount that is
+// taken for that of this view by mistake is of the same pod, and Hold replaces it.
 func (p podVolume) isOfAnother(base *os.File) bool {
 	file, _, err := readLockFile(base)
-	return err == nil && file.Holder != nil && *file.Holder != p.holder && file.Holder.Node == p.holder.Node && p.inUse(*file.Holder)
+	return err == nil && file.Holder != nil && *file.Holder != p.holder && file.Holder.Node == p.holder.Node &&
+		p.holders.mayHaveMounted(*file.Holder, p.at.Volume, p.podDir)
+}
+
+// holders are the views of this node, to judge holders that pods may have written.
+type holders struct {
+	find func(LockHolder) (at PodVolumePath, inUse bool)
+}
+
+func (h holders) inUse(holder LockHolder) bool {
+	_, inUse := h.find(holder)
+	return inUse
+}
+
+// mayHaveMounted reports whether a holder may have a busy mount in a volume of the pod whose directory is podDir. The record of the
+// holder says in which volume it has one, and the release of that view unmounts it. Where that record cannot be read, the busy mounts of
+// the holder are looked for in all volumes of its own pod ([Backends.FindPodVolumes]).
+func (h holders) mayHaveMounted(holder LockHolder, volume, podDir string) bool {
+	at, inUse := h.find(holder)
+	if !inUse {
+		return false
+	}
+	if at.Volume == "" {
+		return podDir != "" && strings.HasPrefix(holder.Target, podDir+"/")
+	}
+	return at.Volume == volume
 }
 
 // mountComparison says where a directory beneath a volume is mounted. If neither is set, it is on another mount.

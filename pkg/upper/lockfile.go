@@ -114,7 +114,7 @@ func (p podVolume) checkStale(holder *LockHolder, base *os.File) error {
 		return nil
 	case holder.Node == p.holder.Node && holder.BootID != p.holder.BootID:
 		return nil
-	case holder.Node == p.holder.Node && !p.inUse(*holder):
+	case holder.Node == p.holder.Node && !p.holders.inUse(*holder):
 		return nil
 	case holder.Node != p.holder.Node && isNodeLocal(base):
 		return nil

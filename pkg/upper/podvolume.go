@@ -31,12 +31,11 @@ type PodVolumePath struct {
 // podVolume is an upper inside another volume of the pod, which thereby determines its size, accounting and snapshots. The volume
 // belongs to the pod, which may change anything in it at any moment: no path in it is followed out of it.
 type podVolume struct {
-	at     PodVolumePath
-	podDir string
-	holder LockHolder
-	layers []string
-	// inUse reports whether a holder on this node still has its publication.
-	inUse   func(LockHolder) bool
+	at      PodVolumePath
+	podDir  string
+	holder  LockHolder
+	layers  []string
+	holders holders
 	mounter busyMounter
 	handles *handles
 }

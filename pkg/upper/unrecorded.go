@@ -26,7 +26,7 @@ func (b *Backends) OpenUnrecorded(base string) Upper {
 
 // FindPodVolumes returns the uppers in other volumes of a pod that a view at a target of a volume holds, by the handles of this process
 // and by the busy mounts in a directory, which is the pod's. unknown are the paths of busy mounts that have no lock file which says
-// whose they are.
+// whose they are, or one that names a view which cannot have them.
 func (b *Backends) FindPodVolumes(dir, volumeID, target string) (held []Upper, unknown []string, err error) {
 	mounts, err := mountinfo.GetMounts(nil)
 	if err != nil {
@@ -60,6 +60,8 @@ func (b *Backends) FindPodVolumes(dir, volumeID, target string) (held []Upper, u
 		}
 		path := strings.TrimPrefix(mount.Mountpoint, volume+"/")
 		file, err := lockFileAt(volume, path)
+		// As in records, where links are not resolved.
+		volume = filepath.Join(podDir, strings.TrimPrefix(volume, dir))
 		switch {
 		case err != nil || file.Holder == nil:
 			unknown = append(unknown, mount.Mountpoint)
@@ -67,6 +69,8 @@ func (b *Backends) FindPodVolumes(dir, volumeID, target string) (held []Upper, u
 			held = append(held, b.Open(Location{
 				Backend: PodVolume, PodVolume: PodVolumePath{Volume: volume, Path: path}, PodDir: podDir, Holder: *file.Holder, Layers: file.Layers,
 			}))
+		case !(holders{b.config.InUse}).mayHaveMounted(*file.Holder, volume, podDir):
+			unknown = append(unknown, mount.Mountpoint)
 		}
 	}
 	return held, unknown, nil

@@ -49,7 +49,7 @@ func podVolume(t *testing.T, at upper.PodVolumePath, holder upper.LockHolder, in
 	t.Helper()
 	backends := upper.NewBackends(upper.Config{
 		Root: open(t, t.TempDir()), MountDir: t.TempDir(), Commands: utilexec.New(),
-		Mounter: bindMounter{}, InUse: func(upper.LockHolder) bool { return inUse },
+		Mounter: bindMounter{}, InUse: func(upper.LockHolder) (upper.PodVolumePath, bool) { return at, inUse },
 	})
 	return backends.Open(upper.Location{Backend: upper.PodVolume, PodVolume: at, Holder: holder, Layers: []string{"dir://m/a"}})
 }

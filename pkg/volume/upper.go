@@ -96,17 +96,22 @@ func podVolumePath(ref reference.Reference) string {
 }
 
 // UpperInUse returns a function that reports whether the holder of an upper in another volume still has its publication in
-// these records.
-func UpperInUse(records *record.Store) func(upper.LockHolder) bool {
-	return func(holder upper.LockHolder) bool {
+// these records, and where its upper is.
+func UpperInUse(records *record.Store) func(upper.LockHolder) (at upper.PodVolumePath, inUse bool) {
+	return func(holder upper.LockHolder) (at upper.PodVolumePath, inUse bool) {
 		if record.CheckID(holder.VolumeID) != nil {
-			return false
+			return at, false
 		}
 		r, err := records.Load(holder.VolumeID)
 		if err != nil {
 			// The publication may be in what cannot be read.
-			return !errdefs.IsNotFound(err)
+			return at, !errdefs.IsNotFound(err)
 		}
-		return r.Publication(holder.Target) != nil
+		p := r.Publication(holder.Target)
+		// A view without such an upper is named only by a pod that falsifies its lock file.
+		if p == nil || p.PodVolume == at {
+			return at, false
+		}
+		return p.PodVolume, true
 	}
 }

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -195,6 +196,57 @@ func TestBusyMountThatThePodHides(t *testing.T) {
 			must(t, os.RemoveAll(scratch))
 		})
 	}
+}
+
+// TestLockFileThatNamesALiveView: a pod that names in its lock file a view that is published elsewhere does not stay Terminating,
+// and the other view is left alone.
+func TestLockFileThatNamesALiveView(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		samePod bool
+	}{{"of another pod", false}, {"of the pod, in another volume", true}} {
+		t.Run(c.name, func(t *testing.T) {
+			node := startNode(t, "--reconcile-interval=1h")
+			layers := layersOf(t, node, map[string]string{"f": "layer"})
+			pod := newPod(t, node, "pod")
+			victim := pod
+			if !c.samePod {
+				victim = newPod(t, node, "victim")
+			}
+			scratch, err := pod.EmptyDir("scratch")
+			must(t, err)
+			elsewhere, err := victim.EmptyDir("elsewhere")
+			must(t, err)
+			v, live := inline("layers", layers, "upper", "volume://scratch/up"), inline("layers", layers, "upper", "volume://elsewhere/up")
+			live.Name = "live"
+			target := publish(t, victim, live)
+			publish(t, pod, v)
+
+			container := mountBare(t, scratch)
+			setOwner(t, filepath.Join(container, "up"), holderOf(t, filepath.Join(elsewhere, "up")))
+			must(t, unix.Unmount(container, unix.MNT_DETACH))
+
+			unpublish(t, pod, v)
+			must(t, os.RemoveAll(scratch))
+			if mounts, err := drivertest.Mounts(filepath.Join(elsewhere, "up")); err != nil || len(mounts) != 1 {
+				t.Errorf("the busy mount of the other view: %v, %v", mounts, err)
+			}
+			write(t, filepath.Join(target, "f"), "other")
+			unpublish(t, victim, live)
+			wantFile(t, filepath.Join(elsewhere, "up/upper/f"), "other")
+			must(t, os.RemoveAll(elsewhere))
+		})
+	}
+}
+
+// holderOf returns the holder in the lock file of an upper.
+func holderOf(t *testing.T, base string) map[string]string {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(base, "overlay-csi.json"))
+	must(t, err)
+	var file struct{ Holder map[string]string }
+	must(t, json.Unmarshal(data, &file))
+	return file.Holder
 }
 
 // TestLockFileThatCannotBeRemoved: a pod ends whatever becomes of the other volume, and the lock that stays is stale.
