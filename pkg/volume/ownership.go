@@ -204,9 +204,31 @@ func changeOwners(ctx context.Context, r *record.Record, p *record.Publication) 
 	return linux.SetXattr(root, ownersXattr, []byte(mark))
 }
 
+// changeOwnersForWriters changes the owners of the files of mounted views for the pods that can write to them. The files are the same for
+// all pods that share an upper, and a pod that only reads changes none.
+func (v views) changeOwnersForWriters(ctx context.Context, r *record.Record) error {
+	for i := range r.Publications {
+		p := &r.Publications[i]
+		if ownersMark(r, p) == "" {
+			continue
+		}
+		live, err := v.isLive(p)
+		if err != nil {
+			return err
+		}
+		if live {
+			return changeOwners(ctx, r, p)
+		}
+	}
+	return nil
+}
+
 // finishOwners changes the owners of the files of a view that is mounted where a publish wants it, if a crash cut that off. If it
 // fails, it unmounts the view, which no container has yet, unless another pod has it too.
 func (v views) finishOwners(ctx context.Context, r *record.Record, here *record.Publication) error {
+	if here.Attributes.ReadOnly && sharesUpper(r) {
+		return v.changeOwnersForWriters(ctx, r)
+	}
 	if done, err := ownersChanged(r, here); err != nil || done {
 		return err
 	}

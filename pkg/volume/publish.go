@@ -65,9 +65,8 @@ type publishing struct {
 	layers        *layer.ResolvedLayers
 	target        *os.File
 	madeTarget    bool
-	// shared is the root of a mounted view of the same upper, nil if there is none. sharedWith is its publication.
-	shared     *os.File
-	sharedWith *record.Publication
+	// shared is the root of a mounted view of the same upper, nil if there is none.
+	shared *os.File
 	// madeBase is set if the directory of the pod's upper is new.
 	madeBase bool
 	// upper is nil if the view has none, or shares a view that has one. prepared is set while it is in use.

@@ -207,7 +207,7 @@ func (p *publishing) restoreRecord(context.Context) error {
 }
 
 // openShared opens the view of another pod with the same upper, if there is one: pods that share an upper share its view.
-func (p *publishing) openShared(context.Context) error {
+func (p *publishing) openShared(ctx context.Context) error {
 	if !sharesUpper(p.after) {
 		return nil
 	}
@@ -221,9 +221,12 @@ func (p *publishing) openShared(context.Context) error {
 		return fmt.Errorf("%w: the volume is published at %s for pod %s with another fsGroup; pods that share an upper at the same time "+
 			"need the same one: wait until that pod is gone", errdefs.ErrFailedPrecondition, other.Target, other.Pod)
 	}
-	p.sharedWith = other
 	p.shared, err = linux.Open(nil, other.Target, linux.O_PATH|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
-	return err
+	if err != nil {
+		return err
+	}
+	// A crash may have cut off the change of owners by that pod or another.
+	return p.m.views.changeOwnersForWriters(ctx, p.after)
 }
 
 // makeBase makes the directory of the upper of a pod that shares the volume with others.
@@ -379,11 +382,7 @@ func (p *publishing) unmount(context.Context) error {
 	return p.m.views.unmount(p.req.Target)
 }
 
-// changeOwners goes over the files of the view. One that is shared may not have been gone over: it is of a pod that cannot write, or of
-// a publish that a crash cut off.
+// changeOwners goes over the files of the view. One that is shared may not have been gone over: it is of a pod that cannot write.
 func (p *publishing) changeOwners(ctx context.Context) error {
-	if p.shared != nil && p.publication.Attributes.ReadOnly {
-		return changeOwners(ctx, p.after, p.sharedWith)
-	}
 	return changeOwners(ctx, p.after, p.publication)
 }

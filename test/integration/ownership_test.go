@@ -264,19 +264,7 @@ func TestOwnershipWalkOfASharedView(t *testing.T) {
 			v.Group = "2000"
 			first, second := newPod(t, node, "first"), newPod(t, node, "second")
 			upper := upperDir(node, first, v)
-			published := make(chan error, 1)
-			go func() {
-				_, err := first.Publish(timeout(t), v)
-				published <- err
-			}()
-			eventually(t, "a part of the directories is copied up", func() bool {
-				entries, _ := os.ReadDir(upper)
-				return len(entries) > 2
-			})
-			must(t, node.Kill())
-			if <-published == nil {
-				t.Fatal("the publish was over before the kill")
-			}
+			killInWalk(t, node, first, v, upper, 2)
 			start(t, node)
 			shared := v
 			shared.ReadOnly = readOnly
@@ -296,6 +284,58 @@ func TestOwnershipWalkOfASharedView(t *testing.T) {
 			deleteVolume(t, node, v)
 			wantNothingLeft(t, node)
 		})
+	}
+}
+
+// TestReaderGetsNoUnfinishedView: a pod that only reads a claim gets its files once they were all gone over, whoever has to be asked
+// for whom, and also where that was cut off twice.
+func TestReaderGetsNoUnfinishedView(t *testing.T) {
+	takesMinutes(t)
+	files := map[string]string{}
+	for n := range 3000 {
+		files[fmt.Sprintf("dir-%d/file-%d", n%30, n)] = "x"
+	}
+	for name, readerIsFirst := range map[string]bool{"another reader is first": true, "the reader is cut off too": false} {
+		t.Run(name, func(t *testing.T) {
+			node := startNode(t)
+			v := claim("walked", readWriteOnce, "layers", layersOf(t, node, files), "ownership", "chown")
+			v.Group = "2000"
+			reading := v
+			reading.ReadOnly = true
+			first, writer, reader := newPod(t, node, "first"), newPod(t, node, "writer"), newPod(t, node, "reader")
+			upper := upperDir(node, writer, v)
+			if readerIsFirst {
+				publish(t, first, reading)
+			}
+			killInWalk(t, node, writer, v, upper, 2)
+			start(t, node)
+			if !readerIsFirst {
+				killInWalk(t, node, reader, reading, upper, 12)
+				start(t, node)
+			}
+			target := publish(t, reader, reading)
+			for name := range files {
+				wantOwner(t, filepath.Join(target, name), 0, 2000, 0o664)
+			}
+		})
+	}
+}
+
+// killInWalk publishes a volume and kills the driver once some directories are copied up. The publish is then not over.
+func killInWalk(t *testing.T, node *drivertest.Node, pod *drivertest.Pod, v drivertest.Volume, upper string, copied int) {
+	t.Helper()
+	published := make(chan error, 1)
+	go func() {
+		_, err := pod.Publish(timeout(t), v)
+		published <- err
+	}()
+	eventually(t, "a part of the directories is copied up", func() bool {
+		entries, _ := os.ReadDir(upper)
+		return len(entries) > copied
+	})
+	must(t, node.Kill())
+	if <-published == nil {
+		t.Fatal("the publish was over before the kill")
 	}
 }
 
