@@ -177,17 +177,17 @@ func ownersChanged(r *record.Record, p *record.Publication) (bool, error) {
 	return string(value) == want, err
 }
 
-// changeOwners changes the owners and groups of the files of a mounted view, once for each owner. overlayfs copies up their
-// metadata alone (overlayfs documentation, "Metadata only copy up"). A run that was interrupted is repeated, and leaves alone what is
-// as requested.
+// changeOwners changes the owners and groups of the files of a mounted view, once for each owner.
 func changeOwners(ctx context.Context, r *record.Record, p *record.Publication) error {
-	mark := ownersMark(r, p)
-	if mark == "" {
-		return nil
-	}
 	if done, err := ownersChanged(r, p); err != nil || done {
 		return err
 	}
+	return walkView(ctx, r, p)
+}
+
+// walkView changes the owners and groups of the files of a mounted view. overlayfs copies up their metadata alone (overlayfs
+// documentation, "Metadata only copy up"). A run that was interrupted is repeated, and leaves alone what is as requested.
+func walkView(ctx context.Context, r *record.Record, p *record.Publication) error {
 	root, err := linux.Open(nil, p.Target, os.O_RDONLY|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
 	if err != nil {
 		return fmt.Errorf("change owners: %w", err)
@@ -201,7 +201,7 @@ func changeOwners(ctx context.Context, r *record.Record, p *record.Publication) 
 	if done, err := chown.Tree(ctx, root, chown.Owners{UID: owner.UID, GID: owner.GID, Group: p.Group}); err != nil {
 		return fmt.Errorf("change owners, %d files done: %w", done, err)
 	}
-	return linux.SetXattr(root, ownersXattr, []byte(mark))
+	return linux.SetXattr(root, ownersXattr, []byte(ownersMark(r, p)))
 }
 
 // changeOwnersForWriters changes the owners of the files of mounted views for the pods that can write to them. The files are the same for
@@ -232,7 +232,7 @@ func (v views) finishOwners(ctx context.Context, r *record.Record, here *record.
 	if done, err := ownersChanged(r, here); err != nil || done {
 		return err
 	}
-	err := changeOwners(ctx, r, here)
+	err := walkView(ctx, r, here)
 	if err == nil {
 		return nil
 	}
