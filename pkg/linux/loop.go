@@ -109,14 +109,39 @@ func LoopSectorSize(loop *os.File) (size int, err error) {
 
 // KeepLoopBlocks has a loop device refuse discards, of which the kernel would make holes in its file, and write zeroes where it would
 // make holes for them too (queue/discard_max_bytes, sysfs-block(5); lo_fallocate in drivers/block/loop.c). From Linux 6.9 on the device
-// keeps that for its next file, and does not take it back: see [RemoveLoop].
+// keeps that for its next file, and does not take it back (its discard_granularity is then 0, and every other value EINVAL): see
+// [RemoveLoop].
 func KeepLoopBlocks(loop *os.File) error {
-	path := filepath.Join("/sys/block", filepath.Base(loop.Name()), "queue/discard_max_bytes")
-	const none = "0"
-	if most, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(most)) == none {
+	name := filepath.Base(loop.Name())
+	if refusesDiscards(name) {
 		return nil
 	}
-	return os.WriteFile(path, []byte(none), 0)
+	return os.WriteFile(discardLimit(name), []byte("0"), 0)
+}
+
+func discardLimit(name string) string {
+	return filepath.Join("/sys/block", name, "queue/discard_max_bytes")
+}
+
+func refusesDiscards(name string) bool {
+	most, err := os.ReadFile(discardLimit(name))
+	return err == nil && strings.TrimSpace(string(most)) == "0"
+}
+
+// FreeLoopsWithoutDiscards returns the names of the loop devices that have no file and refuse discards, as [KeepLoopBlocks] leaves them.
+func FreeLoopsWithoutDiscards() ([]string, error) {
+	devices, err := filepath.Glob("/sys/block/loop*")
+	if err != nil {
+		return nil, err
+	}
+	var free []string
+	for _, device := range devices {
+		_, err := os.Stat(filepath.Join(device, "loop"))
+		if name := filepath.Base(device); errors.Is(err, fs.ErrNotExist) && refusesDiscards(name) {
+			free = append(free, name)
+		}
+	}
+	return free, nil
 }
 
 // RemoveLoop removes a loop device that has no file and that nobody has open (LOOP_CTL_REMOVE). Whoever needs one gets a new one. The

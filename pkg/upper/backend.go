@@ -58,9 +58,10 @@ type Backends struct {
 	imageChecks singleflight.Group
 }
 
-// NewBackends probes which backends the data root supports, and removes the mount points that an earlier process left.
+// NewBackends probes which backends the data root supports, and removes the mount points and loop devices that an earlier process left.
 func NewBackends(config Config) *Backends {
 	clearMountDir(config.MountDir)
+	removeFreeLoops()
 	b := &Backends{config: config, quota: newProjects(config.Root), handles: newHandles()}
 	b.unavailable = map[Backend]error{
 		ProjectQuota: b.quota.probe(),

@@ -156,6 +156,9 @@ func (d diskImage) attach(ctx context.Context, made bool) (*os.File, error) {
 			return nil, err
 		}
 	}
+	if d.sparse {
+		removeFreeLoops()
+	}
 	loop, err := linux.AttachLoop(image)
 	if err != nil {
 		return nil, fmt.Errorf("attach the disk image %s to a loop device: %w", d.file(), err)
@@ -229,25 +232,40 @@ func (d diskImage) Release(ctx context.Context) error {
 		return err
 	}
 	err = d.innerMount.Release(ctx)
-	if loop == nil {
-		return err
+	if loop != nil {
+		loop.Close()
 	}
-	loop.Close()
 	if err != nil {
 		return err
 	}
-	removeLoop(loop.Name())
+	if loop != nil {
+		removeLoop(loop.Name())
+	}
+	removeFreeLoops()
 	return nil
 }
 
 // removeLoop removes a loop device. Others may have it open for a moment: udev, or whoever looks for the device of another file. It stays
-// where a container that has not ended still uses it.
+// where a container that has not ended still uses it, until [removeFreeLoops].
 func removeLoop(name string) {
 	for range 5 {
 		if err := linux.RemoveLoop(name); !errors.Is(err, syscall.EBUSY) {
 			return
 		}
 		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// removeFreeLoops removes the loop devices that could not be removed when their images were released, or that a crash or a failed mount
+// left: whoever got one of them could not discard there. It is done when another image is released, before a device is wanted that takes
+// discards, and at start.
+func removeFreeLoops() {
+	free, err := linux.FreeLoopsWithoutDiscards()
+	if err != nil {
+		return
+	}
+	for _, name := range free {
+		_ = linux.RemoveLoop(name)
 	}
 }
 

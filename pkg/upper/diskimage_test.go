@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 	utilexec "k8s.io/utils/exec"
 
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
@@ -173,4 +174,76 @@ func TestUpperLostInsideItsImage(t *testing.T) {
 		t.Error(err)
 	}
 	check(u.Release(t.Context()))
+}
+
+// TestLoopDeviceThatIsOpen has another process keep a loop device open while its image is released, as udev does. Nobody else must get
+// the device, which refuses discards for good (Linux 6.9).
+func TestLoopDeviceThatIsOpen(t *testing.T) {
+	root := newDataRoot(t, "tmpfs")
+	for name, next := range map[string]func(t *testing.T){
+		"the next image that is sparse": func(t *testing.T) {
+			sparse := upper.NewBackends(upper.Config{
+				Root: root, MountDir: t.TempDir(), Discard: os.RemoveAll, Commands: utilexec.New(), Sparse: true,
+			})
+			at := upper.Location{Backend: upper.DiskImage, Base: "sparse", Limit: upper.LimitOf(8 << 20)}
+			prepareAndClose(t, newUpper(t, sparse, root, at))
+			loop := findLoop(t, root, at)
+			if discards, err := os.ReadFile(discardFile(loop)); err != nil || string(discards) == "0\n" {
+				t.Errorf("a sparse image has a loop device that refuses discards: %s (%v)", loop, err)
+			}
+		},
+		"the next image that is released": func(t *testing.T) {
+			u := newUpper(t, newBackends(t, root), root, upper.Location{Backend: upper.DiskImage, Base: "other", Limit: upper.LimitOf(8 << 20)})
+			if err := u.Release(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"the next start": func(t *testing.T) { newBackends(t, root) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			at := upper.Location{Backend: upper.DiskImage, Base: fmt.Sprint("base-", len(name)), Limit: upper.LimitOf(8 << 20)}
+			u := newUpper(t, newBackends(t, root), root, at)
+			prepareAndClose(t, u)
+			loop := findLoop(t, root, at)
+			held, err := os.Open(filepath.Join("/dev", loop))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := u.Release(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			held.Close()
+			next(t)
+			// Another process may have got a new device of that name.
+			bound := filepath.Join(filepath.Dir(filepath.Dir(discardFile(loop))), "loop")
+			discards, err := os.ReadFile(discardFile(loop))
+			if _, free := os.Stat(bound); err == nil && string(discards) == "0\n" && errors.Is(free, fs.ErrNotExist) {
+				t.Errorf("%s is left for others, and refuses discards", loop)
+			}
+		})
+	}
+}
+
+func prepareAndClose(t *testing.T, u upper.Upper) {
+	t.Helper()
+	dirs, err := u.Prepare(t.Context(), upper.RootAttr{Mode: 0o755})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dirs.Close()
+}
+
+// findLoop returns the name of the loop device of a disk image.
+func findLoop(t *testing.T, root *os.File, at upper.Location) string {
+	t.Helper()
+	loop, err := linux.FindLoop(filepath.Join(root.Name(), at.Base, "disk.img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer loop.Close()
+	return filepath.Base(loop.Name())
+}
+
+func discardFile(loop string) string {
+	return filepath.Join("/sys/block", loop, "queue/discard_max_bytes")
 }
