@@ -1,8 +1,13 @@
 package overlay
 
 import (
+	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/test/needs"
@@ -121,3 +126,52 @@ func parseVersion(t *testing.T, text string) (version [2]int) {
 }
 
 func olderThan(a, b [2]int) bool { return a[0] < b[0] || a[0] == b[0] && a[1] < b[1] }
+
+// TestProbeOnAFullDisk: what the kernel can do does not depend on the disk, and what a crash of a probe left mounted is no obstacle. A
+// kernel that takes a detached mount takes an attached one too, as the older ones want it.
+func TestProbeOnAFullDisk(t *testing.T) {
+	dir := tmpfs(t)
+	want, err := Probe(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("", dir, "", unix.MS_REMOUNT, "nr_inodes=3"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(dir+"/more", 0o755); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("the disk is not full: %v", err)
+	}
+	p, err := newProber(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.close()
+	detached := func() *os.File {
+		t.Helper()
+		clone, err := linux.OpenTree(p.dir, "")
+		if err == nil {
+			err = linux.MountSetattr(clone, linux.MountChange{Private: true})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { clone.Close() })
+		return clone
+	}
+	if err := p.attachedLayer(detached()); err != nil {
+		t.Errorf("an overlay of layers on an attached mount: %v", err)
+	}
+	for _, name := range probeNames {
+		if err := attach(detached(), open(t, filepath.Join(dir, name))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := Probe(dir); err != nil || got != want {
+		t.Errorf("on a full disk, after a crash: %+v, %v; want %+v", got, err, want)
+	}
+	for _, name := range probeNames {
+		if mounted, err := linux.IsMountPoint(filepath.Join(dir, name)); err != nil || mounted {
+			t.Errorf("%s is left mounted (%v)", name, err)
+		}
+	}
+}

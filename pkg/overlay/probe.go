@@ -67,7 +67,12 @@ func (p *prober) prepare() error {
 		return err
 	}
 	for _, name := range probeNames {
-		if err := os.MkdirAll(filepath.Join(p.dir.Name(), name), 0o755); err != nil {
+		path := filepath.Join(p.dir.Name(), name)
+		if err := os.MkdirAll(path, 0o755); err != nil {
+			return err
+		}
+		// A process that was killed while it probed may have left a mount there.
+		if err := linux.UnmountLazily(path); err != nil && !errors.Is(err, syscall.EINVAL) {
 			return err
 		}
 	}
@@ -118,11 +123,13 @@ func (p *prober) idMappedUpper() error {
 	if configureByPath(mapped) == nil {
 		return nil
 	}
-	// Before Linux 6.15, it has to be attached. clearScratch removes the directory, and unmounts what a crash leaves here.
-	path := filepath.Join(p.dir.Name(), scratchName, "probe", "0")
-	if err := os.MkdirAll(path, 0o700); err != nil {
-		return err
-	}
+	return p.attachedLayer(mapped)
+}
+
+// attachedLayer makes an overlay of the two directories on a detached mount, which has to be attached before Linux 6.15.
+func (p *prober) attachedLayer(mapped *os.File) error {
+	// On a directory that is there: no new one can be made on a full disk, and that would be taken for an answer of the kernel.
+	path := filepath.Join(p.dir.Name(), probeNames[0])
 	target, err := linux.OpenDir(path)
 	if err != nil {
 		return err
