@@ -26,9 +26,6 @@ const (
 	// deleteBatch is the number of entries that are deleted between two pauses. A pause is as long as the batch before it, so
 	// that deletion takes at most half of one core and of the disk's time.
 	deleteBatch = 256
-	// deleteDepth is how deep a tree is followed. A directory below that is moved to the top of the trash first: a pod may have
-	// made more levels of directories than there are file descriptors.
-	deleteDepth = 64
 )
 
 // Deleter deletes directory trees in the background. Discard moves a tree to the trash, which is a rename and takes the same
@@ -38,6 +35,8 @@ type Deleter struct {
 	trash *os.File
 	next  atomic.Uint64
 	wake  chan struct{}
+	// levels is treeLevels.
+	levels int
 
 	// discarded counts what was discarded. What an earlier process left counts as the first.
 	discarded atomic.Uint64
@@ -53,7 +52,7 @@ func NewDeleter(dir string) (*Deleter, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Deleter{trash: trash, wake: make(chan struct{}, 1), changed: make(chan struct{})}
+	d := &Deleter{trash: trash, wake: make(chan struct{}, 1), levels: treeLevels, changed: make(chan struct{})}
 	d.discarded.Store(1)
 	return d, nil
 }
@@ -63,7 +62,7 @@ func (d *Deleter) Close() error { return d.trash.Close() }
 
 // Discard moves a file or directory to the trash. It returns nil if path does not exist.
 func (d *Deleter) Discard(path string) error {
-	err := d.moveToTrash(nil, path)
+	err := d.moveToTrash(path)
 	if errors.Is(err, syscall.EROFS) {
 		// The kernel looks at that first.
 		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
@@ -76,8 +75,8 @@ func (d *Deleter) Discard(path string) error {
 	return nil
 }
 
-func (d *Deleter) moveToTrash(dir *os.File, name string) error {
-	if err := linux.Renameat(dir, name, d.trash, d.newName(), linux.RenameNoReplace); err != nil {
+func (d *Deleter) moveToTrash(path string) error {
+	if err := linux.Renameat(nil, path, d.trash, d.newName(), linux.RenameNoReplace); err != nil {
 		return err
 	}
 	d.discarded.Add(1)
@@ -159,7 +158,7 @@ func (d *Deleter) empty(ctx context.Context) error {
 	var failed error
 	pace := pace{began: time.Now()}
 	for _, name := range names {
-		failed = errors.Join(failed, d.remove(ctx, trash, name, 0, &pace))
+		failed = errors.Join(failed, d.remove(ctx, trash, name, &pace))
 		if ctx.Err() != nil {
 			break
 		}
@@ -167,57 +166,17 @@ func (d *Deleter) empty(ctx context.Context) error {
 	return failed
 }
 
-// remove deletes the tree that dir has under a name. It follows no symbolic link.
-func (d *Deleter) remove(ctx context.Context, dir *os.File, name string, depth int, pace *pace) error {
-	err := removeOne(dir, name)
-	if !errors.Is(err, syscall.ENOTEMPTY) && !errors.Is(err, syscall.EEXIST) {
-		return errors.Join(err, pace.step(ctx))
-	}
-	if depth >= deleteDepth {
-		return d.moveToTrash(dir, name)
-	}
-	if err := d.removeContents(ctx, dir, name, depth, pace); err != nil {
-		return err
-	}
-	return errors.Join(removeOne(dir, name), pace.step(ctx))
-}
-
-// removeOne deletes a file or an empty directory. It returns nil if there is none.
-func removeOne(dir *os.File, name string) error {
-	err := linux.Unlinkat(dir, name)
-	if errors.Is(err, syscall.EISDIR) {
-		err = linux.Rmdirat(dir, name)
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
-}
-
-func (d *Deleter) removeContents(ctx context.Context, parent *os.File, name string, depth int, pace *pace) error {
-	dir, err := openToList(parent, name)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	for {
-		// Each batch is read from the beginning: the order of a directory changes as entries are removed.
-		if _, err := dir.Seek(0, 0); err != nil {
+// remove deletes the tree that the trash has under a name. It follows no symbolic link.
+func (d *Deleter) remove(ctx context.Context, trash *os.File, name string, pace *pace) error {
+	err := removeOne(trash, name)
+	if isNotEmpty(err) {
+		t := tree{name: trash.Name() + "/" + name + "/…", levels: d.levels, pace: pace}
+		if err := t.remove(ctx, trash, name); err != nil {
 			return err
 		}
-		names, err := dir.Readdirnames(deleteBatch)
-		if len(names) == 0 {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		for _, name := range names {
-			if err := d.remove(ctx, dir, name, depth+1, pace); err != nil {
-				return err
-			}
-		}
+		err = removeOne(trash, name)
 	}
+	return errors.Join(err, pace.step(ctx))
 }
 
 func openToList(dir *os.File, name string) (*os.File, error) {

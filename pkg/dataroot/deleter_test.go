@@ -2,14 +2,18 @@ package dataroot
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/test/drivertest"
+	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
 // newDeleter returns a deleter, and a directory on the file system of its trash.
@@ -24,12 +28,10 @@ func newDeleter(t *testing.T) (d *Deleter, dir string) {
 	return d, dir
 }
 
-// wantEmpty deletes what is in the trash, as often as directories may have been moved to its top.
-func wantEmpty(t *testing.T, d *Deleter, rounds int) {
+// wantEmpty deletes what is in the trash.
+func wantEmpty(t *testing.T, d *Deleter) {
 	t.Helper()
-	for range rounds {
-		must(t, d.empty(t.Context()))
-	}
+	must(t, d.empty(t.Context()))
 	entries, err := os.ReadDir(d.trash.Name())
 	must(t, err)
 	if len(entries) != 0 {
@@ -70,7 +72,7 @@ func makeDeep(t *testing.T, path, name string, levels int) {
 	must(t, err)
 	for range levels {
 		must(t, linux.Mkdirat(dir, name, 0o700))
-		next, err := linux.OpenDirAt(dir, name)
+		next, err := linux.OpenNamed(dir, name, path)
 		must(t, err)
 		must(t, dir.Close())
 		dir = next
@@ -94,7 +96,7 @@ func TestDeleter(t *testing.T) {
 	for _, path := range []string{wide, filepath.Join(dir, "missing"), wide} {
 		must(t, d.Discard(path))
 	}
-	wantEmpty(t, d, 1)
+	wantEmpty(t, d)
 	if content, err := os.ReadFile(precious); err != nil || string(content) != "precious" {
 		t.Errorf("a link was followed: %q, %v", content, err)
 	}
@@ -107,7 +109,7 @@ func TestDeleteDeepTrees(t *testing.T) {
 		name   string
 		levels int
 	}{
-		"3000 levels":              {"down", 3000},
+		"16000 levels":             {"down", 16000},
 		"80 levels of 200 bytes":   {strings.Repeat("x", 200), 80},
 		"1000 levels of 255 bytes": {strings.Repeat("x", 255), 1000},
 	} {
@@ -116,9 +118,78 @@ func TestDeleteDeepTrees(t *testing.T) {
 			deep := filepath.Join(dir, "deep")
 			makeDeep(t, deep, row.name, row.levels)
 			must(t, d.Discard(deep))
-			wantEmpty(t, d, row.levels/deleteDepth+2)
+			wantEmpty(t, d)
 		})
 	}
+}
+
+// TestDeleteTreeDeeperThanIsKnown deletes trees of which the way back is not known, with directories and files on each level.
+func TestDeleteTreeDeeperThanIsKnown(t *testing.T) {
+	for _, levels := range []int{1, treeOpen, treeOpen + 1, 150} {
+		t.Run(fmt.Sprint(levels, " levels are known"), func(t *testing.T) {
+			d, dir := newDeleter(t)
+			d.levels = levels
+			deep := filepath.Join(dir, "deep")
+			must(t, os.Mkdir(deep, 0o700))
+			for path, level := deep, 0; level < 100; level++ {
+				path = filepath.Join(path, "d")
+				must(t, os.MkdirAll(filepath.Join(path, "a/b/c"), 0o700))
+				must(t, os.MkdirAll(filepath.Join(path, "z/y"), 0o700))
+				must(t, os.WriteFile(filepath.Join(path, "f"), nil, 0o600))
+			}
+			must(t, d.Discard(deep))
+			wantEmpty(t, d)
+		})
+	}
+}
+
+// TestDeleterLeavesWhatWasMovedAway: a directory that is moved out of a tree while its files are deleted does not lead out of it.
+func TestDeleterLeavesWhatWasMovedAway(t *testing.T) {
+	_, dir := newDeleter(t)
+	deep, precious := filepath.Join(dir, "deep"), filepath.Join(dir, "precious")
+	makeDeep(t, deep, "d", 2*treeOpen)
+	must(t, os.Mkdir(precious, 0o700))
+	must(t, os.WriteFile(filepath.Join(precious, "file"), nil, 0o600))
+	parent, err := os.Open(dir)
+	must(t, err)
+	defer parent.Close()
+	tree := tree{name: "deep", levels: treeLevels, pace: &pace{}}
+	top, err := linux.OpenNamed(parent, "deep", "deep")
+	must(t, err)
+	defer tree.close()
+	must(t, tree.enter(top))
+	for len(tree.ids) < 2*treeOpen {
+		must(t, tree.step(t.Context()))
+	}
+	must(t, os.Rename(deep+strings.Repeat("/d", len(tree.ids)-1), filepath.Join(precious, "moved")))
+	for err == nil && len(tree.open) > 0 {
+		err = tree.step(t.Context())
+	}
+	if !errors.Is(err, linux.ErrMoved) {
+		t.Errorf("%v, want ErrMoved", err)
+	}
+	if _, err := os.Lstat(filepath.Join(precious, "file")); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDeleteDeepTreeOnBtrfs deletes a deep tree in a subvolume, from which nothing can be renamed.
+func TestDeleteDeepTreeOnBtrfs(t *testing.T) {
+	needs.Root(t)
+	image, dir := filepath.Join(t.TempDir(), "image"), t.TempDir()
+	if err := errors.Join(drivertest.MakeImage("btrfs", image, 256<<20, ""), drivertest.MountImage("btrfs", image, dir)); err != nil {
+		t.Skipf("no btrfs here: %v", err)
+	}
+	t.Cleanup(func() { _ = linux.UnmountLazily(dir) })
+	trash, base := filepath.Join(dir, "trash"), filepath.Join(dir, "volume")
+	must(t, errors.Join(os.Mkdir(trash, 0o700), os.Mkdir(base, 0o700)))
+	must(t, exec.Command("btrfs", "subvolume", "create", filepath.Join(base, "data")).Run())
+	makeDeep(t, filepath.Join(base, "data/deep"), "down", 200)
+	d, err := NewDeleter(trash)
+	must(t, err)
+	defer d.Close()
+	must(t, d.Discard(base))
+	wantEmpty(t, d)
 }
 
 func TestDeleterStopsWithItsContext(t *testing.T) {

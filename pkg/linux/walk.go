@@ -130,7 +130,7 @@ func (w *walk) step(ctx context.Context) error {
 			}
 			continue
 		}
-		child, err := openNamed(list.dir, name, w.name)
+		child, err := OpenNamed(list.dir, name, w.name)
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) || errors.Is(err, syscall.ELOOP) {
 			continue
 		}
@@ -158,7 +158,7 @@ func (w *walk) leave() error {
 		return nil
 	}
 	above := w.levels[len(w.levels)-1]
-	parent, err := openNamed(last.dir, "..", w.name)
+	parent, err := OpenNamed(last.dir, "..", w.name)
 	if err != nil {
 		return err
 	}
@@ -179,8 +179,9 @@ func (w *walk) close() {
 	}
 }
 
-// openNamed opens an entry that is a directory. name is what its handle is called.
-func openNamed(dir *os.File, path, name string) (*os.File, error) {
+// OpenNamed opens an entry that is a directory, for reading (openat(2)). name is what its handle is called: in a deep tree, a path would
+// grow with the depth.
+func OpenNamed(dir *os.File, path, name string) (*os.File, error) {
 	return open("openat", dir, path, name, func(fd int) (int, error) {
 		return unix.Openat(fd, path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	})

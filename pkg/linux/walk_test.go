@@ -91,7 +91,7 @@ func deepTree(t *testing.T, levels int, name string) *os.File {
 		for _, file := range []string{name + "/a", name + "/z"} {
 			err = errors.Join(err, Mknodat(at, file, 0o100644, 0))
 		}
-		next, openErr := openNamed(at, name, "deep")
+		next, openErr := OpenNamed(at, name, "deep")
 		if err := errors.Join(err, openErr); err != nil {
 			t.Fatal(err)
 		}
