@@ -3,12 +3,17 @@ package volume
 import (
 	"context"
 	"maps"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
+	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
 const mib = 1 << 20
@@ -138,5 +143,30 @@ func TestExpandAgain(t *testing.T) {
 	wantExpanded(t, n, req, 128*mib)
 	if got, err := n.manager.Expand(t.Context(), "v", req.Target, 32*mib, 0); err != nil || got != 128*mib {
 		t.Errorf("expanded to %d, %v; want the size that it has, 128 MiB", got, err)
+	}
+}
+
+// TestCapacityWhileAnUpperGrows: what an upper takes of the disk while its size is asked for does not count both as free and as its own.
+func TestCapacityWhileAnUpperGrows(t *testing.T) {
+	needs.Root(t)
+	n := newFakeNode(t)
+	root := fakeRoot{n}
+	check(t, unix.Mount("tmpfs", root.Path(), "tmpfs", 0, "size=1g"))
+	t.Cleanup(func() { _ = unix.Unmount(root.Path(), unix.MNT_DETACH) })
+	check(t, os.Mkdir(root.VolumesDir(), 0o700))
+	free, err := n.manager.Capacity(t.Context())
+	check(t, err)
+	n.sized()
+	n.onDiskUsage = func() int64 {
+		file, err := os.Create(filepath.Join(root.Path(), "disk.img"))
+		check(t, err)
+		defer file.Close()
+		check(t, linux.Reserve(file, 64*mib))
+		return 64 * mib
+	}
+	left, err := n.manager.Capacity(t.Context())
+	check(t, err)
+	if free-left < 64*mib {
+		t.Errorf("%d bytes are taken, want 64 MiB", free-left)
 	}
 }

@@ -51,10 +51,13 @@ type fakeNode struct {
 	fail map[string]error
 	// whileGrowing is called while an upper grows.
 	whileGrowing func()
-	// onHold is called by Hold, if it is set.
-	onHold func()
-	// onResolve is called while layers are resolved, if it is set.
-	onResolve func()
+	// Those of these that are set are called by Hold, while layers are resolved, while a mount is looked up, while an upper is checked, and
+	// while what it takes is counted.
+	onHold      func()
+	onResolve   func()
+	onAt        func()
+	onCheck     func() error
+	onDiskUsage func() int64
 	// layerDir is the one layer that each reference resolves to.
 	layerDir *os.File
 }
@@ -190,7 +193,11 @@ func (m fakeMounter) Unmount(target string) error {
 }
 
 func (m fakeMounter) At(path string) (overlay.Mounted, error) {
-	return m.n.mounts[path], m.n.failing("at")
+	mounted := m.n.mounts[path]
+	if m.n.onAt != nil {
+		m.n.onAt()
+	}
+	return mounted, m.n.failing("at")
 }
 
 func (m fakeMounter) UpperInUse(*os.File) (bool, error) {
@@ -334,11 +341,25 @@ func (u fakeUpper) Grow(_ context.Context, limit upper.Limit) error {
 func (u fakeUpper) Usage(context.Context) (upper.Usage, error) {
 	return upper.Usage{}, u.n.failing("usage")
 }
-func (u fakeUpper) DiskUsage(context.Context) (int64, error) { return 0, u.n.failing("disk usage") }
+
+func (u fakeUpper) DiskUsage(context.Context) (int64, error) {
+	if u.n.onDiskUsage != nil {
+		return u.n.onDiskUsage(), nil
+	}
+	return 0, u.n.failing("disk usage")
+}
+
 func (u fakeUpper) Free(context.Context) (upper.Usage, error) {
 	return upper.Usage{}, u.n.failing("free")
 }
-func (u fakeUpper) Check() error                { return u.n.failing("check upper") }
+
+func (u fakeUpper) Check() error {
+	if u.n.onCheck != nil {
+		return u.n.onCheck()
+	}
+	return u.n.failing("check upper")
+}
+
 func (u fakeUpper) Paths() (upper, work string) { return u.base + "/upper", u.base + "/work" }
 
 func (u fakeUpper) Exists() (bool, error) {

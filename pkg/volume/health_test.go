@@ -6,6 +6,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/containerd/errdefs"
 )
 
 // TestCheckThatIsNotAnswered has a file system not answer: a caller waits for checkWait from the begin of the check, and as long as it
@@ -57,6 +59,44 @@ func TestCheckThatIsNotAnswered(t *testing.T) {
 		synctest.Wait()
 		if got := check(); !slices.Equal(got, []string{reasonLayerMissing}) || checks != 2 {
 			t.Errorf("after the answer, check %d found %q", checks, got)
+		}
+	})
+}
+
+// TestHealthBesideAnOperation: what a check finds of a view that is unmounted or mounted meanwhile is not wrong with it.
+func TestHealthBesideAnOperation(t *testing.T) {
+	wantHealthy := func(t *testing.T, n *fakeNode, target string) {
+		t.Helper()
+		if found, err := n.manager.Health(t.Context(), "v", target); err != nil || len(found) > 0 {
+			t.Errorf("found %v, %v", found, err)
+		}
+	}
+	t.Run("unpublish amid the check", func(t *testing.T) {
+		n := newFakeNode(t)
+		req := n.publish(n.request("p1", inline))
+		n.onCheck = func() error {
+			check(t, n.manager.Unpublish(t.Context(), "v", req.Target))
+			return errdefs.ErrNotFound
+		}
+		wantHealthy(t, n, req.Target)
+	})
+	t.Run("publish amid the check", func(t *testing.T) {
+		n := newFakeNode(t)
+		req := n.publish(n.request("p1", rwo))
+		clear(n.mounts)
+		n.onAt = func() {
+			n.onAt = nil
+			check(t, n.manager.Publish(t.Context(), req))
+		}
+		wantHealthy(t, n, req.Target)
+	})
+	t.Run("upper that is gone", func(t *testing.T) {
+		n := newFakeNode(t)
+		req := n.publish(n.request("p1", inline))
+		n.onCheck = func() error { return errdefs.ErrNotFound }
+		found, err := n.manager.Health(t.Context(), "v", req.Target)
+		if err != nil || len(found) != 1 || found[0].Reason != reasonUpperLost {
+			t.Errorf("found %v, %v", found, err)
 		}
 	})
 }

@@ -102,6 +102,25 @@ func TestReconcileLeavesOneBehind(t *testing.T) {
 	})
 }
 
+// TestReconcileGoesOnAfterAPublication: a publication that cannot be reconciled does not keep the others of its volume from it.
+func TestReconcileGoesOnAfterAPublication(t *testing.T) {
+	n := newFakeNode(t)
+	n.publish(n.request("p1", rwx, spec.KeyUpper, "pod"))
+	gone := n.publish(n.request("p2", rwx, spec.KeyUpper, "pod"))
+	delete(n.mounts, gone.Target)
+	n.gone["p2"] = true
+	n.fail["hold"] = errForced
+	n.manager.reconcile(t.Context())
+	r, err := n.records.Load("v")
+	check(t, err)
+	if r.Publication(gone.Target) != nil {
+		t.Error("the publication of a pod that is gone is left")
+	}
+	if len(r.Publications) != 1 {
+		t.Errorf("%d publications are left", len(r.Publications))
+	}
+}
+
 // TestReconcileWithoutRecord leaves alone what somebody may still want.
 func TestReconcileWithoutRecord(t *testing.T) {
 	for name, row := range map[string]struct {
