@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -61,6 +62,30 @@ func OpenFile(dir *os.File, path string, flags int, mode uint32, resolve uint64)
 // elsewhere.
 func mayPass(err error, resolve uint64) bool {
 	return resolve&(unix.RESOLVE_BENEATH|unix.RESOLVE_IN_ROOT) != 0 && (errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EXDEV))
+}
+
+// maxPath is what the kernel takes of a path at once (PATH_MAX), with the zero at its end.
+const maxPath = unix.PathMax - 1
+
+// OpenDirBeneath opens a directory beneath another one by a path of any length, without following a link ([O_PATH]). The handle of a
+// longer path than the kernel takes at once has the beginning of the path for its name.
+func OpenDirBeneath(dir *os.File, path string) (*os.File, error) {
+	how := unix.OpenHow{Flags: O_PATH | O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS}
+	name := fullPath(dir, path[:min(len(path), maxPath)])
+	for at := dir; ; {
+		part := path
+		if len(path) > maxPath {
+			part = path[:strings.LastIndexByte(path[:maxPath], '/')+1]
+		}
+		next, err := open("openat2", at, part, name, func(fd int) (int, error) { return unix.Openat2(fd, part, &how) })
+		if at != dir {
+			at.Close()
+		}
+		if path = path[len(part):]; err != nil || path == "" {
+			return next, err
+		}
+		at = next
+	}
 }
 
 // OpenDir opens a directory to look up paths in it ([O_PATH]). The path may be a link to one.

@@ -67,7 +67,7 @@ func atByTable(path string, statErr error) (Mounted, error) {
 		return Nothing, errors.Join(statErr, err)
 	}
 	path = filepath.Join(dir, filepath.Base(path))
-	mounts, err := mountinfo.GetMounts(func(mount *mountinfo.Info) (skip, stop bool) { return mount.Mountpoint != path, false })
+	mounts, err := linux.Mounts(func(mount *mountinfo.Info) (skip, stop bool) { return mount.Mountpoint != path, false })
 	if err != nil {
 		return Nothing, errors.Join(statErr, err)
 	}

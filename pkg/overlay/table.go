@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // View is one overlay of the driver as the mount table shows it.
@@ -21,7 +23,7 @@ type View struct {
 
 // Views reads the views of this mount namespace from the mount table. Views of other drivers on the node are among them.
 func Views() ([]View, error) {
-	mounts, err := mountinfo.GetMounts(func(mount *mountinfo.Info) (skip, stop bool) {
+	mounts, err := linux.Mounts(func(mount *mountinfo.Info) (skip, stop bool) {
 		return mount.FSType != fsType || mount.Source != mountSource, false
 	})
 	if err != nil {

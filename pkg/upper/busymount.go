@@ -75,7 +75,7 @@ func (p podVolume) unmountBusyAtPath(volume *os.File) error {
 
 // unmountBusyElsewhere searches the mount table for busy mounts of the upper.
 func (p podVolume) unmountBusyElsewhere(volume *os.File) error {
-	mounts, err := mountinfo.GetMounts(nil)
+	mounts, err := linux.Mounts(nil)
 	if err != nil {
 		return p.wrap("find the busy mount", err)
 	}
@@ -183,7 +183,7 @@ func compareMounts(volume, dir *os.File) (mountComparison, error) {
 // compareMountsByTable is compareMounts for a file system that has failed, and does not answer statx(2). The busy mount must be
 // unmounted all the same, or the other volume could not be.
 func compareMountsByTable(volume, dir *os.File) (mountComparison, error) {
-	mounts, err := mountinfo.GetMounts(nil)
+	mounts, err := linux.Mounts(nil)
 	if err != nil {
 		return mountComparison{}, err
 	}

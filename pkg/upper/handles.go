@@ -73,7 +73,7 @@ func (p podVolume) isShared(volume *os.File) (bool, error) {
 	if err != nil || !mounted || p.podDir == "" {
 		return false, err
 	}
-	mounts, err := mountinfo.GetMounts(nil)
+	mounts, err := linux.Mounts(nil)
 	if err != nil {
 		return false, fmt.Errorf("read the mount table: %w", err)
 	}

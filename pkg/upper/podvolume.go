@@ -246,7 +246,7 @@ func (p podVolume) openBeneath(path string) (*os.File, error) {
 // open opens a directory in the volume, through the busy mount if there is one. It follows no link: the directory was made
 // without one, and the pod must not lead the driver to another mount.
 func (p podVolume) open(volume *os.File, path string) (*os.File, error) {
-	dir, err := linux.Open(volume, path, linux.O_PATH|linux.O_DIRECTORY, linux.ResolveBeneath|linux.ResolveNoSymlinks)
+	dir, err := linux.OpenDirBeneath(volume, path)
 	if err != nil {
 		return nil, p.wrap("open the upper's directory", err)
 	}

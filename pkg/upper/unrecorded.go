@@ -28,7 +28,7 @@ func (b *Backends) OpenUnrecorded(base string) Upper {
 // and by the busy mounts in a directory, which is the pod's. unknown are the paths of busy mounts that have no lock file which says
 // whose they are, or one that names a view which cannot have them.
 func (b *Backends) FindPodVolumes(dir, volumeID, target string) (held []Upper, unknown []string, err error) {
-	mounts, err := mountinfo.GetMounts(nil)
+	mounts, err := linux.Mounts(nil)
 	if err != nil {
 		return nil, nil, fmt.Errorf("find busy mounts in %s: %w", dir, err)
 	}
@@ -64,13 +64,13 @@ func (b *Backends) FindPodVolumes(dir, volumeID, target string) (held []Upper, u
 		volume = filepath.Join(podDir, strings.TrimPrefix(volume, dir))
 		switch {
 		case err != nil || file.Holder == nil:
-			unknown = append(unknown, mount.Mountpoint)
+			unknown = append(unknown, quote(mount.Mountpoint))
 		case file.Holder.VolumeID == volumeID && file.Holder.Target == target:
 			held = append(held, b.Open(Location{
 				Backend: PodVolume, PodVolume: PodVolumePath{Volume: volume, Path: path}, PodDir: podDir, Holder: *file.Holder, Layers: file.Layers,
 			}))
 		case !(holders{b.config.InUse}).mayHaveMounted(*file.Holder, volume, podDir):
-			unknown = append(unknown, mount.Mountpoint)
+			unknown = append(unknown, quote(mount.Mountpoint))
 		}
 	}
 	return held, unknown, nil
@@ -89,7 +89,7 @@ func lockFileAt(volume, path string) (lockFile, error) {
 		return lockFile{}, err
 	}
 	defer root.Close()
-	base, err := linux.Open(root, path, linux.O_PATH|linux.O_DIRECTORY, linux.ResolveBeneath|linux.ResolveNoSymlinks)
+	base, err := linux.OpenDirBeneath(root, path)
 	if err != nil {
 		return lockFile{}, err
 	}

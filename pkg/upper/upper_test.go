@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 	utilexec "k8s.io/utils/exec"
 
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 	"github.com/overlay-csi/overlay-csi/test/needs"
 )
@@ -42,7 +43,9 @@ func (bindMounter) AddBusyMount(dir *os.File) error {
 	return unix.Mount(dir.Name(), dir.Name(), "", unix.MS_BIND, "")
 }
 
-func (bindMounter) Detach(root *os.File) error { return unix.Unmount(root.Name(), unix.MNT_DETACH) }
+func (bindMounter) Detach(root *os.File) error {
+	return unix.Unmount(linux.ProcPath(root), unix.MNT_DETACH)
+}
 
 // podVolume returns an upper in another volume. inUse says whether other holders still have their publications.
 func podVolume(t *testing.T, at upper.PodVolumePath, holder upper.LockHolder, inUse bool) upper.Upper {
