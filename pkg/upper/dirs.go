@@ -109,15 +109,22 @@ type pather interface{ Paths() (upper, work string) }
 // clearWork empties the work directory of an upper: it removes what overlayfs left there, and the marker of a volatile view,
 // with which the kernel would not mount it again.
 func clearWork(upper pather) error {
-	_, work := upper.Paths()
-	entries, err := os.ReadDir(work)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	_, path := upper.Paths()
+	// In another volume, the pod can put a link in its place.
+	work, err := linux.Open(nil, path, os.O_RDONLY|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
 		return fmt.Errorf("clear the work directory: %w", err)
 	}
-	for _, entry := range entries {
-		if err := os.RemoveAll(work + "/" + entry.Name()); err != nil {
-			return fmt.Errorf("clear the work directory: %w", err)
-		}
+	defer work.Close()
+	names, err := work.Readdirnames(-1)
+	for _, name := range names {
+		err = errors.Join(err, os.RemoveAll(linux.ProcPath(work)+"/"+name))
+	}
+	if err != nil {
+		return fmt.Errorf("clear the work directory: %w", err)
 	}
 	return nil
 }

@@ -1,7 +1,9 @@
 package upper_test
 
 import (
+	"errors"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -109,5 +111,32 @@ func TestProbe(t *testing.T) {
 	err = upper.Probe(open(t, mountAt(t, "ramfs")))
 	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "ramfs") || !strings.Contains(err.Error(), "trusted.overlay") {
 		t.Errorf("ramfs: %v", err)
+	}
+}
+
+// TestClearWorkFollowsNoLink has a pod put a link in the place of the work directory, and something else than a directory.
+func TestClearWorkFollowsNoLink(t *testing.T) {
+	precious := filepath.Join(t.TempDir(), "precious")
+	if err := os.WriteFile(precious, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, plant := range map[string]func(path string) error{
+		"link": func(path string) error { return os.Symlink(filepath.Dir(precious), path) },
+		"FIFO": func(path string) error { return unix.Mkfifo(path, 0o600) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			at := upper.PodVolumePath{Volume: mountAt(t, "tmpfs"), Path: "up"}
+			work := filepath.Join(at.Volume, at.Path, "work")
+			if err := errors.Join(os.Mkdir(filepath.Dir(work), 0o755), plant(work)); err != nil {
+				t.Fatal(err)
+			}
+			me := upper.LockHolder{Node: "n", BootID: "b", VolumeID: "v", Target: "/t"}
+			if err := podVolume(t, at, me, true).ClearWork(); err == nil {
+				t.Error("it was cleared")
+			}
+			if content, err := os.ReadFile(precious); err != nil || string(content) != "precious" {
+				t.Errorf("what the link leads to: %q, %v", content, err)
+			}
+		})
 	}
 }
