@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"syscall"
 	"testing"
 	"time"
@@ -169,5 +170,41 @@ func TestFSContextError(t *testing.T) {
 	}
 	if _, err := Fsopen("no-such-type"); !errors.Is(err, syscall.ENODEV) {
 		t.Errorf("an unknown file system: %v", err)
+	}
+}
+
+// TestFlockHolderAmongManyLocks: a pod can have any number of locks, and the table of them is not kept in memory.
+func TestFlockHolderAmongManyLocks(t *testing.T) {
+	dir := t.TempDir()
+	file, err := os.Create(filepath.Join(dir, "locked"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	const locks = 8000
+	for i := range int64(locks) {
+		// Locks of neighbouring bytes would be one.
+		lock := unix.Flock_t{Type: unix.F_WRLCK, Start: 2 * i, Len: 1}
+		if err := unix.FcntlFlock(file.Fd(), unix.F_SETLK, &lock); err != nil {
+			t.Fatal(err)
+		}
+	}
+	held, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	if err := Flock(held); err != nil {
+		t.Fatal(err)
+	}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	pid, err := FlockHolder(held)
+	runtime.ReadMemStats(&after)
+	if err != nil || pid != os.Getpid() {
+		t.Errorf("process %d, %v; want %d", pid, err, os.Getpid())
+	}
+	if took := after.TotalAlloc - before.TotalAlloc; took > 128<<10 {
+		t.Errorf("%d bytes of memory for %d locks", took, locks)
 	}
 }

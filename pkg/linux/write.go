@@ -1,6 +1,8 @@
 package linux
 
 import (
+	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -92,16 +94,25 @@ func FlockHolder(file *os.File) (pid int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	locks, err := os.ReadFile("/proc/locks")
+	locks, err := os.Open("/proc/locks")
 	if err != nil {
 		return 0, err
 	}
+	defer locks.Close()
 	wanted := fmt.Sprintf("%02x:%02x:%d", unix.Major(stat.Dev), unix.Minor(stat.Dev), stat.Ino)
-	for line := range strings.Lines(string(locks)) {
+	// Whoever has the lock may have any number of others.
+	lines := bufio.NewScanner(locks)
+	for lines.Scan() {
+		if !bytes.Contains(lines.Bytes(), []byte(wanted)) {
+			continue
+		}
 		// The fields are a number, FLOCK, ADVISORY, WRITE, the process, the file, and the range.
-		if fields := strings.Fields(line); len(fields) > 5 && fields[1] == "FLOCK" && fields[5] == wanted {
+		if fields := strings.Fields(lines.Text()); len(fields) > 5 && fields[1] == "FLOCK" && fields[5] == wanted {
 			return strconv.Atoi(fields[4])
 		}
+	}
+	if err := lines.Err(); err != nil {
+		return 0, err
 	}
 	return 0, &os.PathError{Op: "find the lock of", Path: file.Name(), Err: fs.ErrNotExist}
 }
