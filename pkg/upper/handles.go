@@ -64,7 +64,9 @@ func (h *handles) drop(view viewID) {
 	}
 }
 
-func (p podVolume) view() viewID { return viewID{p.holder.VolumeID, p.holder.Target} }
+func (p podVolume) view() viewID { return viewOf(p.holder) }
+
+func viewOf(holder LockHolder) viewID { return viewID{holder.VolumeID, holder.Target} }
 
 // isShared reports whether another pod has the volume, so that what is mounted in it here is mounted there as well. A volume that is
 // no mount, as an emptyDir on the disk, is the pod's own.

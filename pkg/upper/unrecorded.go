@@ -1,7 +1,9 @@
 package upper
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,23 +26,52 @@ func (b *Backends) OpenUnrecorded(base string) Upper {
 	return b.Open(at)
 }
 
-// FindPodVolumes returns the uppers in other volumes of a pod that a view at a target of a volume holds, by the handles of this process
-// and by the busy mounts in a directory, which is the pod's. unknown are the paths of busy mounts that have no lock file which says
-// whose they are, or one that names a view which cannot have them.
-func (b *Backends) FindPodVolumes(dir, volumeID, target string) (held []Upper, unknown []string, err error) {
-	mounts, err := linux.Mounts(nil)
+// FindPodVolumes returns the uppers in other volumes of a pod that a view, the holder, had there, by the handles of this process
+// and by the busy mounts in a directory, which is the pod's. The view is not mounted any more. A busy mount whose lock file does not say
+// whose it is, or names a view that cannot have it, is taken for the view's if no overlay is mounted on its upper, as inUse says. unknown
+// are the paths of the others.
+func (b *Backends) FindPodVolumes(
+	dir string, holder LockHolder, inUse func(upper *os.File) (bool, error),
+) (held []Upper, unknown []string, err error) {
+	mounts, err := busyMountsIn(dir)
 	if err != nil {
 		return nil, nil, fmt.Errorf("find busy mounts in %s: %w", dir, err)
 	}
-	resolved, err := filepath.EvalSymlinks(dir)
-	if err != nil {
-		return nil, nil, fmt.Errorf("find busy mounts in %s: %w", dir, err)
-	}
-	if upper, ok := b.handles.held(viewID{volumeID, target}); ok {
+	if upper, ok := b.handles.held(viewOf(holder)); ok {
 		held = append(held, upper)
 	}
-	podDir := dir
-	dir = resolved
+	for _, mount := range mounts {
+		file, owner := b.ownerOf(mount, dir, holder, inUse)
+		switch owner {
+		case thisView:
+			held = append(held, b.Open(Location{
+				Backend: PodVolume, PodVolume: mount.PodVolumePath, PodDir: dir, Holder: *file.Holder, Layers: file.Layers,
+			}))
+		case unknownView:
+			unknown = append(unknown, quote(filepath.Join(mount.Volume, mount.Path)))
+		case otherView:
+		}
+	}
+	return held, unknown, nil
+}
+
+// busyMountIn is a busy mount, with the resolved path of the volume that it is in.
+type busyMountIn struct {
+	PodVolumePath
+	resolved string
+}
+
+// busyMountsIn finds the busy mounts in the directory of a pod.
+func busyMountsIn(podDir string) ([]busyMountIn, error) {
+	mounts, err := linux.Mounts(nil)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := filepath.EvalSymlinks(podDir)
+	if err != nil {
+		return nil, err
+	}
+	var found []busyMountIn
 	for _, mount := range mounts {
 		if !strings.HasPrefix(mount.Mountpoint, dir+"/") {
 			continue
@@ -58,22 +89,51 @@ func (b *Backends) FindPodVolumes(dir, volumeID, target string) (held []Upper, u
 			}
 			volume = filepath.Join(append([]string{dir}, parts[:3]...)...)
 		}
-		path := strings.TrimPrefix(mount.Mountpoint, volume+"/")
-		file, err := lockFileAt(volume, path)
-		// As in records, where links are not resolved.
-		volume = filepath.Join(podDir, strings.TrimPrefix(volume, dir))
+		found = append(found, busyMountIn{
+			// As in records, where links are not resolved.
+			PodVolumePath{Volume: filepath.Join(podDir, strings.TrimPrefix(volume, dir)), Path: strings.TrimPrefix(mount.Mountpoint, volume+"/")},
+			volume,
+		})
+	}
+	return found, nil
+}
+
+// busyOwner says whose a busy mount is.
+type busyOwner int
+
+const (
+	unknownView busyOwner = iota
+	thisView
+	otherView
+)
+
+// ownerOf returns whose a busy mount in the directory of a pod is, and if it is the view's, its lock file, or what stands for it.
+func (b *Backends) ownerOf(
+	mount busyMountIn, podDir string, holder LockHolder, inUse func(upper *os.File) (bool, error),
+) (lockFile, busyOwner) {
+	base, err := openBaseAt(mount.resolved, mount.Path)
+	if err != nil {
+		return lockFile{}, unknownView
+	}
+	defer base.Close()
+	if file, _, err := readLockFile(base); err == nil && file.Holder != nil {
 		switch {
-		case err != nil || file.Holder == nil:
-			unknown = append(unknown, quote(mount.Mountpoint))
-		case file.Holder.VolumeID == volumeID && file.Holder.Target == target:
-			held = append(held, b.Open(Location{
-				Backend: PodVolume, PodVolume: PodVolumePath{Volume: volume, Path: path}, PodDir: podDir, Holder: *file.Holder, Layers: file.Layers,
-			}))
-		case !(holders{b.config.InUse}).mayHaveMounted(*file.Holder, volume, podDir):
-			unknown = append(unknown, quote(mount.Mountpoint))
+		case viewOf(*file.Holder) == viewOf(holder):
+			return file, thisView
+		case (holders{b.config.InUse}).mayHaveMounted(*file.Holder, mount.Volume, podDir):
+			return lockFile{}, otherView
 		}
 	}
-	return held, unknown, nil
+	upper, err := linux.OpenDirAt(base, upperName)
+	if err == nil {
+		defer upper.Close()
+		if used, err := inUse(upper); err != nil || used {
+			return lockFile{}, unknownView
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return lockFile{}, unknownView
+	}
+	return lockFile{Holder: &holder}, thisView
 }
 
 // isOnItself reports whether a mount is that of a directory of its parent on that directory itself.
@@ -82,21 +142,12 @@ func isOnItself(mount, parent *mountinfo.Info) bool {
 	return ok && mount.Major == parent.Major && mount.Minor == parent.Minor && mount.Root == filepath.Join(parent.Root, beneath)
 }
 
-// lockFileAt reads the lock file of an upper in another volume, without following a link of the pod.
-func lockFileAt(volume, path string) (lockFile, error) {
+// openBaseAt opens the directory of an upper in another volume, without following a link of the pod.
+func openBaseAt(volume, path string) (*os.File, error) {
 	root, err := linux.OpenDirAt(nil, volume)
 	if err != nil {
-		return lockFile{}, err
+		return nil, err
 	}
 	defer root.Close()
-	base, err := linux.OpenDirBeneath(root, path)
-	if err != nil {
-		return lockFile{}, err
-	}
-	defer base.Close()
-	file, existed, err := readLockFile(base)
-	if err == nil && !existed {
-		err = os.ErrNotExist
-	}
-	return file, err
+	return linux.OpenDirBeneath(root, path)
 }

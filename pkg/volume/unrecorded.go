@@ -15,6 +15,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
 // unrecorded finds and releases what volumes have that is in no record, or in none that can be read.
@@ -39,19 +40,19 @@ func (u unrecorded) release(ctx context.Context, id, target string) error {
 // maxUnknown is how many mounts a message names. The pod chooses their paths.
 const maxUnknown = 3
 
-// releasePodVolumes releases what a view at a target had in other volumes of the pod. It returns ErrDataLoss if there is something of
-// which it is not known whose it is.
+// releasePodVolumes releases what a view at a target had in other volumes of the pod. The view is unmounted. It returns ErrDataLoss if
+// there is something in use of which it is not known whose it is.
 func (u unrecorded) releasePodVolumes(ctx context.Context, id, target string) error {
 	dir := u.uppers.podDir(target)
 	if dir == "" || !exists(dir) {
 		return nil
 	}
-	held, unknown, err := u.uppers.backends.FindPodVolumes(dir, id, target)
+	held, unknown, err := u.uppers.backends.FindPodVolumes(dir, upper.LockHolder{Node: u.uppers.node, VolumeID: id, Target: target}, u.views.UpperInUse)
 	if err != nil {
 		return err
 	}
-	for _, upper := range held {
-		if err := upper.Release(ctx); err != nil {
+	for _, found := range held {
+		if err := found.Release(ctx); err != nil {
 			return err
 		}
 	}

@@ -239,6 +239,39 @@ func TestLockFileThatNamesALiveView(t *testing.T) {
 	}
 }
 
+// TestBusyMountOfNobody: where neither a record nor a lock file says whose a busy mount is, the pod ends if nothing is mounted on the
+// upper. That of another view of the pod stays as long as the view.
+func TestBusyMountOfNobody(t *testing.T) {
+	node := startNode(t, "--reconcile-interval=1h")
+	layers := layersOf(t, node, map[string]string{"f": "layer"})
+	pod := newPod(t, node, "pod")
+	scratch, err := pod.EmptyDir("scratch")
+	must(t, err)
+	v, live := inline("layers", layers, "upper", "volume://scratch/up"), inline("layers", layers, "upper", "volume://scratch/live")
+	live.Name = "live"
+	publish(t, pod, v)
+	target := publish(t, pod, live)
+	container := mountBare(t, scratch)
+	forget := func(v drivertest.Volume, name string) {
+		must(t, os.Remove(filepath.Join(container, name, "overlay-csi.json")))
+		must(t, os.WriteFile(filepath.Join(node.DataRoot, "volumes", pod.Request(v).GetVolumeId(), "volume.json"), []byte("{"), 0o600))
+	}
+	forget(v, "up")
+
+	unpublish(t, pod, v)
+	must(t, os.RemoveAll(filepath.Join(scratch, "up")))
+	if mounts, err := drivertest.Mounts(filepath.Join(scratch, "live")); err != nil || len(mounts) != 1 {
+		t.Errorf("the busy mount of the other view: %v, %v", mounts, err)
+	}
+	write(t, filepath.Join(target, "f"), "other")
+
+	forget(live, "live")
+	must(t, unix.Unmount(container, unix.MNT_DETACH))
+	unpublish(t, pod, live)
+	wantFile(t, filepath.Join(scratch, "live/upper/f"), "other")
+	must(t, os.RemoveAll(scratch))
+}
+
 // holderOf returns the holder in the lock file of an upper.
 func holderOf(t *testing.T, base string) map[string]string {
 	t.Helper()
