@@ -51,6 +51,9 @@ func NewPodVolumes(dir Dir, api apiServer, wait time.Duration) *PodVolumes {
 	return &PodVolumes{dir: dir, api: api, wait: wait}
 }
 
+// Wait is how long Open waits until kubelet has mounted a volume.
+func (v *PodVolumes) Wait() time.Duration { return v.wait }
+
 // writtenByKubelet are plugins whose directories have the name of the pod's volume, never that of a PersistentVolume.
 var writtenByKubelet = []string{"kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api"}
 

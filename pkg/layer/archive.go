@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -11,10 +12,19 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 )
 
+// openArchiveInTime is openArchive where the file system answers. It returns ErrUnavailable where it does not.
+func (r *Roots) openArchiveInTime(ctx context.Context, ref reference.Reference) (*os.File, error) {
+	question, err := r.questions.begin("layer root "+ref.Name(), ref.Path(), patience)
+	if err != nil {
+		return nil, err
+	}
+	return question.open(ctx, func() (*os.File, error) { return r.openArchive(ref) })
+}
+
 // openArchive opens the file, or the directory of an OCI layout, that an archive:// reference names, for reading. Its errors are those
 // of openDir.
 func (r *Roots) openArchive(ref reference.Reference) (*os.File, error) {
-	opened := openedRoots{}
+	opened := newOpenedRoots()
 	defer opened.close()
 	at, err := r.openRootOf(ref, opened)
 	if err != nil {

@@ -110,7 +110,7 @@ func (r *Resolver) leaseArchive(ctx context.Context, ref reference.Reference, di
 			return lease, err
 		}
 	}
-	file, err := r.roots.openArchive(ref)
+	file, err := r.roots.openArchiveInTime(ctx, ref)
 	if err != nil {
 		return nil, err
 	}

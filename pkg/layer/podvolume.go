@@ -14,6 +14,7 @@ import (
 type PodVolumes struct {
 	volumes   *kubelet.PodVolumes
 	protected ProtectedDir
+	questions questions
 }
 
 // NewPodVolumes returns a resolver of volume:// references.
@@ -22,9 +23,31 @@ func NewPodVolumes(volumes *kubelet.PodVolumes, protected ProtectedDir) *PodVolu
 }
 
 // Open opens the directory that a volume:// reference names in another volume of the pod (O_PATH), and waits until kubelet has mounted
-// that volume. It follows links within the volume, and returns ErrInvalidArgument for those that lead out of it.
+// that volume. It follows links within the volume, and returns ErrInvalidArgument for those that lead out of it, and ErrUnavailable if
+// the file system does not answer.
 func (v *PodVolumes) Open(ctx context.Context, ref reference.Reference, pod kubelet.Pod) (*os.File, error) {
-	root, err := v.Root(ctx, ref, pod)
+	return v.openInTime(ctx, ref, pod, v.open)
+}
+
+// Root opens the root of the volume that the reference names (O_PATH). It ignores the path of the reference.
+func (v *PodVolumes) Root(ctx context.Context, ref reference.Reference, pod kubelet.Pod) (*os.File, error) {
+	return v.openInTime(ctx, ref, pod, v.root)
+}
+
+// openInTime calls open where the file system answers.
+func (v *PodVolumes) openInTime(ctx context.Context, ref reference.Reference, pod kubelet.Pod,
+	open func(ctx context.Context, ref reference.Reference, pod kubelet.Pod) (*os.File, error),
+) (*os.File, error) {
+	question, err := v.questions.begin(fmt.Sprintf("volume %s of pod %s (%s)", ref.Name(), pod, pod.UID), ref.Path(),
+		v.volumes.Wait()+patience)
+	if err != nil {
+		return nil, err
+	}
+	return question.open(ctx, func() (*os.File, error) { return open(ctx, ref, pod) })
+}
+
+func (v *PodVolumes) open(ctx context.Context, ref reference.Reference, pod kubelet.Pod) (*os.File, error) {
+	root, err := v.root(ctx, ref, pod)
 	if err != nil {
 		return nil, err
 	}
@@ -40,8 +63,7 @@ func (v *PodVolumes) Open(ctx context.Context, ref reference.Reference, pod kube
 	return dir, nil
 }
 
-// Root opens the root of the volume that the reference names (O_PATH). It ignores the path of the reference.
-func (v *PodVolumes) Root(ctx context.Context, ref reference.Reference, pod kubelet.Pod) (*os.File, error) {
+func (v *PodVolumes) root(ctx context.Context, ref reference.Reference, pod kubelet.Pod) (*os.File, error) {
 	root, err := v.volumes.Open(ctx, pod, ref.Name())
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", ref, err)

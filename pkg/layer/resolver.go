@@ -43,7 +43,7 @@ func (r *Resolver) Resolve(ctx context.Context, refs []reference.Reference, req 
 	}
 	credentials = credentials.InNamespace(req.Pod.Namespace)
 	resolved := newResolvedLayers()
-	opened := openedRoots{}
+	opened := newOpenedRoots()
 	defer opened.close()
 	for _, ref := range refs {
 		if err := r.resolve(ctx, ref, req, credentials, opened, resolved); err != nil {
@@ -56,11 +56,11 @@ func (r *Resolver) Resolve(ctx context.Context, refs []reference.Reference, req 
 
 // resolve opens the directories of one reference and adds them to resolved.
 func (r *Resolver) resolve(
-	ctx context.Context, ref reference.Reference, req Request, credentials registry.Credentials, opened openedRoots, resolved *ResolvedLayers,
+	ctx context.Context, ref reference.Reference, req Request, credentials registry.Credentials, opened *openedRoots, resolved *ResolvedLayers,
 ) error {
 	switch ref.Scheme() {
 	case reference.Dir:
-		dir, err := r.roots.openDir(ref, opened)
+		dir, err := r.roots.openDirInTime(ctx, ref, opened)
 		if err != nil {
 			return err
 		}
@@ -101,9 +101,9 @@ func (r *Resolver) Check(refs []reference.Reference) error {
 }
 
 // CheckPresent returns the error of the first dir:// or archive:// reference that cannot be opened on this node. It does not check
-// images, which can be pulled, and volumes of pods.
+// images, which can be pulled, and volumes of pods. It waits for file systems that do not answer.
 func (r *Resolver) CheckPresent(refs []reference.Reference) error {
-	opened := openedRoots{}
+	opened := newOpenedRoots()
 	defer opened.close()
 	for _, ref := range refs {
 		var file *os.File

@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -8,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/containerd/errdefs"
@@ -29,6 +31,7 @@ type Roots struct {
 	roots     map[string]Root
 	protected ProtectedDir
 	reopener  reopener
+	questions questions
 }
 
 // reopener opens a directory again on a mount that is better for layers. It returns nil if there is no such mount.
@@ -84,11 +87,26 @@ func (o openedRoot) close() {
 	}
 }
 
-// openedRoots are the roots that one resolution has opened, by name. Each root is opened once for all layers beneath it.
-type openedRoots map[string]openedRoot
+// openedRoots are the roots that one resolution has opened. Each root is opened once for all layers beneath it.
+type openedRoots struct {
+	byName map[string]openedRoot
+	// users are the resolution, and a question of it that has not been answered. Only one of them works with the roots at a time: the
+	// resolution ends with a question that it does not wait for.
+	users atomic.Int32
+}
 
-func (o openedRoots) close() {
-	for _, root := range o {
+func newOpenedRoots() *openedRoots {
+	o := &openedRoots{byName: map[string]openedRoot{}}
+	o.users.Store(1)
+	return o
+}
+
+// close closes the roots for one user, the last one for all.
+func (o *openedRoots) close() {
+	if o.users.Add(-1) > 0 {
+		return
+	}
+	for _, root := range o.byName {
 		root.close()
 	}
 }
@@ -107,8 +125,8 @@ func (r *Roots) openRoot(root Root) (openedRoot, error) {
 }
 
 // openRootOf opens the layer root of a reference, unless it is in opened already, and adds it there.
-func (r *Roots) openRootOf(ref reference.Reference, opened openedRoots) (openedRoot, error) {
-	if at, ok := opened[ref.Name()]; ok {
+func (r *Roots) openRootOf(ref reference.Reference, opened *openedRoots) (openedRoot, error) {
+	if at, ok := opened.byName[ref.Name()]; ok {
 		return at, nil
 	}
 	root, err := r.find(ref)
@@ -119,13 +137,26 @@ func (r *Roots) openRootOf(ref reference.Reference, opened openedRoots) (openedR
 	if err != nil {
 		return openedRoot{}, fmt.Errorf("%w: layer %s: layer root %s: %w", errdefs.ErrUnavailable, ref, ref.Name(), err)
 	}
-	opened[ref.Name()] = at
+	opened.byName[ref.Name()] = at
 	return at, nil
+}
+
+// openDirInTime is openDir where the file system answers. It returns ErrUnavailable where it does not.
+func (r *Roots) openDirInTime(ctx context.Context, ref reference.Reference, opened *openedRoots) (*os.File, error) {
+	question, err := r.questions.begin("layer root "+ref.Name(), ref.Path(), patience)
+	if err != nil {
+		return nil, err
+	}
+	opened.users.Add(1)
+	return question.open(ctx, func() (*os.File, error) {
+		defer opened.close()
+		return r.openDir(ref, opened)
+	})
 }
 
 // openDir opens the directory of a dir:// reference (O_PATH). It returns ErrNotFound if there is none, and ErrInvalidArgument if the
 // path leaves the root.
-func (r *Roots) openDir(ref reference.Reference, opened openedRoots) (*os.File, error) {
+func (r *Roots) openDir(ref reference.Reference, opened *openedRoots) (*os.File, error) {
 	at, err := r.openRootOf(ref, opened)
 	if err != nil {
 		return nil, err

@@ -58,6 +58,15 @@ func StatPath(path string) (Stat, error) {
 	return stat, err
 }
 
+// Revalidate has the file system answer for an open file. One of a server asks the server, whatever it remembers of the file (statx(2),
+// AT_STATX_FORCE_SYNC).
+func Revalidate(file *os.File) error {
+	var stat unix.Statx_t
+	return call("statx", file, func(fd int) error {
+		return unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_FORCE_SYNC, unix.STATX_BASIC_STATS, &stat)
+	})
+}
+
 // SameFile reports whether two handles are of the same file.
 func SameFile(a, b *os.File) (bool, error) {
 	ofA, err := StatFile(a)

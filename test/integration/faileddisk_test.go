@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
 
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
@@ -122,6 +123,13 @@ func TestLayerThatDoesNotAnswer(t *testing.T) {
 			}
 			unpublish(t, pod, other)
 			wantHealth(t, node, pod, hung, inaccessible, "DoesNotAnswer")
+			late := hung
+			late.Name = "late"
+			for range 2 {
+				_, err := pod.Publish(timeout(t), late)
+				wantCode(t, err, codes.Unavailable, "layer root away", "does not answer")
+			}
+			unpublish(t, pod, late)
 			must(t, node.Kill())
 			start(t, node)
 			unpublish(t, pod, hung)
