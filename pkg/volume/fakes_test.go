@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -39,7 +40,9 @@ type fakeNode struct {
 	// views are the specs of the overlays by target.
 	views map[string]overlay.Spec
 	// inUse are the uppers by base that were prepared and not released. held and yielded count calls of Hold and Yield.
-	inUse   map[string]bool
+	inUse map[string]bool
+	// mu guards held.
+	mu      sync.Mutex
 	held    int
 	yielded int
 	limits  map[string]upper.Limit
@@ -304,7 +307,9 @@ func (u fakeUpper) Prepare(context.Context, upper.RootAttr) (upper.Dirs, error) 
 func (u fakeUpper) ClearWork() error { return u.n.failing("clear work") }
 
 func (u fakeUpper) Hold() error {
+	u.n.mu.Lock()
 	u.n.held++
+	u.n.mu.Unlock()
 	if u.n.onHold != nil {
 		u.n.onHold()
 	}

@@ -6,14 +6,20 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 )
 
-// reconcilePatience is how long the other volumes wait for one.
-const reconcilePatience = 10 * time.Second
+const (
+	// parallelReconciles is how many volumes are reconciled at the same time. Whether a view is mounted takes a second where the file
+	// system of its layers does not answer, and many views may have layers of one server.
+	parallelReconciles = 16
+	// reconcilePatience is how long the other volumes wait for one.
+	reconcilePatience = 10 * time.Second
+)
 
 // reconcile compares the records with the kernel's mounts and with kubelet's directory, and cleans up what no RPC will: a
 // publish or unpublish that a crash or a reboot interrupted, and that kubelet does not repeat because the pod is gone. It never
@@ -25,28 +31,38 @@ func (m *Manager) reconcile(ctx context.Context) {
 		klog.FromContext(ctx).Error(err, "Could not reconcile")
 		return
 	}
+	var group errgroup.Group
+	group.SetLimit(parallelReconciles)
 	for _, id := range ids {
-		if ctx.Err() != nil {
-			return
-		}
-		unlock, ok := m.locks.tryAcquire(id)
-		if !ok {
-			continue
-		}
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			defer unlock()
-			if err := m.reconcileVolume(ctx, id); err != nil {
-				klog.FromContext(ctx).Error(err, "Could not reconcile a volume, will retry", keyVolume, id)
+		group.Go(func() error {
+			if ctx.Err() == nil {
+				m.reconcileInTime(ctx, id)
 			}
-		}()
-		select {
-		case <-done:
-		case <-time.After(reconcilePatience):
-			// It keeps the volume's lock until the file system answers, and is not waited for again.
-			klog.FromContext(ctx).Info("A file system of a volume does not answer; reconcile goes on with the others", keyVolume, id)
+			return nil
+		})
+	}
+	_ = group.Wait()
+}
+
+// reconcileInTime reconciles a volume, and waits at most reconcilePatience for that.
+func (m *Manager) reconcileInTime(ctx context.Context, id string) {
+	unlock, ok := m.locks.tryAcquire(id)
+	if !ok {
+		return
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer unlock()
+		if err := m.reconcileVolume(ctx, id); err != nil {
+			klog.FromContext(ctx).Error(err, "Could not reconcile a volume, will retry", keyVolume, id)
 		}
+	}()
+	select {
+	case <-done:
+	case <-time.After(reconcilePatience):
+		// It keeps the volume's lock until the file system answers, and is not waited for again.
+		klog.FromContext(ctx).Info("A file system of a volume does not answer; reconcile goes on with the others", keyVolume, id)
 	}
 }
 

@@ -1,10 +1,12 @@
 package volume
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
@@ -119,6 +121,25 @@ func TestReconcileGoesOnAfterAPublication(t *testing.T) {
 	if len(r.Publications) != 1 {
 		t.Errorf("%d publications are left", len(r.Publications))
 	}
+}
+
+// TestReconcileOfManySlowVolumes: the time that the start of a driver takes does not grow with each view whose file system is slow.
+func TestReconcileOfManySlowVolumes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newFakeNode(t)
+		const volumes, slow = 4 * parallelReconciles, time.Second
+		for i := range volumes {
+			request := n.request(fmt.Sprint("p", i), inline)
+			request.VolumeID = fmt.Sprint("v", i)
+			n.publish(request)
+		}
+		n.onHold = func() { time.Sleep(slow) }
+		began := time.Now()
+		n.manager.reconcile(t.Context())
+		if took := time.Since(began); n.held != volumes || took != slow*volumes/parallelReconciles {
+			t.Errorf("%d of %d volumes in %s", n.held, volumes, took)
+		}
+	})
 }
 
 // TestReconcileWithoutRecord leaves alone what somebody may still want.
