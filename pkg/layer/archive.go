@@ -12,7 +12,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 )
 
-// openArchiveInTime is openArchive where the file system answers. It returns ErrUnavailable where it does not.
+// openArchiveInTime is openArchive where the file system answers. It returns ErrDoesNotAnswer where it does not.
 func (r *Roots) openArchiveInTime(ctx context.Context, ref reference.Reference) (*os.File, error) {
 	question, err := r.questions.begin("layer root "+ref.Name(), ref.Path(), patience)
 	if err != nil {

@@ -13,12 +13,15 @@ import (
 )
 
 // patience is how long the file system of a layer has for an answer. A local one takes microseconds; one of a server that is away never
-// answers.
-const patience = 5 * time.Second
+// answers. It is shorter than a check of health may take, which can then say what does not answer.
+const patience = 4 * time.Second
 
 // maxOverdue is how many answers of one root may be overdue before it is asked for nothing more. It is more than one because other
 // file systems may be mounted beneath a root.
 const maxOverdue = 8
+
+// ErrDoesNotAnswer says that the file system of a layer does not answer. It is an ErrUnavailable.
+var ErrDoesNotAnswer = fmt.Errorf("%w: the file system does not answer", errdefs.ErrUnavailable)
 
 // questions are what file systems of layers have been asked and have not answered in time. Each keeps a thread of this process until it
 // is answered, so that none is asked again before.
@@ -35,13 +38,13 @@ type question struct {
 	patience   time.Duration
 }
 
-// begin returns a question. It returns ErrUnavailable if the answer to an earlier one is overdue.
+// begin returns a question. It returns ErrDoesNotAnswer if the answer to an earlier one is overdue.
 func (q *questions) begin(root, path string, patience time.Duration) (question, error) {
 	return question{q, root, path, patience}, q.refuse(root, path)
 }
 
-// open calls do, which opens the file, and has the file system answer for the file. It returns ErrUnavailable if that takes too long.
-// What do returns later is closed.
+// open calls do, which opens the file, and has the file system answer for the file. It returns ErrDoesNotAnswer if that takes too long,
+// and does not wait when ctx has ended. What do returns later is closed.
 func (q question) open(ctx context.Context, do func() (*os.File, error)) (*os.File, error) {
 	type answer struct {
 		file *os.File
@@ -78,6 +81,9 @@ func (q question) open(ctx context.Context, do func() (*os.File, error)) (*os.Fi
 	}
 	q.all.setOverdue(q.root, q.path, began)
 	close(left)
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("wait for %s: %w", q.root, context.Cause(ctx))
+	}
 	return nil, noAnswer(q.root, q.path, began)
 }
 
@@ -119,6 +125,9 @@ func (q *questions) end(root, path string) {
 }
 
 func noAnswer(root, path string, began time.Time) error {
-	return fmt.Errorf("%w: %s: the file system of %q does not answer since %s; find out whether its disk or server is there",
-		errdefs.ErrUnavailable, root, path, began.UTC().Format(time.RFC3339))
+	if path != "" {
+		root = fmt.Sprintf("%q in %s", path, root)
+	}
+	return fmt.Errorf("%s: %w since %s; find out whether its disk or server is there",
+		root, ErrDoesNotAnswer, began.UTC().Format(time.RFC3339))
 }

@@ -23,8 +23,8 @@ func NewPodVolumes(volumes *kubelet.PodVolumes, protected ProtectedDir) *PodVolu
 }
 
 // Open opens the directory that a volume:// reference names in another volume of the pod (O_PATH), and waits until kubelet has mounted
-// that volume. It follows links within the volume, and returns ErrInvalidArgument for those that lead out of it, and ErrUnavailable if
-// the file system does not answer.
+// that volume. It follows links within the volume, and returns ErrInvalidArgument for those that lead out of it, and
+// ErrDoesNotAnswer if the file system does not answer.
 func (v *PodVolumes) Open(ctx context.Context, ref reference.Reference, pod kubelet.Pod) (*os.File, error) {
 	return v.openInTime(ctx, ref, pod, v.open)
 }

@@ -100,9 +100,9 @@ func (r *Resolver) Check(refs []reference.Reference) error {
 	return nil
 }
 
-// CheckPresent returns the error of the first dir:// or archive:// reference that cannot be opened on this node. It does not check
-// images, which can be pulled, and volumes of pods. It waits for file systems that do not answer.
-func (r *Resolver) CheckPresent(refs []reference.Reference) error {
+// CheckPresent returns the error of the first dir:// or archive:// reference that cannot be opened on this node, which is
+// ErrDoesNotAnswer where its file system does not answer. It does not check images, which can be pulled, and volumes of pods.
+func (r *Resolver) CheckPresent(ctx context.Context, refs []reference.Reference) error {
 	opened := newOpenedRoots()
 	defer opened.close()
 	for _, ref := range refs {
@@ -110,9 +110,9 @@ func (r *Resolver) CheckPresent(refs []reference.Reference) error {
 		var err error
 		switch ref.Scheme() {
 		case reference.Dir:
-			file, err = r.roots.openDir(ref, opened)
+			file, err = r.roots.openDirInTime(ctx, ref, opened)
 		case reference.Archive:
-			file, err = r.roots.openArchive(ref)
+			file, err = r.roots.openArchiveInTime(ctx, ref)
 		default:
 			continue
 		}
@@ -124,16 +124,19 @@ func (r *Resolver) CheckPresent(refs []reference.Reference) error {
 	return nil
 }
 
-// CheckRoots returns an error that names the layer roots that cannot be opened on this node.
-func (r *Resolver) CheckRoots() error {
-	var errs []error
+// CheckRoots returns an error for each layer root that cannot be opened on this node, which is ErrDoesNotAnswer where its file system
+// does not answer.
+func (r *Resolver) CheckRoots(ctx context.Context) (errs []error) {
 	for _, name := range slices.Sorted(maps.Keys(r.roots.roots)) {
-		root, err := r.roots.openRoot(r.roots.roots[name])
-		if err != nil {
+		root, err := r.roots.openRootInTime(ctx, name)
+		switch {
+		case errors.Is(err, ErrDoesNotAnswer):
+			errs = append(errs, err)
+		case err != nil:
 			errs = append(errs, fmt.Errorf("layer root %s: %w", name, err))
-			continue
+		default:
+			root.Close()
 		}
-		root.close()
 	}
-	return errors.Join(errs...)
+	return errs
 }

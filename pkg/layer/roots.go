@@ -124,6 +124,15 @@ func (r *Roots) openRoot(root Root) (openedRoot, error) {
 	return opened, nil
 }
 
+// openRootInTime opens the directory of a layer root where the file system answers. It returns ErrDoesNotAnswer where it does not.
+func (r *Roots) openRootInTime(ctx context.Context, name string) (*os.File, error) {
+	question, err := r.questions.begin("layer root "+name, "", patience)
+	if err != nil {
+		return nil, err
+	}
+	return question.open(ctx, func() (*os.File, error) { return linux.OpenDir(r.roots[name].Path) })
+}
+
 // openRootOf opens the layer root of a reference, unless it is in opened already, and adds it there.
 func (r *Roots) openRootOf(ref reference.Reference, opened *openedRoots) (openedRoot, error) {
 	if at, ok := opened.byName[ref.Name()]; ok {
@@ -141,7 +150,7 @@ func (r *Roots) openRootOf(ref reference.Reference, opened *openedRoots) (opened
 	return at, nil
 }
 
-// openDirInTime is openDir where the file system answers. It returns ErrUnavailable where it does not.
+// openDirInTime is openDir where the file system answers. It returns ErrDoesNotAnswer where it does not.
 func (r *Roots) openDirInTime(ctx context.Context, ref reference.Reference, opened *openedRoots) (*os.File, error) {
 	question, err := r.questions.begin("layer root "+ref.Name(), ref.Path(), patience)
 	if err != nil {

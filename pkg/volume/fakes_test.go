@@ -235,9 +235,17 @@ func (l fakeLayers) ResolveTags(
 	return refs, l.n.failing("resolve tags")
 }
 
-func (l fakeLayers) Check([]reference.Reference) error        { return l.n.failing("check layers") }
-func (l fakeLayers) CheckPresent([]reference.Reference) error { return l.n.failing("check present") }
-func (l fakeLayers) CheckRoots() error                        { return l.n.failing("check roots") }
+func (l fakeLayers) Check([]reference.Reference) error { return l.n.failing("check layers") }
+func (l fakeLayers) CheckPresent(context.Context, []reference.Reference) error {
+	return l.n.failing("check present")
+}
+
+func (l fakeLayers) CheckRoots(context.Context) []error {
+	if err := l.n.failing("check roots"); err != nil {
+		return []error{err}
+	}
+	return nil
+}
 
 // fakePodVolumes has one other volume of every pod.
 type fakePodVolumes struct{ n *fakeNode }

@@ -2,6 +2,7 @@ package volume
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -114,6 +115,8 @@ func (f *findings) addError(err error, meaning verdicts) {
 	switch {
 	case err == nil:
 		return
+	case errors.Is(err, layer.ErrDoesNotAnswer):
+		v = verdict{Inaccessible, reasonDoesNotAnswer}
 	case errdefs.IsNotFound(err):
 		v = meaning.notFound
 	case errdefs.IsFailedPrecondition(err):
@@ -229,7 +232,7 @@ func (c *checker) check(ctx context.Context, r *record.Record, target string) ([
 			}
 		}
 		if !mounted {
-			c.checkNextPublish(current, r)
+			c.checkNextPublish(ctx, current, r)
 		}
 	})
 }
@@ -288,9 +291,9 @@ func (c *checker) isExpected(id, target string) bool {
 }
 
 // checkNextPublish finds what the next publish would fail on.
-func (c *checker) checkNextPublish(current *healthCheck, r *record.Record) {
+func (c *checker) checkNextPublish(ctx context.Context, current *healthCheck, r *record.Record) {
 	current.asks("a layer")
-	current.found.addError(c.layers.CheckPresent(r.Spec.Layers), neededLayer)
+	current.found.addError(c.layers.CheckPresent(ctx, r.Spec.Layers), neededLayer)
 	if r.Made {
 		current.asks("the upper")
 		persistent := c.uppers.open(r, nil)
@@ -341,7 +344,7 @@ func lacking(usage upper.Usage) string {
 // StorageHealth returns what is wrong with what all volumes of this node need: the data root and the layer roots. As Health, it waits
 // at most for checkWait.
 func (m *Manager) StorageHealth(ctx context.Context) ([]Condition, error) {
-	return m.checker.run(ctx, "", func(_ context.Context, current *healthCheck) {
+	return m.checker.run(ctx, "", func(ctx context.Context, current *healthCheck) {
 		root := m.config.Root
 		if err := upper.CheckWritable(root.VolumesDir()); err != nil {
 			current.found.addError(err, dataRootState)
@@ -355,8 +358,12 @@ func (m *Manager) StorageHealth(ctx context.Context) ([]Condition, error) {
 			current.found.add(Degraded, reasonDataRootFull, fmt.Sprintf("the file system of the data root %s is full, %s", root.Path(), what))
 		}
 		current.asks("a layer root")
-		if err := m.config.Layers.CheckRoots(); err != nil {
-			current.found.add(Degraded, reasonLayerRootMissing, err.Error())
+		for _, err := range m.config.Layers.CheckRoots(ctx) {
+			reason := reasonLayerRootMissing
+			if errors.Is(err, layer.ErrDoesNotAnswer) {
+				reason = reasonDoesNotAnswer
+			}
+			current.found.add(Degraded, reason, err.Error())
 		}
 	})
 }

@@ -42,8 +42,8 @@ type layers interface {
 		ctx context.Context, refs []reference.Reference, secrets map[string]string, namespace string,
 	) ([]reference.Reference, error)
 	Check(refs []reference.Reference) error
-	CheckPresent(refs []reference.Reference) error
-	CheckRoots() error
+	CheckPresent(ctx context.Context, refs []reference.Reference) error
+	CheckRoots(ctx context.Context) []error
 }
 
 // podVolumes opens the root of another volume of a pod.

@@ -73,7 +73,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error)
 	if !req.Spec.Persistent() {
 		return Volume{ID: id, Capacity: max(req.Spec.Size, req.Required), Spec: req.Spec}, nil
 	}
-	if err := m.config.Layers.CheckPresent(req.Spec.Layers); err != nil {
+	if err := m.config.Layers.CheckPresent(ctx, req.Spec.Layers); err != nil {
 		return Volume{}, err
 	}
 	r = &record.Record{

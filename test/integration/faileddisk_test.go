@@ -2,12 +2,14 @@ package integration
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 
@@ -130,6 +132,14 @@ func TestLayerThatDoesNotAnswer(t *testing.T) {
 				wantCode(t, err, codes.Unavailable, "layer root away", "does not answer")
 			}
 			unpublish(t, pod, late)
+			_, err := node.Controller().CreateVolume(timeout(t), createRequest("late", readWriteOnce, 0, "layers", "dir://away/layer"))
+			wantCode(t, err, codes.Unavailable, "layer root away", "does not answer")
+			storage, err := node.NodeService().NodeGetStorageHealth(timeout(t), &csi.NodeGetStorageHealthRequest{})
+			must(t, err)
+			found := fmt.Sprint(storage.GetBackendHealth())
+			if !strings.Contains(found, "STORAGE_DEGRADED") || !strings.Contains(found, "layer root away: ") {
+				t.Errorf("the health of the storage: %s", found)
+			}
 			must(t, node.Kill())
 			start(t, node)
 			unpublish(t, pod, hung)
