@@ -35,10 +35,19 @@ var errStalled = errors.New("the registry has stopped sending")
 // errSlow is the cause of a download that was canceled because it received less than slowRate.
 var errSlow = fmt.Errorf("the registry has sent less than %d KiB/s for %s; retry, what it has sent is kept", slowRate>>10, slowPeriod)
 
+// Progress is the progress of a download.
+type Progress struct {
+	// Received is the number of bytes in the spool.
+	Received atomic.Int64
+	// IgnoresRanges reports whether the registry has sent again what was in the spool. A download there begins at the first byte
+	// whenever it is continued.
+	IgnoresRanges atomic.Bool
+}
+
 // Download downloads the rest of a blob to its spool. It retries transient failures from the current offset, with a longer
-// pause each time. It sets progress to the number of bytes in the spool. It does not verify the blob's digest. It returns
-// ErrUnavailable if the registry sends less than slowRate over slowPeriod: a download must not take a slot for months.
-func (r *Repository) Download(ctx context.Context, descriptor ocispec.Descriptor, into *Spool, progress *atomic.Int64) error {
+// pause each time, and keeps progress up to date. It does not verify the blob's digest. It returns ErrUnavailable if the
+// registry sends less than slowRate over slowPeriod: a download must not take a slot for months.
+func (r *Repository) Download(ctx context.Context, descriptor ocispec.Descriptor, into *Spool, progress *Progress) error {
 	open := func(ctx context.Context, offset int64) (io.ReadCloser, error) {
 		return r.openBlob(ctx, descriptor, offset)
 	}
@@ -52,15 +61,19 @@ type download struct {
 	descriptor ocispec.Descriptor
 	open       func(ctx context.Context, offset int64) (io.ReadCloser, error)
 	into       *Spool
-	progress   *atomic.Int64
+	progress   *Progress
+	// sent is the number of bytes that the registry has sent, those that it has sent again included.
+	sent atomic.Int64
+	// repeats is the number of bytes that the registry has sent again.
+	repeats atomic.Int64
 }
 
 func (d *download) run(ctx context.Context) error {
 	failures, pause := 0, d.repository.config.Backoff
-	d.progress.Store(d.into.Len())
+	d.progress.Received.Store(d.into.Len())
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	go cancelIfBelow(ctx, cancel, d.progress, limit{slowRate, slowPeriod, errSlow})
+	go cancelIfBelow(ctx, cancel, &d.sent, limit{slowRate, slowPeriod, errSlow})
 	for {
 		before := d.into.Len()
 		if before == d.descriptor.Size {
@@ -96,6 +109,14 @@ func (d *download) attempt(ctx context.Context) error {
 	defer cancel(nil)
 	var received atomic.Int64
 	go cancelIfBelow(ctx, cancel, &received, limit{minRate, d.repository.config.StallTimeout, errStalled})
+	ctx = context.WithValue(ctx, repeatedKey{}, &repeated{func(n int64) {
+		d.progress.IgnoresRanges.Store(true)
+		// A registry that cuts each connection could send the same bytes for ever.
+		if d.repeats.Add(n) <= maxFailures*d.descriptor.Size {
+			received.Add(n)
+			d.sent.Add(n)
+		}
+	}})
 	body, skip, err := d.openAt(ctx, d.into.Len())
 	if err != nil {
 		return d.repository.wrap(fetchOp(d.descriptor), stallCause(ctx, err))
@@ -105,6 +126,7 @@ func (d *download) attempt(ctx context.Context) error {
 	for {
 		n, err := body.Read(buffer)
 		received.Add(int64(n))
+		d.sent.Add(int64(n))
 		if skipped := int(min(skip, int64(n))); skipped > 0 {
 			skip -= int64(skipped)
 			n = copy(buffer, buffer[skipped:n])
@@ -113,7 +135,7 @@ func (d *download) attempt(ctx context.Context) error {
 			if _, err := d.into.Write(buffer[:n]); err != nil {
 				return fmt.Errorf("write the download: %w", err)
 			}
-			d.progress.Store(d.into.Len())
+			d.progress.Received.Store(d.into.Len())
 		}
 		if done, err := d.check(body, err); done {
 			return d.repository.wrap("fetch", stallCause(ctx, err))
@@ -157,6 +179,7 @@ func (d *download) openAt(ctx context.Context, offset int64) (body io.ReadCloser
 	var status remoteerrors.ErrUnexpectedStatus
 	if errors.As(err, &status) && status.StatusCode == http.StatusRequestedRangeNotSatisfiable {
 		body.Close()
+		d.progress.IgnoresRanges.Store(true)
 		body, err = d.open(ctx, 0)
 		return body, offset, err
 	}

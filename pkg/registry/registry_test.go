@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -159,7 +158,7 @@ func newDownload(t *testing.T, size int64, open func(ctx context.Context, offset
 	t.Cleanup(func() { spool.Close() })
 	descriptor := ocispec.Descriptor{Digest: digest.FromString("x"), Size: size}
 	return &download{
-		repository: newRepository(t, "registry.example"), descriptor: descriptor, open: open, into: spool, progress: &atomic.Int64{},
+		repository: newRepository(t, "registry.example"), descriptor: descriptor, open: open, into: spool, progress: &Progress{},
 	}
 }
 
@@ -244,6 +243,61 @@ func TestSlowDownload(t *testing.T) {
 		}
 		if d.into.Len() == 0 {
 			t.Error("nothing is kept of the download")
+		}
+	})
+}
+
+// TestRangesAreIgnored: a registry without ranges sends what is in the spool again, and that takes longer than the stall timeout.
+func TestRangesAreIgnored(t *testing.T) {
+	const chunk, chunks = 4 << 10, 40
+	blob := []byte(strings.Repeat("0123456789abcdef", chunk*chunks/16))
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Length", fmt.Sprint(len(blob)))
+		for at := 0; at < len(blob) && r.Context().Err() == nil; at += chunk {
+			_, _ = w.Write(blob[at : at+chunk])
+			_ = http.NewResponseController(w).Flush()
+			time.Sleep(50 * time.Millisecond)
+		}
+	}))
+	defer server.Close()
+	named, err := ParseName(strings.TrimPrefix(server.URL, "http://") + "/team/data:1")
+	must(t, err)
+	client := NewClient(Config{StallTimeout: 500 * time.Millisecond, Backoff: time.Millisecond})
+	path := filepath.Join(t.TempDir(), "blob")
+	must(t, os.WriteFile(path, blob[:len(blob)-chunk], 0o600))
+	spool, err := OpenSpool(path)
+	must(t, err)
+	defer spool.Close()
+	descriptor := ocispec.Descriptor{Digest: digest.FromBytes(blob), Size: int64(len(blob)), MediaType: ocispec.MediaTypeImageLayer}
+	var progress Progress
+	must(t, client.Repository(named, Credentials{}).Download(t.Context(), descriptor, spool, &progress))
+	content, err := os.ReadFile(path)
+	if err != nil || string(content) != string(blob) || progress.Received.Load() != descriptor.Size || !progress.IgnoresRanges.Load() {
+		t.Errorf("%d bytes, ranges are ignored: %t, %v", len(content), progress.IgnoresRanges.Load(), err)
+	}
+}
+
+// TestRepeatedWithoutEnd: what a registry sends again counts for a slow download, but not for ever.
+func TestRepeatedWithoutEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const rate = 64 << 10
+		var counted *repeated
+		d := newDownload(t, 8<<20, func(ctx context.Context, _ int64) (io.ReadCloser, error) {
+			counted, _ = ctx.Value(repeatedKey{}).(*repeated)
+			for ctx.Err() == nil {
+				time.Sleep(time.Second)
+				counted.add(rate)
+			}
+			return nil, ctx.Err()
+		})
+		began := time.Now()
+		err := d.run(t.Context())
+		if !errdefs.IsUnavailable(err) || !strings.Contains(fmt.Sprint(err), errStalled.Error()) {
+			t.Errorf("the error is %v", err)
+		}
+		most := maxFailures*8<<20/rate*time.Second + slowPeriod*2
+		if took := time.Since(began); took < slowPeriod || took > most {
+			t.Errorf("the download took %s", took)
 		}
 	})
 }

@@ -32,6 +32,45 @@ func (b *boundedBody) Read(buffer []byte) (int, error) {
 	return n, err
 }
 
+// repeated counts the bytes that a registry sends although the request was for what comes after them.
+type repeated struct{ add func(n int64) }
+
+// repeatedKey is the context key of the *repeated of a request.
+type repeatedKey struct{}
+
+// countRepeated counts what a registry sends again that ignores the range of a request. containerd discards it before it returns a body,
+// so that nothing above it sees whether the registry sends.
+func countRepeated(next http.RoundTripper) http.RoundTripper {
+	return roundTripper(func(request *http.Request) (*http.Response, error) {
+		response, err := next.RoundTrip(request)
+		counter, ok := request.Context().Value(repeatedKey{}).(*repeated)
+		if err != nil || !ok || response.StatusCode != http.StatusOK || response.Header.Get("Content-Range") != "" {
+			return response, err
+		}
+		var offset int64
+		if _, err := fmt.Sscanf(request.Header.Get("Range"), "bytes=%d-", &offset); err == nil && offset > 0 {
+			response.Body = &repeatingBody{response.Body, counter, offset}
+		}
+		return response, nil
+	})
+}
+
+// repeatingBody is a body whose first left bytes are repeated.
+type repeatingBody struct {
+	io.ReadCloser
+	counter *repeated
+	left    int64
+}
+
+func (b *repeatingBody) Read(buffer []byte) (int, error) {
+	n, err := b.ReadCloser.Read(buffer)
+	if count := min(int64(n), b.left); count > 0 {
+		b.left -= count
+		b.counter.add(count)
+	}
+	return n, err
+}
+
 // discardLogger returns a logger that only calls hooks. The errors that containerd returns repeat its log messages.
 func discardLogger(hooks ...logrus.Hook) *log.Entry {
 	logger := logrus.New()

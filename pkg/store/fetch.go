@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -154,16 +155,22 @@ func (f *fetcher) cancelOthersLocked(blob blobKey) {
 
 // fetchInSlot fetches a layer when a slot is free. A fetch that loses its slot waits for another one and goes on.
 func (f *fetcher) fetchInSlot(current *fetch, key fetchKey, blob image.LayerBlob, from origin) (Layer, error) {
-	for {
-		layer, err := f.fetchUntilLost(current, key, blob, from)
+	for turn := slotTurn; ; {
+		layer, err := f.fetchUntilLost(current, key, blob, from, turn)
 		if !errors.Is(err, errSlotLost) {
 			return layer, err
+		}
+		if current.received.IgnoresRanges.Load() {
+			// In another turn of the same length the registry would only send the same bytes again.
+			turn = min(2*turn, maxSlotTurn)
 		}
 	}
 }
 
-// fetchUntilLost fetches a layer when a slot is free. It returns errSlotLost if another fetch gets the slot.
-func (f *fetcher) fetchUntilLost(current *fetch, key fetchKey, blob image.LayerBlob, from origin) (Layer, error) {
+// fetchUntilLost fetches a layer when a slot is free. It returns errSlotLost if another fetch gets the slot after turn.
+func (f *fetcher) fetchUntilLost(
+	current *fetch, key fetchKey, blob image.LayerBlob, from origin, turn time.Duration,
+) (Layer, error) {
 	ctx, cancel := context.WithCancelCause(current.ctx)
 	defer cancel(nil)
 	var lose func()
@@ -172,7 +179,7 @@ func (f *fetcher) fetchUntilLost(current *fetch, key fetchKey, blob image.LayerB
 		lose = func() { cancel(errSlotLost) }
 	}
 	remaining := func() int64 { return blob.Descriptor.Size - current.received.load() }
-	slot, err := f.slots.acquire(ctx, key.from.host, remaining, lose)
+	slot, err := f.slots.acquire(ctx, key.from.host, turn, remaining, lose)
 	if err != nil {
 		return Layer{}, err
 	}

@@ -40,17 +40,20 @@ type origin interface {
 }
 
 // progressCounter counts the bytes of a blob that are received, and those that are unpacked.
-type progressCounter struct{ received, unpacked atomic.Int64 }
+type progressCounter struct {
+	registry.Progress
+	unpacked atomic.Int64
+}
 
-func (p *progressCounter) load() int64 { return p.received.Load() }
+func (p *progressCounter) load() int64 { return p.Received.Load() }
 
 // reader returns a reader that counts the bytes that are read from from as received and unpacked.
 func (p *progressCounter) reader(from io.Reader) io.Reader {
-	p.received.Store(0)
+	p.Received.Store(0)
 	unpacking := p.unpackingReader(from)
 	return readerFunc(func(buffer []byte) (int, error) {
 		n, err := unpacking.Read(buffer)
-		p.received.Add(int64(n))
+		p.Received.Add(int64(n))
 		return n, err
 	})
 }
@@ -195,7 +198,7 @@ func (o *registryOrigin) fetchInto(
 	ctx, cancel := context.WithCancel(ctx)
 	group, downloadCtx := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		err := o.repository.Download(downloadCtx, blob.Descriptor, spool, &progress.received)
+		err := o.repository.Download(downloadCtx, blob.Descriptor, spool, &progress.Progress)
 		spool.Finish(err)
 		return err
 	})

@@ -8,8 +8,12 @@ import (
 	"time"
 )
 
-// slotTurn is the time that a fetch waits for a slot before the slowest download must give its slot up.
-const slotTurn = 2 * time.Minute
+const (
+	// slotTurn is the time that a fetch waits for a slot before the slowest download must give its slot up.
+	slotTurn = 2 * time.Minute
+	// maxSlotTurn is the longest time that a download keeps its slot while others wait.
+	maxSlotTurn = 32 * slotTurn
+)
 
 // errSlotLost is the cause of the end of a fetch that must wait for a slot again.
 var errSlotLost = errors.New("another layer gets the slot of this slow download")
@@ -19,6 +23,8 @@ var errSlotLost = errors.New("another layer gets the slot of this slow download"
 //   - No registry has all of the slots, if there is more than one. Archives count as one registry.
 //   - A free slot goes to the registry that has the fewest, and there to the fetch that has waited longest.
 //   - When a fetch has waited for slotTurn, the slowest download gives its slot up and waits again.
+//   - A download that begins again whenever it is continued keeps its slot for longer each time, until it is complete. Only one
+//     does at a time, whatever registries answer.
 type slots struct {
 	total int
 
@@ -33,6 +39,8 @@ type slot struct {
 	slots *slots
 	// host is the registry of the fetch.
 	host string
+	// turn is the time after which the slot may be lost.
+	turn time.Duration
 	// remaining returns the number of bytes left to download.
 	remaining func() int64
 	// lose ends the fetch. It is nil for a fetch that keeps its slot.
@@ -47,15 +55,18 @@ type slot struct {
 
 func newSlots(total int) *slots { return &slots{total: max(total, 1)} }
 
-// acquire waits until a slot is free for a fetch from a registry.
-func (s *slots) acquire(ctx context.Context, host string, remaining func() int64, lose func()) (*slot, error) {
-	wanted := &slot{slots: s, host: host, remaining: remaining, lose: lose, granted: make(chan struct{})}
+// acquire waits until a slot is free for a fetch from a registry. The fetch keeps the slot for turn at least, if no other has more than
+// slotTurn.
+func (s *slots) acquire(
+	ctx context.Context, host string, turn time.Duration, remaining func() int64, lose func(),
+) (*slot, error) {
+	wanted := &slot{slots: s, host: host, turn: turn, remaining: remaining, lose: lose, granted: make(chan struct{})}
 	s.mu.Lock()
 	s.waiting = append(s.waiting, wanted)
 	s.grantLocked()
 	s.mu.Unlock()
-	turn := time.NewTicker(slotTurn)
-	defer turn.Stop()
+	ticker := time.NewTicker(slotTurn)
+	defer ticker.Stop()
 	for {
 		select {
 		case <-wanted.granted:
@@ -63,7 +74,7 @@ func (s *slots) acquire(ctx context.Context, host string, remaining func() int64
 		case <-ctx.Done():
 			wanted.release()
 			return nil, context.Cause(ctx)
-		case <-turn.C:
+		case <-ticker.C:
 			s.takeFromSlowest(wanted)
 		}
 	}
@@ -92,6 +103,9 @@ func (s *slots) grantLocked() {
 			return
 		}
 		s.waiting = slices.DeleteFunc(s.waiting, func(other *slot) bool { return other == next })
+		if slices.ContainsFunc(s.held, func(held *slot) bool { return held.turn > slotTurn }) {
+			next.turn = slotTurn
+		}
 		s.held = append(s.held, next)
 		next.since, next.before = time.Now(), next.remaining()
 		close(next.granted)
@@ -127,7 +141,7 @@ func (s *slots) takeFromSlowest(wanted *slot) {
 		}
 		took, remaining := time.Since(held.since), held.remaining()
 		// What is downloaded is only unpacked, at the speed of the node.
-		if took < slotTurn || remaining <= 0 || held.lose == nil {
+		if took < held.turn || remaining <= 0 || held.lose == nil {
 			continue
 		}
 		if r := float64(held.before-remaining) / took.Seconds(); slowest == nil || r < rate {

@@ -2,10 +2,77 @@ package store
 
 import (
 	"context"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
+
+// withoutRanges is an origin whose registry sends a blob at rate bytes a second, and from its first byte whenever it is asked.
+type withoutRanges struct {
+	origin
+	rate int64
+}
+
+func (o *withoutRanges) fetch(ctx context.Context, blob image.LayerBlob, _ string, progress *progressCounter) (Layer, error) {
+	progress.IgnoresRanges.Store(progress.load() > 0)
+	for sent := int64(0); sent < blob.Descriptor.Size; {
+		select {
+		case <-ctx.Done():
+			return Layer{}, ctx.Err()
+		case <-time.After(time.Second):
+			sent += o.rate
+			progress.Received.Store(max(progress.load(), min(sent, blob.Descriptor.Size)))
+		}
+	}
+	return Layer{DiffID: blob.Descriptor.Digest}, nil
+}
+
+// TestSlotOfRegistryWithoutRanges: a blob that takes longer than a turn comes, although it begins again whenever it loses its slot.
+func TestSlotOfRegistryWithoutRanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fetcher{slots: newSlots(1)}
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		var longest time.Duration
+		var others sync.WaitGroup
+		others.Go(func() {
+			for ctx.Err() == nil {
+				began := time.Now()
+				if other, err := f.slots.acquire(ctx, "good", slotTurn, func() int64 { return 0 }, nil); err == nil {
+					longest = max(longest, time.Since(began))
+					time.Sleep(time.Second)
+					other.release()
+				}
+			}
+		})
+		fetchOne := func(size int64) error {
+			blob := image.LayerBlob{Descriptor: ocispec.Descriptor{Digest: digest.FromString("x"), Size: size}}
+			key := fetchKeyOf(blob, source{host: "evil"})
+			ctx, cancel := context.WithTimeout(ctx, 24*time.Hour)
+			defer cancel()
+			_, err := f.fetchInSlot(&fetch{ctx: ctx, cancel: cancel}, key, blob, &withoutRanges{rate: 1 << 20})
+			return err
+		}
+		if err := fetchOne(30 * 60 << 20); err != nil {
+			t.Errorf("a blob of half an hour: %v", err)
+		}
+		// No registry keeps a slot for ever.
+		if err := fetchOne(10 * 60 * 60 << 20); err == nil {
+			t.Error("a blob of ten hours came although others wait")
+		}
+		if longest > maxSlotTurn+slotTurn {
+			t.Errorf("another registry waited for %s", longest)
+		}
+		stop()
+		others.Wait()
+	})
+}
 
 // TestSlots checks who gets a slot.
 func TestSlots(t *testing.T) {
@@ -18,7 +85,7 @@ func TestSlots(t *testing.T) {
 			began := time.Now()
 			go func() {
 				remaining := func() int64 { return 1<<40 - rate*int64(time.Since(began).Seconds()) }
-				held, err := s.acquire(ctx, host, remaining, func() { lost = append(lost, name) })
+				held, err := s.acquire(ctx, host, slotTurn, remaining, func() { lost = append(lost, name) })
 				if err == nil {
 					got <- held
 				}
