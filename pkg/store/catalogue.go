@@ -46,14 +46,14 @@ type catalogue struct {
 
 	// records has the layers that volumes use, and prefetch the names of the images that are prefetched.
 	records  records
-	prefetch []string
+	prefetch []prefetchedName
 
 	// saveMu serializes saveImage and addHolders. They do not hold mu while they write, because publishing a volume needs mu.
 	saveMu sync.Mutex
 }
 
 // openCatalogue reads the catalogue of a store. It removes invalid layers and images.
-func openCatalogue(ctx context.Context, layout layout, records records, prefetch []string) (*catalogue, error) {
+func openCatalogue(ctx context.Context, layout layout, records records, prefetch []prefetchedName) (*catalogue, error) {
 	c := &catalogue{
 		layout:   layout,
 		layers:   map[digest.Digest]*LayerStatus{},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -152,6 +153,54 @@ func TestPrefetchedIsNotCollected(t *testing.T) {
 	if images := n.Images(); len(images) != 1 {
 		t.Errorf("%d images are left", len(images))
 	}
+}
+
+// TestPrefetchedNameWithADigest: the digest says which image a name stands for, whatever its tag is.
+func TestPrefetchedNameWithADigest(t *testing.T) {
+	n := newNode(t)
+	r := n.startRegistry(registrytest.Options{})
+	tag := r.Host + "/kept:1"
+	_, kept, _ := strings.Cut(push(t, r, "kept:1", image(t, layer(t, registrytest.File("f", "kept")))), "@")
+	_, other, _ := strings.Cut(push(t, r, "kept:2", image(t, layer(t, registrytest.File("f", "other")))), "@")
+	pullBoth := func() {
+		for _, id := range []string{kept, other} {
+			lease, err := n.pull(tag+"@"+id, "", registry.Credentials{})
+			must(t, err)
+			lease.Release()
+		}
+	}
+	wantKept := func() {
+		t.Helper()
+		n.collectGarbage(store.GCRequest{All: true})
+		if images := n.Images(); len(images) != 1 || images[0].Digest.String() != kept {
+			t.Errorf("these are left: %+v", images)
+		}
+	}
+	pullBoth()
+	r.SetFault(func(w http.ResponseWriter, _ *http.Request) bool {
+		http.Error(w, "", http.StatusServiceUnavailable)
+		return true
+	})
+	t.Run("digest in the configuration", func(t *testing.T) {
+		n.config.Prefetch = []string{tag + "@" + kept}
+		n.restart()
+		wantKept()
+	})
+	t.Run("digest of a pod", func(t *testing.T) {
+		r.SetFault(nil)
+		n.config.Prefetch = []string{tag}
+		n.restart()
+		eventually(t, func() bool {
+			pullBoth()
+			n.collectGarbage(store.GCRequest{All: true})
+			images := n.Images()
+			return len(images) == 1 && images[0].Digest.String() == kept
+		})
+		pullBoth()
+		r.Close()
+		n.restart()
+		wantKept()
+	})
 }
 
 // TestCollectsWhileLayersAreUsed checks that garbage collection does not remove leased layers while others lease and release

@@ -228,7 +228,7 @@ func (c *catalogue) forgetLocked(id digest.Digest) error {
 	return nil
 }
 
-// isPrefetched reports whether an image was pulled by a name that is prefetched.
+// isPrefetched reports whether an image was prefetched.
 func (c *catalogue) isPrefetched(image *Image) bool {
-	return slices.ContainsFunc(image.Names, func(name string) bool { return slices.Contains(c.prefetch, name) })
+	return slices.ContainsFunc(c.prefetch, func(name prefetchedName) bool { return name.isOf(image) })
 }

@@ -11,28 +11,59 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
+	"github.com/overlay-csi/overlay-csi/pkg/store/access"
 )
 
 // prefetchRetry is the pause after a failed prefetch.
 const prefetchRetry = time.Minute
 
+// prefetchedName is the name of an image to prefetch.
+type prefetchedName struct {
+	text  string
+	named reference.Named
+	// access knows which images the operator preloaded.
+	access *access.Verifier
+}
+
+// parsePrefetchedNames parses the names of images to prefetch.
+func parsePrefetchedNames(names []string, access *access.Verifier) ([]prefetchedName, error) {
+	parsed := make([]prefetchedName, len(names))
+	for i, name := range names {
+		named, err := registry.ParseName(name)
+		if err != nil {
+			return nil, err
+		}
+		parsed[i] = prefetchedName{name, named, access}
+	}
+	return parsed, nil
+}
+
+// isOf reports whether an image was prefetched by the name. A digest in the name decides alone. That a pod has pulled an image by the tag
+// is not enough: the pod may have written another digest beside it.
+func (n prefetchedName) isOf(image *Image) bool {
+	if canonical, ok := n.named.(reference.Canonical); ok {
+		return image.Digest == canonical.Digest()
+	}
+	return slices.Contains(image.Names, registry.DisplayName(n.named)) && n.access.IsPreloaded(image.Digest, n.named.Name())
+}
+
 // prefetcher pulls images at start, and protects their layers from garbage collection.
 type prefetcher struct {
 	catalogue *catalogue
-	names     []string
+	names     []prefetchedName
 	mu        sync.Mutex
 	// resolved maps names to the digests that they resolved to at start.
 	resolved map[string]digest.Digest
 }
 
 // run pulls an image. It retries until it succeeds or ctx is done.
-func (p *prefetcher) run(ctx context.Context, store *Store, name string) {
+func (p *prefetcher) run(ctx context.Context, store *Store, name prefetchedName) {
 	for {
 		err := p.prefetch(ctx, store, name)
 		if err == nil || ctx.Err() != nil {
 			return
 		}
-		klog.FromContext(ctx).Error(err, "Could not prefetch image; will retry", keyImage, name)
+		klog.FromContext(ctx).Error(err, "Could not prefetch image; will retry", keyImage, name.text)
 		select {
 		case <-ctx.Done():
 			return
@@ -41,16 +72,12 @@ func (p *prefetcher) run(ctx context.Context, store *Store, name string) {
 	}
 }
 
-func (p *prefetcher) prefetch(ctx context.Context, store *Store, name string) error {
-	named, err := registry.ParseName(name)
+func (p *prefetcher) prefetch(ctx context.Context, store *Store, name prefetchedName) error {
+	id, err := store.Resolve(ctx, name.named, registry.Operator())
 	if err != nil {
 		return err
 	}
-	id, err := store.Resolve(ctx, named, registry.Operator())
-	if err != nil {
-		return err
-	}
-	canonical, err := reference.WithDigest(named, id)
+	canonical, err := reference.WithDigest(name.named, id)
 	if err != nil {
 		return err
 	}
@@ -59,26 +86,26 @@ func (p *prefetcher) prefetch(ctx context.Context, store *Store, name string) er
 		return err
 	}
 	defer lease.Release()
-	if err := store.access.Preload(id, named.Name()); err != nil {
+	if err := store.access.Preload(id, name.named.Name()); err != nil {
 		return err
 	}
-	klog.FromContext(ctx).Info("Image prefetched", keyImage, name, keyDigest, id)
+	klog.FromContext(ctx).Info("Image prefetched", keyImage, name.text, keyDigest, id)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.resolved[name] = id
+	p.resolved[name.text] = id
 	return nil
 }
 
 // layers returns the layers of the prefetched images. If the name of an image is not yet resolved, these are the layers of
-// all present images that were pulled by that name.
+// all present images that were prefetched by that name before.
 func (p *prefetcher) layers() map[digest.Digest]bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	layers := map[digest.Digest]bool{}
 	for _, image := range p.catalogue.listImages() {
 		for _, name := range p.names {
-			resolved, ok := p.resolved[name]
-			if ok && resolved != image.Digest || !ok && !slices.Contains(image.Names, name) {
+			resolved, ok := p.resolved[name.text]
+			if ok && resolved != image.Digest || !ok && !name.isOf(&image) {
 				continue
 			}
 			for _, id := range image.diffIDs() {

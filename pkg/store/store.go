@@ -83,7 +83,12 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 	if err := layout.create(); err != nil {
 		return nil, fmt.Errorf("open the layer store: %w", err)
 	}
-	catalogue, err := openCatalogue(ctx, layout, records, config.Prefetch)
+	verifier := access.NewVerifier(layout.accessPath(), config.Access)
+	prefetch, err := parsePrefetchedNames(config.Prefetch, verifier)
+	if err != nil {
+		return nil, fmt.Errorf("open the layer store: %w", err)
+	}
+	catalogue, err := openCatalogue(ctx, layout, records, prefetch)
 	if err != nil {
 		return nil, fmt.Errorf("open the layer store: %w", err)
 	}
@@ -91,14 +96,13 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 	if err != nil {
 		return nil, fmt.Errorf("open the layer store: %w", err)
 	}
-	verifier := access.NewVerifier(layout.accessPath(), config.Access)
 	limits := unpack.Limits{MaxBytes: config.MaxLayerBytes, MaxEntries: config.MaxLayerEntries, MinFreePercent: config.MinFreeDiskPercent}
 	ctx, stop := context.WithCancel(ctx)
 	s := &Store{
 		catalogue: catalogue, workDirs: workDirs, registries: registries, access: verifier, platform: platforms.Default(),
 		documents: image.NewDocuments(), imports: semaphore.NewWeighted(maxImports), stop: stop,
 		builder:    &builder{layout: layout, catalogue: catalogue, limits: limits, syncer: newSyncer(root.Dir())},
-		prefetcher: &prefetcher{catalogue: catalogue, names: config.Prefetch, resolved: map[string]digest.Digest{}},
+		prefetcher: &prefetcher{catalogue: catalogue, names: prefetch, resolved: map[string]digest.Digest{}},
 	}
 	s.collector = &collector{
 		config: config.GC, catalogue: catalogue, workDirs: workDirs, prefetcher: s.prefetcher, records: records, trash: root,

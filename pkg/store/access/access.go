@@ -113,6 +113,11 @@ func (v *Verifier) Preload(image digest.Digest, repository string) error {
 	return v.table.add(v.preloadedID(image, repository))
 }
 
+// IsPreloaded reports whether the operator preloaded an image from a repository.
+func (v *Verifier) IsPreloaded(image digest.Digest, repository string) bool {
+	return v.table.has(v.preloadedID(image, repository))
+}
+
 func (v *Verifier) imageID(image digest.Digest, repository, login string) ID {
 	return v.table.hash("image", image.String(), repository, login)
 }
