@@ -4,9 +4,11 @@ import (
 	"archive/tar"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"regexp"
 
+	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -21,6 +23,8 @@ type tarForm struct {
 	hasManifest bool
 	// hasIndex and hasLayout report whether it has the two files that every OCI layout has.
 	hasIndex, hasLayout bool
+	// hasOldLayer reports whether it has a layer where docker save puts it.
+	hasOldLayer bool
 	// isForeign reports whether it has a file that docker save and OCI layouts do not have.
 	isForeign bool
 }
@@ -29,6 +33,9 @@ type tarForm struct {
 var imageNames = regexp.MustCompile(`^(|oci-layout|index\.json|manifest\.json|repositories|` +
 	`blobs(/[a-z0-9]+(/[0-9a-f]*)?)?|[0-9a-f]{64}\.(json|tar)|[0-9a-f]{64}(/(VERSION|json|layer\.tar)?)?|` +
 	`sha256:[0-9a-f]{64}|[0-9a-f]{64}\.tar\.gz)$`)
+
+// oldLayerName matches the name of a layer that docker save wrote before Docker 25.
+var oldLayerName = regexp.MustCompile(`^[0-9a-f]{64}/layer\.tar$`)
 
 // maxImageName is an upper bound of the length of these names in bytes.
 const maxImageName = 256
@@ -51,6 +58,7 @@ func (f *tarForm) add(ctx context.Context, name string, header *tar.Header, cont
 	case ocispec.ImageLayoutFile:
 		f.hasLayout = true
 	}
+	f.hasOldLayer = f.hasOldLayer || oldLayerName.MatchString(name)
 	return nil
 }
 
@@ -59,10 +67,15 @@ func (f *tarForm) isImage() bool {
 	return f.describesImage || f.hasIndex && f.hasLayout || f.hasManifest && !f.isForeign
 }
 
-// check returns ErrNoImage if the tar is not an archive of an image.
+// check returns ErrNoImage if the tar is not an archive of an image, and ErrInvalidArgument if it is one without a manifest.
 func (f *tarForm) check() error {
-	if f.isImage() {
+	switch {
+	case f.isImage():
 		return nil
+	case f.hasOldLayer && !f.isForeign:
+		// The layers are in the order of their parents, and no diff ID verifies them.
+		return fmt.Errorf("%w: the archive has layers but no %s, as docker save wrote it before Docker 1.10; "+
+			"load it with a Docker that still reads it, and save it again", errdefs.ErrInvalidArgument, dockerManifestFile)
 	}
 	return ErrNoImage
 }

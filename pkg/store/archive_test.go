@@ -168,6 +168,9 @@ func TestImport(t *testing.T) {
 // TestImportOfRootFileSystems imports tars of root file systems. Some have file names of image archives.
 func TestImportOfRootFileSystems(t *testing.T) {
 	data := mustTar(t, registrytest.Dir("etc"), registrytest.File("etc/hostname", "x"), registrytest.File("manifest.json", "[]"))
+	id := strings.Repeat("a", 64)
+	notOld := mustTar(t,
+		registrytest.File(id+"/layer.tar", "x"), registrytest.File("repositories", "{}"), registrytest.File("etc/hostname", "x"))
 	tricky := mustTar(t,
 		registrytest.File("manifest.json", "[]"), registrytest.File("blobs/sha256/00", "x"), registrytest.File("etc/hostname", "x"))
 	for name, content := range map[string][]byte{
@@ -176,6 +179,7 @@ func TestImportOfRootFileSystems(t *testing.T) {
 		"zstd":           registrytest.Zstd(data),
 		"tricky":         tricky,
 		"tricky in gzip": registrytest.Gzip(tricky),
+		"repositories":   notOld,
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
@@ -185,8 +189,11 @@ func TestImportOfRootFileSystems(t *testing.T) {
 			must(t, err)
 			wantFile(t, filepath.Join(lease.Dirs[0].Name(), "etc/hostname"), "x")
 			want := digest.FromBytes(data)
-			if strings.HasPrefix(name, "tricky") {
+			switch {
+			case strings.HasPrefix(name, "tricky"):
 				want = digest.FromBytes(tricky)
+			case name == "repositories":
+				want = digest.FromBytes(notOld)
 			}
 			if lease.Image.Digest != want {
 				t.Errorf("digest %s instead of %s", lease.Image.Digest, want)
@@ -225,19 +232,24 @@ func TestImportRefuses(t *testing.T) {
 	evil := mustTar(t, registrytest.File("manifest.json", `[{"Config":"../../etc/passwd","Layers":["/etc/passwd"]}]`))
 	link := tar.Header{Typeflag: tar.TypeSymlink, Name: strings.Repeat("a", 64) + ".json", Linkname: "/etc/passwd"}
 	escape := mustTar(t, registrytest.File("manifest.json", `[{"Config":"x.json","Layers":["x"]}]`), registrytest.Entry{Header: link})
+	id := strings.Repeat("a", 64)
+	old := mustTar(t, registrytest.Dir(id), registrytest.File(id+"/VERSION", "1.0"), registrytest.File(id+"/json", "{}"),
+		registrytest.File(id+"/layer.tar", string(whole)), registrytest.File("repositories", `{"a":{"1":"`+id+`"}}`))
 	for name, c := range map[string]struct {
 		path  string
 		words []string
 	}{
-		"two images":          {both, []string{"2 images"}},
-		"empty file":          {write("empty.tar", nil), []string{"too short"}},
-		"no tar":              {write("text", bytes.Repeat([]byte("no tar "), 1000)), []string{"tar"}},
-		"truncated":           {write("cut.tar", whole[:len(whole)/2]), []string{"unexpected EOF"}},
-		"truncated gzip":      {write("cut.tar.gz", registrytest.Gzip(whole)[:100]), []string{"EOF"}},
-		"xz":                  {write("a.tar.xz", append([]byte{0xfd, '7', 'z', 'X', 'Z', 0}, whole...)), []string{"xz"}},
-		"empty directory":     {filepath.Join(dir, "empty"), []string{"index.json"}},
-		"config that is not":  {write("evil.tar", evil), []string{"no file"}},
-		"link out of archive": {write("escape.tar", escape), []string{"no file"}},
+		"docker save before 1.10":         {write("old.tar", old), []string{"invalid argument", "Docker 1.10", "manifest.json"}},
+		"docker save before 1.10 in gzip": {write("old.tar.gz", registrytest.Gzip(old)), []string{"invalid argument", "Docker 1.10"}},
+		"two images":                      {both, []string{"2 images"}},
+		"empty file":                      {write("empty.tar", nil), []string{"too short"}},
+		"no tar":                          {write("text", bytes.Repeat([]byte("no tar "), 1000)), []string{"tar"}},
+		"truncated":                       {write("cut.tar", whole[:len(whole)/2]), []string{"unexpected EOF"}},
+		"truncated gzip":                  {write("cut.tar.gz", registrytest.Gzip(whole)[:100]), []string{"EOF"}},
+		"xz":                              {write("a.tar.xz", append([]byte{0xfd, '7', 'z', 'X', 'Z', 0}, whole...)), []string{"xz"}},
+		"empty directory":                 {filepath.Join(dir, "empty"), []string{"index.json"}},
+		"config that is not":              {write("evil.tar", evil), []string{"no file"}},
+		"link out of archive":             {write("escape.tar", escape), []string{"no file"}},
 		"missing layer": {write("missing.tar", mustTar(t,
 			registrytest.File("config.json", `{"rootfs":{"diff_ids":["sha256:`+strings.Repeat("0", 64)+`"]}}`),
 			registrytest.File("manifest.json", `[{"Config":"config.json","Layers":["layer one"]}]`))), []string{"no file", "layer one"}},
