@@ -219,6 +219,7 @@ type archiveOrigin struct {
 	documents *image.Documents
 	builder   *builder
 	workDirs  *workDirs
+	collector *collector
 	access    *access.Verifier
 	// imports bounds how many archives are open at the same time: their indexes and decompressors take memory.
 	imports  *semaphore.Weighted
@@ -265,7 +266,14 @@ func (o *archiveOrigin) describe(ctx context.Context) (Image, []image.LayerBlob,
 	if o.dir, err = o.workDirs.acquire(archiveWorkDirName(o.identity)); err != nil {
 		return Image{}, nil, err
 	}
-	o.archive, err = image.OpenArchive(ctx, o.file, o.dir.path(), o.platform, o.documents, o.builder.limits)
+	err = o.collector.withRoom(ctx, o.identity.Size, func() (err error) {
+		o.archive, err = image.OpenArchive(ctx, o.file, o.dir.path(), o.platform, o.documents, o.builder.limits)
+		if isNoRoom(err) {
+			// What is decompressed is in the way.
+			err = errors.Join(err, o.dir.recreate())
+		}
+		return err
+	})
 	if errors.Is(err, image.ErrNoImage) {
 		// The digest of the image is the diff ID of the layer, which is known after unpacking.
 		img := newImage(image.Description{}, o.identity.Reference)

@@ -173,23 +173,33 @@ func isNoRoom(err error) bool { return isDiskFull(err) || errors.Is(err, unpack.
 
 // fetchWithRoom fetches a layer. If the disk is full amid that, it removes unused layers and fetches the layer again: how large a
 // layer is, is known only when it is unpacked.
-func (f *fetcher) fetchWithRoom(current *fetch, key fetchKey, blob image.LayerBlob, from origin) (Layer, error) {
+func (f *fetcher) fetchWithRoom(current *fetch, key fetchKey, blob image.LayerBlob, from origin) (layer Layer, err error) {
+	ctx := klog.NewContext(current.ctx, klog.FromContext(current.ctx).WithValues(keyLayer, blob.Descriptor.Digest))
+	err = f.collector.withRoom(ctx, blob.Descriptor.Size, func() (err error) {
+		layer, err = f.fetchInSlot(current, key, blob, from)
+		return err
+	})
+	return layer, err
+}
+
+// withRoom calls do, which writes to the disk what size bytes decompress to. If the disk is full amid that, it removes unused layers and
+// calls do again.
+func (c *collector) withRoom(ctx context.Context, size int64, do func() error) error {
 	for tries := 0; ; tries++ {
-		layer, err := f.fetchInSlot(current, key, blob, from)
+		err := do()
 		if !isNoRoom(err) || tries == maxRoomTries {
-			return layer, err
+			return err
 		}
 		bytes := int64(math.MaxInt64)
 		if tries == 0 {
-			// checkSizes has made sure that this does not overflow.
-			bytes = max(blob.Descriptor.Size, 1) * usualRatio
+			bytes = min(max(size, 1), math.MaxInt64/usualRatio) * usualRatio
 		}
-		klog.FromContext(current.ctx).Info("Removing unused layers for a layer", keyLayer, blob.Descriptor.Digest, keyReason, err.Error())
-		collected, failed := f.collector.collect(current.ctx, GCRequest{Bytes: bytes})
+		klog.FromContext(ctx).Info("Removing unused layers for what is unpacked", keyReason, err.Error())
+		collected, failed := c.collect(ctx, GCRequest{Bytes: bytes})
 		if failed != nil || (collected.Bytes == 0 && collected.Downloads == 0) {
-			return layer, errors.Join(err, failed)
+			return errors.Join(err, failed)
 		}
-		f.collector.awaitTrash(current.ctx)
+		c.awaitTrash(ctx)
 	}
 }
 

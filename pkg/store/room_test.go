@@ -220,6 +220,24 @@ func TestUnpackingMakesRoom(t *testing.T) {
 	}
 }
 
+// TestCompressedArchiveMakesRoom: a compressed archive is decompressed to the disk before anything is known of its layers.
+func TestCompressedArchiveMakesRoom(t *testing.T) {
+	n := newNodeIn(t, newDisk(t, "size=128m"), func(n *node) { n.config.MinFreeDiskPercent = 10 })
+	r := n.startRegistry(registrytest.Options{})
+	unused, _ := random(t, "unused", 56<<20)
+	n.pullUnused(push(t, r, "unused:1", unused))
+	must(t, n.AwaitDeleted(t.Context()))
+	must(t, os.WriteFile(filepath.Join(n.dir, "others"), make([]byte, 32<<20), 0o644))
+	img, _ := random(t, "a", 36<<20)
+	archive := archives(t, t.TempDir(), img)["docker archive in zstd"]
+	lease, err := n.importFile(archive, "")
+	must(t, err)
+	defer lease.Release()
+	if layers := n.Layers(); len(layers) != 1 {
+		t.Errorf("%d layers are on the disk", len(layers))
+	}
+}
+
 // TestCollectByInodes: a disk without inodes is as full as one without bytes.
 func TestCollectByInodes(t *testing.T) {
 	n := newNodeIn(t, newDisk(t, "size=64m,nr_inodes=200"), func(n *node) {

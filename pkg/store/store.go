@@ -206,7 +206,7 @@ func (s *Store) Import(ctx context.Context, name string, file *os.File, wanted d
 	present := func() (*Image, error) { return s.catalogue.acquireArchive(identity) }
 	imported, err := s.puller.acquire(ctx, pullKey{image: identity.Key()}, name, present, &archiveOrigin{
 		identity: identity, file: file, platform: s.platform, documents: s.documents,
-		builder: s.builder, workDirs: s.workDirs, access: s.access, imports: s.imports,
+		builder: s.builder, workDirs: s.workDirs, collector: s.collector, access: s.access, imports: s.imports,
 	})
 	if err != nil {
 		return nil, err
