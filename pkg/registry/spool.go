@@ -20,6 +20,8 @@ type Spool struct {
 	// Check is called after each checkInterval bytes that are written. Its error ends the download. It may be nil.
 	Check     func() error
 	unchecked int64
+	// BeforeWrite is called before each write. Its error ends the download. It may be nil.
+	BeforeWrite func() error
 }
 
 // checkInterval is the number of bytes between two calls of Spool.Check.
@@ -45,6 +47,11 @@ func (s *Spool) Write(data []byte) (int, error) {
 	if s.unchecked += int64(len(data)); s.Check != nil && s.unchecked >= checkInterval {
 		s.unchecked = 0
 		if err := s.Check(); err != nil {
+			return 0, err
+		}
+	}
+	if s.BeforeWrite != nil {
+		if err := s.BeforeWrite(); err != nil {
 			return 0, err
 		}
 	}

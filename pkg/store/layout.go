@@ -18,6 +18,7 @@ import (
 //	layers/sha256/<diff ID>/tree/        an unpacked layer, with whiteouts and opaque directories of overlayfs
 //	layers/sha256/<diff ID>/layer.json   its description (Layer)
 //	layers/incoming/<key>/blob           the download of a layer from one source, resumed after a crash
+//	layers/incoming/<key>/holders        who may have what the download has, as salted hashes
 //	layers/incoming/<key>/tree/          the layer while it is unpacked, deleted after a crash
 //	layers/incoming/<key>/scratch/       temporary files of the unpacker
 //	images/<digest>.json                 the description of an image (Image)
@@ -35,6 +36,7 @@ const (
 	scratchName  = "scratch"
 	layerName    = "layer.json"
 	blobName     = "blob"
+	holdersName  = "holders"
 )
 
 // formatVersion is the version of layer.json and of the files of images. A change that earlier drivers would misread

@@ -183,12 +183,18 @@ func (o *registryOrigin) fetchInto(
 	if err := dir.clear(); err != nil {
 		return Layer{}, false, err
 	}
+	held, err := dir.openHolders(o.access)
+	if err != nil {
+		return Layer{}, false, err
+	}
 	spool, err := registry.OpenSpool(dir.join(blobName))
 	if err != nil {
 		return Layer{}, false, fmt.Errorf("open the download of layer %s: %w", blob.Descriptor.Digest, err)
 	}
 	defer spool.Close()
 	spool.Check = o.builder.checkFreeSpace
+	// The registry may ask for a login at any request.
+	spool.BeforeWrite = func() error { return held.narrow(o.holders()) }
 	if spool.Len() > blob.Descriptor.Size {
 		if err := spool.Reset(); err != nil {
 			return Layer{}, false, fmt.Errorf("reset the download of layer %s: %w", blob.Descriptor.Digest, err)
@@ -202,7 +208,12 @@ func (o *registryOrigin) fetchInto(
 		spool.Finish(err)
 		return err
 	})
-	layer, err := o.builder.build(ctx, dir, blob, progress.unpackingReader(spool.Reader()), o.holders)
+	layer, err := o.builder.build(ctx, dir, blob, progress.unpackingReader(spool.Reader()), func() []access.ID {
+		if held.current == nil {
+			return o.holders()
+		}
+		return held.current
+	})
 	cancel()
 	if failed := group.Wait(); failed != nil && err != nil && !errors.Is(failed, context.Canceled) {
 		// The failed download is the reason why unpacking failed.

@@ -161,7 +161,7 @@ func (n *node) wantNothing(blobs bool) {
 			if err != nil || path == filepath.Join(n.dir, dir) {
 				return err
 			}
-			if blobs && (filepath.Base(path) == "blob" || filepath.Base(filepath.Dir(path)) == "incoming") {
+			if blobs && (slices.Contains([]string{"blob", "holders"}, filepath.Base(path)) || filepath.Base(filepath.Dir(path)) == "incoming") {
 				return nil
 			}
 			n.t.Errorf("the store has %s", path)

@@ -1,11 +1,17 @@
 package store_test
 
 import (
+	"context"
+	"io"
 	"net/http"
+	"os"
+	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
 
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
@@ -50,5 +56,93 @@ func TestWaitingFetchGetsNoLayerOfOthers(t *testing.T) {
 	close(stop)
 	if err := <-ofEvil; !errdefs.IsNotFound(err) {
 		t.Errorf("the pull from the other registry: %v", err)
+	}
+}
+
+// TestResumedDownloadIsNotPublic: a download that began with a login goes on where the registry asks for none.
+func TestResumedDownloadIsNotPublic(t *testing.T) {
+	const size = 4 << 20
+	for name, c := range map[string]struct {
+		first string
+		whole bool
+		want  bool
+	}{
+		"a half with a login":       {first: "private/data:1"},
+		"all of it with a login":    {first: "private/data:1", whole: true},
+		"a half without a login":    {first: "public/other:1", want: true},
+		"all of it without a login": {first: "public/other:1", whole: true, want: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t, func(n *node) { n.config.AbandonAfter = time.Millisecond })
+			r := n.startRegistry(registrytest.Options{User: "u", Password: "p", Private: "private/"})
+			evil := n.startRegistry(registrytest.Options{})
+			l := layer(t, incompressible(size))
+			credentials, err := registry.ParseCredentials(map[string]string{".dockerconfigjson": r.DockerConfig("u", "p")})
+			must(t, err)
+			first, second := push(t, r, c.first, image(t, l)), push(t, r, "public/data:1", image(t, l))
+			halfway, _ := stopHalfway(t, r, l)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			named, err := registry.ParseName(first)
+			must(t, err)
+			canonical := named.(reference.Canonical)
+			request := make(chan error, 1)
+			go func() {
+				_, err := n.Pull(ctx, canonical, credentials, "")
+				request <- err
+			}()
+			<-halfway
+			eventually(t, func() bool { return n.downloaded(l) >= size/4 })
+			cancel()
+			wantError(t, <-request, "still being pulled")
+			eventually(t, func() bool {
+				_, err := n.Progress(canonical.Digest())
+				return errdefs.IsNotFound(err)
+			})
+			if c.whole {
+				// The driver was killed before it had unpacked the blob.
+				body, err := l.Compressed()
+				must(t, err)
+				content, err := io.ReadAll(body)
+				must(t, err)
+				blobs := mustGlob(t, filepath.Join(n.dir, "layers/incoming", mustHex(t, l)+"-*", "blob"))
+				must(t, os.WriteFile(blobs[0], content, 0o600))
+			}
+			var ranges []string
+			r.SetFault(func(_ http.ResponseWriter, request *http.Request) bool {
+				if registrytest.IsBlob(request, mustHex(t, l)) {
+					ranges = append(ranges, request.Header.Get("Range"))
+				}
+				return false
+			})
+			lease, err := n.pull(second, "", credentials)
+			must(t, err)
+			lease.Release()
+			if c.whole && len(ranges) != 0 || !c.whole && (len(ranges) != 1 || ranges[0] == "") {
+				t.Errorf("the rest was asked for with %q", ranges)
+			}
+			// Whoever knows the digest names it in a registry of his own.
+			pinned := push(t, evil, "evil/data:1", image(t, l))
+			evil.SetFault(func(w http.ResponseWriter, request *http.Request) bool {
+				if registrytest.IsBlob(request, mustHex(t, l)) {
+					http.Error(w, "", http.StatusNotFound)
+					return true
+				}
+				return false
+			})
+			lease, err = n.pull(pinned, "", registry.Credentials{})
+			if err == nil {
+				lease.Release()
+			}
+			if got := err == nil; got != c.want {
+				t.Errorf("everybody may use the layer: %t, %v", got, err)
+			}
+			// Who has the login may still use it.
+			if lease, err = n.pull(first, "", credentials); err != nil {
+				t.Error(err)
+			} else {
+				lease.Release()
+			}
+		})
 	}
 }

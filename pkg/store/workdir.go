@@ -1,14 +1,18 @@
 package store
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/store/access"
 )
 
 // maxBlobAge is the age at which an abandoned download is removed although nobody needs its space.
@@ -78,8 +82,11 @@ func (w *workDirs) unhold(names []string) {
 }
 
 // downloaded returns the number of bytes that a work directory has of a download.
-func (w *workDirs) downloaded(name string) int64 {
-	info, err := os.Stat((&workDir{w, name}).join(blobName))
+func (w *workDirs) downloaded(name string) int64 { return (&workDir{w, name}).downloaded() }
+
+// downloaded returns the number of bytes that the directory has of a download.
+func (d *workDir) downloaded() int64 {
+	info, err := os.Stat(d.join(blobName))
 	if err != nil {
 		return 0
 	}
@@ -130,13 +137,60 @@ func (d *workDir) recreate() error {
 }
 
 // clear removes everything in the directory except for the download.
-func (d *workDir) clear() error { return d.removeExcept(blobName) }
+func (d *workDir) clear() error { return d.removeExcept(blobName, holdersName) }
 
-// removeExcept removes everything in the directory except for one entry.
-func (d *workDir) removeExcept(exception string) error {
+// downloadHolders are those who may have a download, parts of which a registry may have sent to different holders. They are stored beside
+// the download, because another pull may resume it.
+type downloadHolders struct {
+	dir     *workDir
+	access  *access.Verifier
+	current []access.ID
+}
+
+// openHolders returns the holders of the download in the directory. It removes a download whose holders are unknown, such as that of an
+// earlier driver.
+func (d *workDir) openHolders(verifier *access.Verifier) (*downloadHolders, error) {
+	holders := &downloadHolders{dir: d, access: verifier}
+	if d.downloaded() == 0 {
+		return holders, nil
+	}
+	if _, err := readJSON(d.join(holdersName), &holders.current); err != nil || len(holders.current) == 0 {
+		holders.current = nil
+		return holders, d.recreate()
+	}
+	return holders, nil
+}
+
+// narrow leaves only those who also may have what is about to be added to the download.
+func (h *downloadHolders) narrow(to []access.ID) error {
+	common := to
+	if h.current != nil {
+		common = h.access.CommonHolders(h.current, to)
+	}
+	if h.current != nil && slices.Equal(common, h.current) {
+		return nil
+	}
+	data, err := json.Marshal(common)
+	if err != nil {
+		return err
+	}
+	dir, err := linux.OpenDir(h.dir.path())
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := linux.WriteFileAtomic(dir, holdersName, data, false); err != nil {
+		return fmt.Errorf("write who may have the download: %w", err)
+	}
+	h.current = common
+	return nil
+}
+
+// removeExcept removes everything in the directory except for some entries.
+func (d *workDir) removeExcept(exceptions ...string) error {
 	names, err := dirNames(d.path())
 	for _, name := range names {
-		if name != exception {
+		if !slices.Contains(exceptions, name) {
 			err = errors.Join(err, d.dirs.layout.discard(d.join(name)))
 		}
 	}

@@ -148,6 +148,17 @@ func (v *Verifier) LayerHolders(tenant Tenant, login string) []ID {
 	return []ID{v.repositoryID(tenant), v.loginID(tenant, login)}
 }
 
+// CommonHolders returns the holders of a blob whose parts were sent to different holders.
+func (v *Verifier) CommonHolders(one, other []ID) []ID {
+	switch {
+	case slices.Contains(one, v.public):
+		return other
+	case slices.Contains(other, v.public):
+		return one
+	}
+	return slices.DeleteFunc(slices.Clone(one), func(id ID) bool { return !slices.Contains(other, id) })
+}
+
 func (v *Verifier) repositoryID(tenant Tenant) ID {
 	return v.table.hash("layer of repository", tenant.Repository)
 }

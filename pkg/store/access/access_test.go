@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -89,6 +90,20 @@ func TestHolders(t *testing.T) {
 				t.Error("a public layer may not be used")
 			}
 		})
+	}
+	public := v.LayerHolders(Tenant{}, Anonymous)
+	elsewhere := v.LayerHolders(Tenant{"host", "host/b", nil}, "login")
+	for name, c := range map[string]struct{ one, other, want []ID }{
+		"both public":           {public, public, public},
+		"one public":            {public, holders, holders},
+		"the other public":      {holders, public, holders},
+		"same login":            {holders, elsewhere, holders[1:]},
+		"nothing in common":     {holders, v.LayerHolders(Tenant{"host", "host/b", nil}, "other"), nil},
+		"same repository again": {holders, holders, holders},
+	} {
+		if got := v.CommonHolders(c.one, c.other); !slices.Equal(got, c.want) {
+			t.Errorf("%s: %q instead of %q", name, got, c.want)
+		}
 	}
 	var many []ID
 	for i := range maxHolders + 10 {
