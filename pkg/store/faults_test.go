@@ -4,13 +4,16 @@ import (
 	"bytes"
 	"math/rand/v2"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/static"
@@ -190,4 +193,39 @@ func TestImageLies(t *testing.T) {
 	_, err = n.pull(push(t, r, "b:1", foreign), "", registry.Credentials{})
 	wantError(t, err, "bzip2")
 	n.wantNothing(false)
+}
+
+// TestArchiveIsRewrittenWhileItIsRead: of the tar of a root file system no digest is known before it is read. What is read of two versions
+// of it must not become the layer of one.
+func TestArchiveIsRewrittenWhileItIsRead(t *testing.T) {
+	n := newNode(t)
+	file := filepath.Join(t.TempDir(), "rootfs.tar")
+	before := mustTar(t, registrytest.File("one", "old"), registrytest.File("two", "old"))
+	after := mustTar(t, registrytest.File("one", "new"), registrytest.File("two", "new"))
+	must(t, os.WriteFile(file, before, 0o644))
+	must(t, os.Chtimes(file, time.Unix(1_700_000_000, 0), time.Unix(1_700_000_000, 0)))
+	// The import discards what is in the work directory of the layer when it has looked at the archive, and before it unpacks it.
+	var once sync.Once
+	n.onDiscard = func(discarded string) {
+		if filepath.Dir(discarded) != filepath.Join(n.dir, "layers/incoming") || strings.HasPrefix(filepath.Base(discarded), "archive-") {
+			return
+		}
+		once.Do(func() {
+			to, err := os.OpenFile(file, os.O_WRONLY, 0)
+			must(t, err)
+			defer to.Close()
+			half := len(before) / 2
+			_, err = to.WriteAt(after[half:], int64(half))
+			must(t, err)
+		})
+	}
+	_, err := n.importFile(file, "")
+	wantError(t, err, "rootfs.tar", "changed while it was read", "retry")
+	if !errdefs.IsUnavailable(err) {
+		t.Errorf("want Unavailable, got %v", err)
+	}
+	n.wantNothing(false)
+	lease, err := n.importFile(file, "")
+	must(t, err)
+	lease.Release()
 }

@@ -146,3 +146,36 @@ func TestResumedDownloadIsNotPublic(t *testing.T) {
 		})
 	}
 }
+
+// TestPublicImageWithAPrivateLayer: the registry gives the manifest to everybody, and the layer was on the node for a login. Nobody has
+// shown that the registry gives everybody the layer.
+func TestPublicImageWithAPrivateLayer(t *testing.T) {
+	n := newNode(t)
+	r := n.startRegistry(registrytest.Options{User: "u", Password: "p", Private: "private/"})
+	l := layer(t, registrytest.File("f", "private"))
+	private := push(t, r, "private/data:1", image(t, l))
+	public := push(t, r, "public/data:1", image(t, l, layer(t, registrytest.File("g", "x"))))
+	credentials, err := registry.ParseCredentials(map[string]string{".dockerconfigjson": r.DockerConfig("u", "p")})
+	must(t, err)
+	pull := func(pinned string, credentials registry.Credentials) error {
+		lease, err := n.pull(pinned, "", credentials)
+		if err == nil {
+			lease.Release()
+		}
+		return err
+	}
+	must(t, pull(private, credentials))
+	must(t, pull(public, credentials))
+	r.SetFault(func(w http.ResponseWriter, request *http.Request) bool {
+		if registrytest.IsBlob(request, mustHex(t, l)) {
+			http.Error(w, "", http.StatusNotFound)
+			return true
+		}
+		return false
+	})
+	if err := pull(public, registry.Credentials{}); !errdefs.IsNotFound(err) {
+		t.Errorf("who has no login gets the image: %v", err)
+	}
+	r.Close()
+	must(t, pull(public, credentials))
+}
