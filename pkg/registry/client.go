@@ -76,7 +76,7 @@ func (c *Client) hosts(host string, credentials func(host string) (string, strin
 				// A hosts.toml with headers alone has the client of the host updated twice.
 				return nil
 			}
-			client.Transport = countRepeated(answerHead(keepSecrets(client.Transport)))
+			client.Transport = countRepeated(acceptIdentity(answerHead(keepSecrets(client.Transport))))
 			return nil
 		},
 	}

@@ -1,6 +1,8 @@
 package registry
 
 import (
+	"bytes"
+	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
@@ -11,12 +13,14 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -63,6 +67,68 @@ func TestTokenServerSendsWithoutEnd(t *testing.T) {
 	if allocated := after.TotalAlloc - before.TotalAlloc; allocated > 16<<20 {
 		t.Errorf("%d bytes were allocated for an answer of %d", allocated, sent)
 	}
+}
+
+// TestContentEncodingTakesNoMemory: containerd decompresses what a registry compresses for the transport, with windows of up to 512 MiB.
+func TestContentEncodingTakesNoMemory(t *testing.T) {
+	const size = 128 << 20
+	for name, c := range map[string]struct {
+		encode func(t *testing.T, w io.Writer) io.WriteCloser
+		want   error
+	}{
+		"identity": {},
+		"gzip":     {encode: func(_ *testing.T, w io.Writer) io.WriteCloser { return gzip.NewWriter(w) }},
+		"zstd": {encode: func(t *testing.T, w io.Writer) io.WriteCloser {
+			writer, err := zstd.NewWriter(w, zstd.WithWindowSize(zstd.MaxWindowSize), zstd.WithEncoderConcurrency(1))
+			must(t, err)
+			return writer
+		}, want: errdefs.ErrFailedPrecondition},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var body bytes.Buffer
+			if c.encode == nil {
+				_, _ = io.CopyN(&body, endless(0), size)
+			} else {
+				writer := c.encode(t, &body)
+				_, err := io.CopyN(writer, endless(0), size)
+				must(t, errors.Join(err, writer.Close()))
+			}
+			var accepted atomic.Value
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				accepted.Store(r.Header.Get("Accept-Encoding"))
+				if c.encode != nil {
+					w.Header().Set("Content-Encoding", name)
+				}
+				_, _ = w.Write(body.Bytes())
+			}))
+			defer server.Close()
+			descriptor := ocispec.Descriptor{Digest: digest.FromString("x"), Size: size, MediaType: ocispec.MediaTypeImageLayer}
+			repository := newRepository(t, strings.TrimPrefix(server.URL, "http://"))
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			read, err := readBlob(t.Context(), repository, descriptor)
+			runtime.ReadMemStats(&after)
+			if !errors.Is(err, c.want) || err == nil && read != size {
+				t.Errorf("%d bytes, the error is %v", read, err)
+			}
+			if allocated := after.TotalAlloc - before.TotalAlloc; allocated > 16<<20 {
+				t.Errorf("%d bytes were allocated for %d", allocated, body.Len())
+			}
+			if accepted.Load() != "identity" {
+				t.Errorf("the request accepts %q", accepted.Load())
+			}
+		})
+	}
+}
+
+func readBlob(ctx context.Context, repository *Repository, descriptor ocispec.Descriptor) (int64, error) {
+	body, err := repository.openBlob(ctx, descriptor, 0)
+	if err != nil {
+		return 0, repository.wrap("fetch", err)
+	}
+	defer body.Close()
+	read, err := io.Copy(io.Discard, body)
+	return read, repository.wrap("fetch", err)
 }
 
 type endless byte

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -30,6 +31,26 @@ func (b *boundedBody) Read(buffer []byte) (int, error) {
 	n, err := b.ReadCloser.Read(buffer[:min(int64(len(buffer)), b.left)])
 	b.left -= int64(n)
 	return n, err
+}
+
+// acceptIdentity asks for content as it is, which containerd does not. Images are compressed already, and the range of a request is one of
+// what is transferred. It returns an error for an answer that is compressed with zstd all the same: containerd would decompress it with
+// windows of up to 512 MiB.
+func acceptIdentity(next http.RoundTripper) http.RoundTripper {
+	return roundTripper(func(request *http.Request) (*http.Response, error) {
+		request = request.Clone(request.Context())
+		request.Header.Set("Accept-Encoding", "identity")
+		response, err := next.RoundTrip(request)
+		if err != nil {
+			return nil, err
+		}
+		if encoding := strings.Join(response.Header.Values("Content-Encoding"), ","); strings.Contains(strings.ToLower(encoding), "zstd") {
+			response.Body.Close()
+			return nil, fmt.Errorf("%w: %s answers with the content encoding zstd, which was not asked for; turn it off there",
+				errdefs.ErrFailedPrecondition, request.URL.Host)
+		}
+		return response, nil
+	})
 }
 
 // repeated counts the bytes that a registry sends although the request was for what comes after them.
