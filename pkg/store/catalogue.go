@@ -33,6 +33,10 @@ func keyOf(blob image.LayerBlob) blobKey {
 	return blobKey{blob.Descriptor.Digest, blob.FileName, blob.DigestUnknown}
 }
 
+// maxOtherBlobs is the maximum number of blobs that are remembered besides one for each layer. A blob that is not remembered, and of which
+// no diff ID is known, is downloaded again.
+const maxOtherBlobs = 4096
+
 // catalogue has the layers and images of the store, and the leases on layers.
 type catalogue struct {
 	layout
@@ -112,7 +116,9 @@ func (c *catalogue) commit(path string, layer Layer, key blobKey) (isNew bool, _
 	if c.layers[layer.DiffID] == nil {
 		c.addLocked(layer, now)
 	}
-	c.blobs[key] = layer.DiffID
+	if !isPresent || len(c.blobs) < len(c.layers)+maxOtherBlobs {
+		c.blobs[key] = layer.DiffID
+	}
 	c.leases.acquire(layer.DiffID)
 	c.layers[layer.DiffID].LastUsed = now
 	return !isPresent, nil
