@@ -3,6 +3,7 @@ package linux
 import (
 	"errors"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -42,6 +43,23 @@ func GetXattr(file *os.File, name string) ([]byte, error) {
 	})
 }
 
+// ListXattr returns the names of the extended attributes of an open file (flistxattr(2)). The handle may be one of [O_PATH].
+func ListXattr(file *os.File) ([]string, error) {
+	list := make([]byte, maxXattr)
+	var n int
+	err := call("listxattr", file, func(fd int) (err error) {
+		n, err = unix.Flistxattr(fd, list)
+		if errors.Is(err, unix.EBADF) {
+			n, err = unix.Listxattr(ProcPath(file), list)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return strings.FieldsFunc(string(list[:n]), func(r rune) bool { return r == 0 }), nil
+}
+
 // SetXattrAt sets an extended attribute of an entry of a directory, without following a link (lsetxattr(2)). There is no system call
 // for an entry before Linux 6.13: the path goes by /proc.
 func SetXattrAt(dir *os.File, path, name string, value []byte) error {
@@ -61,7 +79,7 @@ func entryPath(dir *os.File, path string) string {
 	return ProcPath(dir) + "/" + path
 }
 
-// maxXattr is the largest value of an extended attribute (XATTR_SIZE_MAX).
+// maxXattr is the largest value of an extended attribute (XATTR_SIZE_MAX), and the largest list of their names (XATTR_LIST_MAX).
 const maxXattr = 64 << 10
 
 func getXattr(dir *os.File, path, name string, get func(fd int, value []byte) (int, error)) ([]byte, error) {

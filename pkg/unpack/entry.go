@@ -168,8 +168,13 @@ func openDir(dir *os.File, base string) (*os.File, error) {
 	return linux.Open(dir, base, os.O_RDONLY|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
 }
 
-// setDirAttributes sets the attributes of a directory, except for its times. It records these for setDirTimes.
+// setDirAttributes sets the attributes of a directory, which has an entry now, except for its times. It records these for setDirTimes.
 func (u *unpacker) setDirAttributes(dir *os.File, name string, header *tar.Header) error {
+	if name == "" || u.hasImplied {
+		if err := clearImplied(dir); err != nil {
+			return err
+		}
+	}
 	if err := setAttributes(dir, header); err != nil {
 		return err
 	}

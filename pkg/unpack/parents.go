@@ -4,11 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
 	"strconv"
 	"syscall"
-
-	"github.com/cyphar/filepath-securejoin/pathrs-lite"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
@@ -25,7 +24,14 @@ func (u *unpacker) parent(name string) (*os.File, error) {
 	if dir, ok := u.parents[name]; ok {
 		return dir, nil
 	}
-	dir, err := pathrs.MkdirAllHandle(u.root, name, 0o755)
+	dir, err := linux.Open(u.root, "."+name, linux.O_PATH|linux.O_DIRECTORY, linux.ResolveInRoot|linux.ResolveNoMagicLinks)
+	if errors.Is(err, syscall.ENOENT) {
+		var above *os.File
+		if above, err = u.parent(path.Dir(name)); err != nil {
+			return nil, err
+		}
+		dir, err = u.makeImplied(above, path.Base(name))
+	}
 	if err != nil {
 		return nil, fmt.Errorf("open directory %s: %w", shorten(name), err)
 	}

@@ -83,8 +83,8 @@ func xattrsOf(t *testing.T, path string) string {
 	slices.Sort(list)
 	var line strings.Builder
 	for _, name := range list {
-		if name == "trusted.overlay.origin" {
-			// Other unpackers do not set it, and show whiteouts in views.
+		if name == "trusted.overlay.origin" || name == "trusted.overlay.implied" {
+			// Other unpackers do not set them. Without the first, views show whiteouts.
 			continue
 		}
 		value := make([]byte, 64<<10)

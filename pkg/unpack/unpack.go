@@ -9,11 +9,12 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"slices"
 	"syscall"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 const (
@@ -34,6 +35,9 @@ type Result struct {
 	// Opaque reports whether the tree hides all lower layers. overlayfs ignores the attribute on the root of a layer, so
 	// the caller must leave out the lower layers itself.
 	Opaque bool
+	// Implied is the number of directories that the tree has without entries in the tar, except for the root (IsImplied). Their paths are
+	// in the file ImpliedName in scratch, and one of them may be there twice.
+	Implied int
 }
 
 // Tar unpacks a tar into the directory tree. It reads the tar to its end. The parent of tree must exist, and tree must not.
@@ -53,16 +57,22 @@ func Tar(ctx context.Context, from io.Reader, tree, scratch string, limits Limit
 	if err := drain(from); err != nil {
 		return Result{}, err
 	}
+	implied, err := u.listImplied()
+	if err != nil {
+		return Result{}, err
+	}
 	opaque, err := IsOpaque(u.root)
-	return Result{DiskBytes: u.diskBytes, Entries: u.entries, Opaque: opaque}, err
+	return Result{DiskBytes: u.diskBytes, Entries: u.entries, Opaque: opaque, Implied: implied}, err
 }
 
 // unpacker is the state of one call of Tar.
 type unpacker struct {
 	limits Limits
 	// root is the open tree.
-	root    *os.File
-	scratch string
+	root *os.File
+	// rootPath is the path of the tree, without links.
+	rootPath string
+	scratch  string
 
 	entries      int64
 	contentBytes int64
@@ -83,6 +93,10 @@ type unpacker struct {
 	times        *os.File
 	timesOut     *bufio.Writer
 	timesEncoder *gob.Encoder
+	// made is a file with the paths of the directories that were made without an entry. hasImplied reports whether there was one.
+	made       *os.File
+	madeOut    *bufio.Writer
+	hasImplied bool
 	// replaced counts the directories that were moved to scratch.
 	replaced int
 	buffer   []byte
@@ -96,21 +110,25 @@ func newUnpacker(tree, scratch string, limits Limits) (*unpacker, error) {
 	if err != nil {
 		return nil, err
 	}
-	times, err := os.OpenFile(filepath.Join(scratch, "times"), os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		root.Close()
+	times, timesOut, failedTimes := createIn(scratch, "times")
+	made, madeOut, failedMade := createIn(scratch, madeName)
+	rootPath, err := linux.CurrentPath(root)
+	u := &unpacker{
+		limits: limits, root: root, rootPath: rootPath, scratch: scratch,
+		times: times, timesOut: timesOut, timesEncoder: gob.NewEncoder(timesOut), made: made, madeOut: madeOut,
+		parents: map[string]*os.File{}, buffer: make([]byte, copySize), uncheckedBytes: checkInterval,
+	}
+	if err := errors.Join(err, failedTimes, failedMade, setImplied(root)); err != nil {
+		u.close()
 		return nil, err
 	}
-	timesOut := bufio.NewWriter(times)
-	return &unpacker{
-		limits: limits, root: root, scratch: scratch, times: times, timesOut: timesOut, timesEncoder: gob.NewEncoder(timesOut),
-		parents: map[string]*os.File{}, buffer: make([]byte, copySize), uncheckedBytes: checkInterval,
-	}, nil
+	return u, nil
 }
 
 func (u *unpacker) close() {
 	u.closeParents()
 	u.times.Close()
+	u.made.Close()
 	u.root.Close()
 }
 

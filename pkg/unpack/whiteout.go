@@ -57,6 +57,10 @@ func makeWhiteout(dir *os.File, base string) error {
 		return err
 	}
 	defer made.Close()
+	// It is another directory than the one in lower layers, whether it has an entry or not.
+	if err := clearImplied(made); err != nil {
+		return err
+	}
 	return setOpaque(made)
 }
 

@@ -9,13 +9,18 @@ import (
 	"syscall"
 )
 
-// xattrRecord is the prefix of the PAX records of extended attributes.
-const xattrRecord = "SCHILY.xattr."
+// XattrRecord is the prefix of the PAX records of extended attributes.
+const XattrRecord = "SCHILY.xattr."
 
 // ignoredXattrs are the prefixes of the attributes that are not set. Attributes of overlayfs would redirect lookups to
 // other layers. Labels and signatures are valid only on the machine where the image was built.
 var ignoredXattrs = []string{
 	"trusted.overlay.", "user.overlay.", "security.selinux", "security.ima", "security.evm", "system.nfs4_acl",
+}
+
+// IsIgnoredXattr reports whether Tar leaves out an extended attribute.
+func IsIgnoredXattr(name string) bool {
+	return slices.ContainsFunc(ignoredXattrs, func(ignored string) bool { return strings.HasPrefix(name, ignored) })
 }
 
 // setXattrs calls set for each extended attribute of an entry. It ignores attributes that the file system does not support,
@@ -42,8 +47,8 @@ func xattrBytes(header *tar.Header) int64 {
 func xattrs(header *tar.Header) iter.Seq2[string, string] {
 	return func(yield func(name, value string) bool) {
 		for record, value := range header.PAXRecords {
-			name, ok := strings.CutPrefix(record, xattrRecord)
-			if !ok || slices.ContainsFunc(ignoredXattrs, func(ignored string) bool { return strings.HasPrefix(name, ignored) }) {
+			name, ok := strings.CutPrefix(record, XattrRecord)
+			if !ok || IsIgnoredXattr(name) {
 				continue
 			}
 			if !yield(name, value) {

@@ -1,0 +1,194 @@
+package unpack
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+)
+
+// A layer may have a file without having an entry for its directory. The directory is then an implied one: the attributes that it gets
+// here are made up, and those of the same directory in a lower layer are meant.
+const (
+	// impliedXattr marks an implied directory. Views do not show attributes of overlayfs, and the kernel does not know this one. A tar
+	// cannot set it (ignoredXattrs).
+	impliedXattr = "trusted.overlay.implied"
+	// MaxImplied is the maximum number of implied directories of a layer.
+	MaxImplied = 1 << 16
+	// MaxImpliedBytes is the maximum total length of their paths in bytes, each with a byte at its end.
+	MaxImpliedBytes = 8 << 20
+	// ImpliedName is the file in scratch with the paths of the implied directories (Result.Implied). Each ends with a zero byte. They are
+	// not in memory because a layer chooses how many there are.
+	ImpliedName = "implied"
+	// madeName is the file in scratch with the paths of all directories that were made without an entry, in the same format.
+	madeName = "made"
+)
+
+// ReadImplied returns the paths in a file that Tar wrote as ImpliedName.
+func ReadImplied(path string) ([]string, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	info, err := file.Stat()
+	if err != nil {
+		return nil, err
+	}
+	var content strings.Builder
+	content.Grow(int(min(info.Size(), MaxImpliedBytes)))
+	if _, err := io.Copy(&content, io.LimitReader(file, MaxImpliedBytes)); err != nil {
+		return nil, err
+	}
+	names := strings.Split(content.String(), "\x00")
+	// Nothing follows the last zero byte.
+	return names[:len(names)-1], nil
+}
+
+// IsImplied reports whether a directory of a tree is an implied one. dir may be an O_PATH handle.
+func IsImplied(dir *os.File) (bool, error) {
+	_, err := linux.GetXattr(dir, impliedXattr)
+	if errors.Is(err, syscall.ENODATA) || errors.Is(err, syscall.ENOTSUP) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// setImplied marks a directory. On a file system without such attributes, directories keep what was made up.
+func setImplied(dir *os.File) error {
+	if err := linux.SetXattr(dir, impliedXattr, nil); !errors.Is(err, syscall.ENOTSUP) {
+		return err
+	}
+	return nil
+}
+
+// clearImplied removes the mark of a directory, if it has one.
+func clearImplied(dir *os.File) error {
+	err := linux.RemoveXattr(dir, impliedXattr)
+	if errors.Is(err, syscall.ENODATA) || errors.Is(err, syscall.ENOTSUP) {
+		return nil
+	}
+	return err
+}
+
+// makeImplied makes the directory base in dir, and returns it open.
+func (u *unpacker) makeImplied(dir *os.File, base string) (*os.File, error) {
+	err := linux.Mkdirat(dir, base, 0o755)
+	if errors.Is(err, syscall.EEXIST) {
+		return nil, fmt.Errorf("%w: a link on the path leads nowhere", errdefs.ErrInvalidArgument)
+	}
+	if err != nil {
+		return nil, err
+	}
+	made, err := openDir(dir, base)
+	if err != nil {
+		return nil, err
+	}
+	if err := u.addImplied(made); err != nil {
+		made.Close()
+		return nil, err
+	}
+	return made, nil
+}
+
+// addImplied marks a directory, and lists its path, which has no links.
+func (u *unpacker) addImplied(made *os.File) error {
+	u.hasImplied = true
+	if err := setImplied(made); err != nil {
+		return err
+	}
+	path, err := linux.CurrentPath(made)
+	if errors.Is(err, syscall.ENAMETOOLONG) {
+		// The path in the layer has almost PATH_MAX bytes. No image that is in earnest has one.
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	name, ok := strings.CutPrefix(path, u.rootPath+"/")
+	if !ok {
+		return fmt.Errorf("find the path of a directory: %s is not in %s", path, u.rootPath)
+	}
+	u.attributeBytes += int64(len(name))
+	if err := u.checkSize(); err != nil {
+		return err
+	}
+	if err := u.reserve(blockSize + int64(len(name))); err != nil {
+		return err
+	}
+	_, err = u.madeOut.WriteString(name + "\x00")
+	return err
+}
+
+// listImplied lists the directories that no later entry gave attributes to, or replaced. It returns their number. A path may occur twice.
+func (u *unpacker) listImplied() (int, error) {
+	file, out, err := createIn(u.scratch, ImpliedName)
+	if err != nil {
+		return 0, err
+	}
+	defer file.Close()
+	count, err := u.writeImplied(out)
+	return count, errors.Join(err, out.Flush())
+}
+
+func (u *unpacker) writeImplied(out *bufio.Writer) (count int, _ error) {
+	if err := u.madeOut.Flush(); err != nil {
+		return 0, err
+	}
+	if _, err := u.made.Seek(0, io.SeekStart); err != nil {
+		return 0, err
+	}
+	size := 0
+	for lines := bufio.NewReader(u.made); ; {
+		line, err := lines.ReadString(0)
+		if errors.Is(err, io.EOF) {
+			return count, nil
+		}
+		if err != nil {
+			return 0, err
+		}
+		name := line[:len(line)-1]
+		isImplied, err := u.isStillImplied(name)
+		if err != nil {
+			return 0, fmt.Errorf("look at directory %q: %w", shorten(name), err)
+		}
+		if !isImplied {
+			continue
+		}
+		if _, err := out.WriteString(line); err != nil {
+			return 0, err
+		}
+		count++
+		size += len(line)
+		if count > MaxImplied || size > MaxImpliedBytes {
+			return 0, fmt.Errorf("%w: the layer has more than %d directories without entries, or their paths have more than %d bytes; "+
+				"rebuild the image so that the layer has an entry for each directory", errdefs.ErrResourceExhausted, MaxImplied, MaxImpliedBytes)
+		}
+	}
+}
+
+func (u *unpacker) isStillImplied(name string) (bool, error) {
+	dir, err := linux.Open(u.root, name, linux.O_PATH|linux.O_DIRECTORY|linux.O_NOFOLLOW, linux.ResolveBeneath|linux.ResolveNoSymlinks)
+	if isAbsent(err) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer dir.Close()
+	return IsImplied(dir)
+}
+
+// createIn creates a file of the unpacker in scratch.
+func createIn(scratch, name string) (*os.File, *bufio.Writer, error) {
+	file, err := os.OpenFile(filepath.Join(scratch, name), os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	return file, bufio.NewWriter(file), err
+}
