@@ -27,8 +27,10 @@ var mayImport = map[string][]string{
 	"pkg/layer": {
 		"pkg/dataroot", "pkg/image", "pkg/kubeapi", "pkg/kubelet", "pkg/overlay", "pkg/reference", "pkg/registry", "pkg/store",
 	},
-	"pkg/store":           {"pkg/dataroot", "pkg/image", "pkg/record", "pkg/reference", "pkg/registry", "pkg/store/access", "pkg/unpack"},
+	"pkg/store": {"pkg/dataroot", "pkg/image", "pkg/record", "pkg/reference", "pkg/registry", "pkg/store/access", "pkg/store/merged",
+		"pkg/unpack"},
 	"pkg/store/access":    {},
+	"pkg/store/merged":    {"pkg/unpack"},
 	"pkg/unpack":          {},
 	"pkg/registry":        {"pkg/image"},
 	"pkg/image":           {"pkg/unpack"},

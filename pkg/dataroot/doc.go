@@ -9,7 +9,7 @@
 //	volumes/<volume handle>/data/{upper/, work/}          directory, project quota or btrfs qgroup, disk image
 //	volumes/<volume handle>/disk.img
 //	volumes/<volume handle>/pods/<pod>/…                the same for each pod of a claim with upper: pod
-//	layers/sha256/<diff ID>/{tree/, layer.json}         unpacked layers (pkg/store)
+//	layers/sha256/<diff ID>/{tree/, layer.json, implied}  unpacked layers (pkg/store)
 //	layers/incoming/<key>/…                             layers that are being pulled (pkg/store)
 //	images/<digest>.json                                what an image consists of (pkg/store)
 //	mounter/                                            what mount(8) needs, and probes of the kernel (pkg/overlay)

@@ -9,6 +9,7 @@ import (
 	"io"
 	"math"
 	"os"
+	"path/filepath"
 	"syscall"
 	"time"
 
@@ -48,8 +49,8 @@ func (b *builder) build(
 		return Layer{}, err
 	}
 	layer.Holders = holders()
-	// dir becomes the directory of the layer, which has only tree and layer.json.
-	if err := dir.removeExcept(treeName); err != nil {
+	// dir becomes the directory of the layer, which has only tree, layer.json and implied.
+	if err := dir.removeExcept(treeName, impliedName); err != nil {
 		return Layer{}, err
 	}
 	if err := writeJSON(dir.join(layerName), layer); err != nil {
@@ -196,7 +197,11 @@ func (b *builder) unpackTar(
 	if err := os.Mkdir(dir.join(scratchName), 0o700); err != nil {
 		return unpack.Result{}, err
 	}
-	return unpack.Tar(ctx, uncompressed, dir.join(treeName), dir.join(scratchName), b.limits)
+	result, err := unpack.Tar(ctx, uncompressed, dir.join(treeName), dir.join(scratchName), b.limits)
+	if err != nil || result.Implied == 0 {
+		return result, err
+	}
+	return result, os.Rename(filepath.Join(dir.join(scratchName), unpack.ImpliedName), dir.join(impliedName))
 }
 
 // blobReader reads a blob.

@@ -12,6 +12,7 @@
 //   - puller: the pulls in progress, one for each image and set of credentials, and the disk space that they reserve
 //   - fetcher: the layers in progress, one for each blob and source
 //   - slots: how many of them may run, and whose turn it is
+//   - attributesOrigin: the layer of attributes of an image
 //   - builder: unpacks, verifies and commits one layer
 //   - collector: garbage collection
 //

@@ -49,7 +49,7 @@ type Image struct {
 	Platform string        `json:"platform,omitempty"`
 	// Names are the references that the image was pulled by.
 	Names []string `json:"names"`
-	// Layers are the layers in the order of the manifest, the lowest first.
+	// Layers are the layers in the order of the manifest, the lowest first. A layer of attributes may follow (addAttributes).
 	Layers []ImageLayer `json:"layers"`
 	// Archive identifies the archive that the image was read from. It is nil for an image from a registry.
 	Archive *image.ArchiveFile `json:"archive,omitempty"`

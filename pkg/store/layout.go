@@ -11,12 +11,14 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/unpack"
 )
 
 // In the data root:
 //
 //	layers/sha256/<diff ID>/tree/        an unpacked layer, with whiteouts and opaque directories of overlayfs
 //	layers/sha256/<diff ID>/layer.json   its description (Layer)
+//	layers/sha256/<diff ID>/implied      the directories that its tar has no entry for (compose.go), if there are any
 //	layers/incoming/<key>/blob           the download of a layer from one source, resumed after a crash
 //	layers/incoming/<key>/holders        who may have what the download has, as salted hashes
 //	layers/incoming/<key>/tree/          the layer while it is unpacked, deleted after a crash
@@ -35,6 +37,7 @@ const (
 	treeName     = "tree"
 	scratchName  = "scratch"
 	layerName    = "layer.json"
+	impliedName  = unpack.ImpliedName
 	blobName     = "blob"
 	holdersName  = "holders"
 )

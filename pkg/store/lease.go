@@ -5,6 +5,8 @@ import (
 	"os"
 
 	"github.com/opencontainers/go-digest"
+
+	"github.com/overlay-csi/overlay-csi/pkg/store/merged"
 )
 
 // Lease protects the layers of an image from garbage collection until Release.
@@ -38,7 +40,7 @@ func openLease(c *catalogue, image *Image, path string) (*Lease, error) {
 	if path == "" {
 		return l, nil
 	}
-	dirs, err := openInLayers(l.Dirs, path)
+	dirs, err := merged.Open(l.Dirs, path)
 	if err != nil {
 		l.Release()
 		return nil, fmt.Errorf("?path=/%s: %w", path, err)
@@ -46,6 +48,12 @@ func openLease(c *catalogue, image *Image, path string) (*Lease, error) {
 	closeAll(l.Dirs)
 	l.Dirs = dirs
 	return l, nil
+}
+
+func closeAll(files []*os.File) {
+	for _, file := range files {
+		file.Close()
+	}
 }
 
 // leaseTable counts the references on each layer. The catalogue's lock guards it.

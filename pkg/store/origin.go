@@ -33,6 +33,8 @@ type origin interface {
 	mayUse(layer Layer) bool
 	// holders returns who may have a layer that the origin has just given whole.
 	holders() []access.ID
+	// imageHolders returns who may have something that was made of the layers of an image, which the origin has just given.
+	imageHolders(img *Image) []access.ID
 	// accept remembers that the origin gave an image.
 	accept(img *Image) error
 	// close frees the resources of the origin.
@@ -90,15 +92,28 @@ func (o *registryOrigin) holders() []access.ID {
 	return o.access.LayerHolders(tenantOf(o.repository), o.login())
 }
 
-// accept remembers the login that the registry accepted for an image. If it asked for none, but a layer was used that is not public, the
-// image is not public either: the layer was there, and was not asked for.
-func (o *registryOrigin) accept(img *Image) error {
-	logins := []string{o.login()}
-	if logins[0] == access.Anonymous && !o.isPublic(img) {
-		logins = o.repository.Logins()
+func (o *registryOrigin) imageHolders(img *Image) []access.ID {
+	var holders []access.ID
+	for _, login := range o.acceptedLogins(img) {
+		holders = access.AddHolders(holders, o.access.LayerHolders(tenantOf(o.repository), login))
 	}
+	return holders
+}
+
+// acceptedLogins returns the login that the registry accepted for an image. If it asked for none, but a layer was used that is not public,
+// the image is not public either: the layer was there, and was not asked for.
+func (o *registryOrigin) acceptedLogins(img *Image) []string {
+	login := o.login()
+	if login == access.Anonymous && !o.isPublic(img) {
+		return o.repository.Logins()
+	}
+	return []string{login}
+}
+
+// accept remembers the login that the registry accepted for an image.
+func (o *registryOrigin) accept(img *Image) error {
 	var failed error
-	for _, login := range logins {
+	for _, login := range o.acceptedLogins(img) {
 		failed = errors.Join(failed, o.access.AcceptImage(img.Digest, o.repository.Named().Name(), login))
 	}
 	return failed
@@ -263,6 +278,8 @@ func (o *archiveOrigin) mayUse(layer Layer) bool {
 func (o *archiveOrigin) holders() []access.ID {
 	return o.access.LayerHolders(access.Tenant{}, access.Anonymous)
 }
+
+func (o *archiveOrigin) imageHolders(*Image) []access.ID { return o.holders() }
 
 func (o *archiveOrigin) accept(*Image) error { return nil }
 

@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
@@ -26,6 +27,9 @@ type puller struct {
 	catalogue *catalogue
 	fetcher   *fetcher
 	collector *collector
+	builder   *builder
+	// composing bounds how many layers of attributes are made at the same time: the names of directories take memory.
+	composing *semaphore.Weighted
 	// parallel is the maximum number of layers of one image in progress.
 	parallel int
 	// abandonAfter is the time after which a pull that nobody waits for ends.
@@ -250,6 +254,9 @@ func (p *puller) pull(ctx context.Context, current *pull, from origin) (*Image, 
 	if img.Digest == "" {
 		// The digest of the tar of a root file system is its diff ID.
 		img.Digest = img.Layers[0].DiffID
+	}
+	if err := p.addAttributes(ctx, current, &img, from); err != nil {
+		return nil, err
 	}
 	saved, err := p.catalogue.saveImage(img)
 	if err != nil {

@@ -2,6 +2,7 @@ package store_test
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
@@ -178,4 +179,42 @@ func TestPublicImageWithAPrivateLayer(t *testing.T) {
 	}
 	r.Close()
 	must(t, pull(public, credentials))
+}
+
+// TestAttributesForManyAtTheSameTime pulls images of the same layers from two registries. They need the same layer of attributes.
+func TestAttributesForManyAtTheSameTime(t *testing.T) {
+	n := newNode(t)
+	private := n.startRegistry(registrytest.Options{User: "u", Password: "p"})
+	public := n.startRegistry(registrytest.Options{})
+	login, err := registry.ParseCredentials(map[string]string{".dockerconfigjson": private.DockerConfig("u", "p")})
+	must(t, err)
+	var pulls sync.WaitGroup
+	for i := range 6 {
+		name := fmt.Sprint("team-", i, "/data:1")
+		for pinned, credentials := range map[string]registry.Credentials{
+			push(t, private, name, image(t, privateLayers(t)...)): login,
+			push(t, public, name, image(t, privateLayers(t)...)):  {},
+		} {
+			pulls.Go(func() {
+				lease, err := n.pull(pinned, "", credentials)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer lease.Release()
+				if len(lease.Dirs) != 3 {
+					t.Errorf("%s has %d layers", pinned, len(lease.Dirs))
+				}
+			})
+		}
+	}
+	pulls.Wait()
+	if layers := n.Layers(); len(layers) != 3 {
+		t.Errorf("there are %d layers", len(layers))
+	}
+	// A pull that another one has overtaken leaves its download, and nothing of the layer of attributes.
+	top := n.Images()[0].Layers[2].DiffID
+	if left := mustGlob(t, filepath.Join(n.dir, "layers/incoming", top.Encoded()+"*")); len(left) > 0 {
+		t.Errorf("there is still %q", left)
+	}
 }

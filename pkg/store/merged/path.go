@@ -1,4 +1,4 @@
-package store
+package merged
 
 import (
 	"errors"
@@ -18,10 +18,10 @@ import (
 // maxLinks is the maximum number of symbolic links that are followed in a path (MAXSYMLINKS of the kernel).
 const maxLinks = 40
 
-// openInLayers opens a directory of an image in each of its layers that contribute to it. layers are the directories of the
-// layers, the topmost first, and the result has the same order. openInLayers resolves name like overlayfs, but without a
+// Open opens a directory of an image in each of its layers that contribute to it. layers are the directories of the
+// layers, the topmost first, and the result has the same order. Open resolves name like overlayfs, but without a
 // mount. It resolves links with the image as their root.
-func openInLayers(layers []*os.File, name string) ([]*os.File, error) {
+func Open(layers []*os.File, name string) ([]*os.File, error) {
 	current, err := duplicate(layers)
 	if err != nil {
 		return nil, err

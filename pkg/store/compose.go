@@ -1,0 +1,174 @@
+package store
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/semaphore"
+
+	"github.com/overlay-csi/overlay-csi/pkg/image"
+	"github.com/overlay-csi/overlay-csi/pkg/store/access"
+	"github.com/overlay-csi/overlay-csi/pkg/store/merged"
+	"github.com/overlay-csi/overlay-csi/pkg/unpack"
+)
+
+// attributesMediaType is the media type of a layer of attributes in the record of an image.
+const attributesMediaType = "application/vnd.overlay-csi.layer.attributes.v1.tar"
+
+// addAttributes adds a layer of attributes on top of the other layers of an image, if the image needs one: if one of its layers has a
+// directory without an entry, for which a lower layer has an entry (package merged). It is a layer like any other. The pull holds
+// references on the layers.
+func (p *puller) addAttributes(ctx context.Context, current *pull, img *Image, from origin) error {
+	attributes := &attributesOrigin{origin: from, image: *img, builder: p.builder, workDirs: p.collector.workDirs, memory: p.composing}
+	hash := sha256.New()
+	size := &countingWriter{to: hash}
+	entries, err := attributes.write(ctx, size)
+	if err != nil {
+		return fmt.Errorf("find the attributes of the directories of image %s: %w", current.name, err)
+	}
+	if entries == 0 {
+		return nil
+	}
+	id := digest.NewDigest(digest.SHA256, hash)
+	blob := image.LayerBlob{Descriptor: ocispec.Descriptor{MediaType: attributesMediaType, Digest: id, Size: size.bytes}, DiffID: id}
+	if id, err = p.fetcher.layer(ctx, blob, attributes); err != nil {
+		return err
+	}
+	current.hold(id)
+	img.Layers = append(slices.Clone(img.Layers), ImageLayer{DiffID: id, Digest: id, MediaType: attributesMediaType, Size: size.bytes})
+	return nil
+}
+
+// countingWriter counts what is written.
+type countingWriter struct {
+	to    io.Writer
+	bytes int64
+}
+
+func (w *countingWriter) Write(data []byte) (int, error) {
+	w.bytes += int64(len(data))
+	return w.to.Write(data)
+}
+
+// attributesOrigin makes the layer of attributes of an image whose other layers are present.
+type attributesOrigin struct {
+	// origin is that of the image.
+	origin
+	image    Image
+	builder  *builder
+	workDirs *workDirs
+	// memory bounds how many lists of directories are in memory at the same time.
+	memory *semaphore.Weighted
+}
+
+// holders returns who may have the layer: those who may have the others. What it contains is from these.
+func (o *attributesOrigin) holders() []access.ID { return o.imageHolders(&o.image) }
+
+// fetch unpacks the layer.
+func (o *attributesOrigin) fetch(ctx context.Context, blob image.LayerBlob, dirName string, progress *progressCounter) (Layer, error) {
+	dir, err := o.workDirs.acquire(dirName)
+	if err != nil {
+		return Layer{}, err
+	}
+	defer dir.release()
+	if err := dir.recreate(); err != nil {
+		return Layer{}, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	content, to := io.Pipe()
+	written := make(chan struct{})
+	go func() {
+		defer close(written)
+		_, err := o.write(ctx, to)
+		to.CloseWithError(err)
+	}()
+	layer, err := o.builder.build(ctx, dir, blob, progress.reader(content), o.holders)
+	cancel()
+	content.Close()
+	<-written
+	if err != nil {
+		return Layer{}, errors.Join(o.builder.explainDiskFull(blob, err), dir.discard())
+	}
+	return layer, nil
+}
+
+// write writes the tar of the layer, which is the same each time. It returns the number of entries.
+func (o *attributesOrigin) write(ctx context.Context, to io.Writer) (int, error) {
+	visible := o.builder.catalogue.visible(o.image.diffIDs())
+	if len(visible) == 1 {
+		return 0, nil
+	}
+	// An image without such directories, as most are, waits for no other one.
+	if slices.ContainsFunc(visible, o.builder.listsImplied) {
+		if err := o.memory.Acquire(ctx, 1); err != nil {
+			return 0, context.Cause(ctx)
+		}
+		defer o.memory.Release(1)
+	}
+	var trees []*os.File
+	defer func() { closeAll(trees) }()
+	var names []string
+	for _, id := range visible {
+		tree, err := o.builder.openTree(id)
+		if err != nil {
+			return 0, err
+		}
+		trees = append(trees, tree)
+		implied, err := o.builder.readImplied(id)
+		if err != nil {
+			return 0, err
+		}
+		if names, err = mergeNames(names, implied); err != nil {
+			return 0, err
+		}
+	}
+	return merged.WriteAttributes(ctx, to, trees, names)
+}
+
+// mergeNames adds names without repeating one. It returns ErrResourceExhausted if there are more than one layer may have.
+func mergeNames(names, more []string) ([]string, error) {
+	if len(more) == 0 {
+		return names, nil
+	}
+	names = append(names, more...)
+	slices.Sort(names)
+	names = slices.Compact(names)
+	size := 0
+	for _, name := range names {
+		size += len(name) + 1
+	}
+	if len(names) > unpack.MaxImplied || size > unpack.MaxImpliedBytes {
+		return nil, fmt.Errorf("%w: the layers have more than %d directories without entries, or their paths have more than %d bytes; "+
+			"rebuild the image so that its layers have an entry for each directory",
+			errdefs.ErrResourceExhausted, unpack.MaxImplied, unpack.MaxImpliedBytes)
+	}
+	return names, nil
+}
+
+// listsImplied reports whether a layer has implied directories.
+func (l layout) listsImplied(id digest.Digest) bool {
+	_, err := os.Lstat(filepath.Join(l.layerDir(id), impliedName))
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
+// readImplied returns the paths of the implied directories of a layer. A layer of an earlier driver has none.
+func (l layout) readImplied(id digest.Digest) ([]string, error) {
+	names, err := unpack.ReadImplied(filepath.Join(l.layerDir(id), impliedName))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the directories of layer %s: %w", id, err)
+	}
+	return names, nil
+}
