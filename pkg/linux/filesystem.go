@@ -49,6 +49,13 @@ func usageOf(stat unix.Statfs_t) Usage {
 	}
 }
 
+// IsReadOnly reports whether nothing can be written through the mount of an open file: the mount or its file system is read-only
+// (fstatfs(2), ST_RDONLY).
+func IsReadOnly(file *os.File) (bool, error) {
+	stat, err := statfs(file)
+	return stat.Flags&unix.ST_RDONLY != 0, err
+}
+
 func statfs(file *os.File) (unix.Statfs_t, error) {
 	var stat unix.Statfs_t
 	err := call("fstatfs", file, func(fd int) error { return unix.Fstatfs(fd, &stat) })

@@ -40,7 +40,21 @@ func (m *Mounter) create(spec Spec) (*os.File, error) {
 	if err := context.Create(); err != nil {
 		return nil, err
 	}
-	return context.Mount(spec.Attributes.bits())
+	attributes := spec.Attributes.bits()
+	view, err := context.Mount(attributes &^ linux.MountAttrReadOnly)
+	if err != nil {
+		return nil, err
+	}
+	// Before the mount is made read-only: pods that share a view do not all ask for that.
+	err = spec.checkWritable(view)
+	if err == nil && spec.Attributes.ReadOnly {
+		err = linux.MountSetattr(view, linux.MountChange{Set: linux.MountAttrReadOnly})
+	}
+	if err != nil {
+		view.Close()
+		return nil, err
+	}
+	return view, nil
 }
 
 func (m *Mounter) setParameters(context *linux.FSContext, spec Spec) error {

@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -38,7 +39,18 @@ func (m *Mounter) mountWithCommand(spec Spec, target *os.File) error {
 	if err := m.runMount(mountSource, linux.ProcessPath(target), fsType, options); err != nil {
 		return fmt.Errorf("mount an overlay at %s: %w", target.Name(), err)
 	}
-	return nil
+	if spec.Attributes.ReadOnly {
+		return nil
+	}
+	view, err := linux.Open(nil, target.Name(), linux.O_PATH|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
+	if err == nil {
+		err = spec.checkWritable(view)
+		view.Close()
+	}
+	if err != nil {
+		err = errors.Join(err, m.Unmount(target.Name()))
+	}
+	return err
 }
 
 // linkOptions makes links to the directories of an overlay in dir, and returns the overlay's options with these links, relative to

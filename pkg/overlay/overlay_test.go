@@ -213,6 +213,50 @@ func TestKernelMessages(t *testing.T) {
 	}
 }
 
+// TestFullDisk: where the disk has no room for what overlayfs makes when it is mounted, there is an error and no view: the kernel's own
+// answer is one that cannot be written to.
+func TestFullDisk(t *testing.T) {
+	for name, m := range mounters(t) {
+		for access, attributes := range map[string]Attributes{"": {}, ", read-only": {ReadOnly: true}} {
+			if access != "" && name == "mount(8)" {
+				// Its views are read-only as a whole.
+				continue
+			}
+			t.Run(name+access, func(t *testing.T) {
+				dir, target := tmpfs(t), t.TempDir()
+				spec := Spec{
+					Lowers: []*os.File{open(t, dir+"/lower")}, Upper: open(t, dir+"/upper"), Work: open(t, dir+"/work"), Attributes: attributes,
+				}
+				// The inodes of the root and the three directories.
+				if err := unix.Mount("", dir, "", unix.MS_REMOUNT, "nr_inodes=4"); err != nil {
+					t.Fatal(err)
+				}
+				if err := m.Overlay(spec, open(t, target)); !errdefs.IsResourceExhausted(err) || !errors.Is(err, unix.ENOSPC) {
+					t.Errorf("got %v, want no space left", err)
+				}
+				if mounted, err := m.At(target); err != nil || mounted != Nothing {
+					t.Fatalf("mounted: %v, %v", mounted, err)
+				}
+				if err := unix.Mount("", dir, "", unix.MS_REMOUNT, "nr_inodes=16"); err != nil {
+					t.Fatal(err)
+				}
+				if err := m.Overlay(spec, open(t, target)); err != nil {
+					t.Fatal(err)
+				}
+				defer func() {
+					if err := m.Unmount(target); err != nil {
+						t.Error(err)
+					}
+				}()
+				err := os.WriteFile(target+"/file", nil, 0o600)
+				if attributes.ReadOnly != errors.Is(err, unix.EROFS) || (err != nil && !attributes.ReadOnly) {
+					t.Errorf("write: %v", err)
+				}
+			})
+		}
+	}
+}
+
 // TestMostLowers: as many lowers as overlayfs takes can be mounted, and all of them show.
 func TestMostLowers(t *testing.T) {
 	for name, m := range mounters(t) {
