@@ -15,6 +15,8 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
+	"github.com/overlay-csi/overlay-csi/test/drivertest"
+	"time"
 )
 
 // killed are commands of which one is killed whenever it runs.
@@ -246,4 +248,50 @@ func findLoop(t *testing.T, root *os.File, at upper.Location) string {
 
 func discardFile(loop string) string {
 	return filepath.Join("/sys/block", loop, "queue/discard_max_bytes")
+}
+
+// TestDiskImageOnAFullDisk: what was reserved for an image is there for it, also where others have taken all the rest of the disk.
+func TestDiskImageOnAFullDisk(t *testing.T) {
+	for _, name := range []string{"ext4", "xfs", "btrfs"} {
+		t.Run(name, func(t *testing.T) {
+			root := newDataRoot(t, name)
+			at := upper.Location{Backend: upper.DiskImage, Base: "base", Limit: upper.LimitOf(16 << 20)}
+			u := newUpper(t, newBackends(t, root), root, at)
+			for range 2 {
+				dirs, err := u.Prepare(t.Context(), upper.RootAttr{Mode: 0o755})
+				if err != nil {
+					t.Fatal(err)
+				}
+				dirs.Close()
+				if err := u.Release(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				takeAll(t, root)
+			}
+		})
+	}
+}
+
+// takeAll takes what is free on a file system.
+func takeAll(t *testing.T, root *os.File) {
+	t.Helper()
+	file, err := os.Create(filepath.Join(root.Name(), fmt.Sprint("taken-", time.Now().UnixNano())))
+	if errors.Is(err, unix.ENOSPC) {
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	end := int64(0)
+	for size := int64(1 << 30); size >= 1<<16; {
+		if err := unix.Fallocate(int(file.Fd()), 0, end, size); err == nil {
+			end += size
+		} else if size /= 2; !errors.Is(err, unix.ENOSPC) {
+			t.Fatal(err)
+		}
+	}
+	if err := drivertest.FillUp(file.Name() + "-rest"); err != nil && !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
 }

@@ -136,10 +136,15 @@ func reserve(image *os.File, bytes int64) error {
 	if bytes-stat.DiskBytes() > disk.Bytes.Available {
 		return reserveError(image.Name(), bytes, syscall.ENOSPC)
 	}
-	if err := linux.Reserve(image, bytes); err != nil {
-		return reserveError(image.Name(), bytes, err)
+	err = linux.Reserve(image, bytes)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, syscall.ENOSPC) && stat.DiskBytes() >= bytes:
+		// The image has all of its blocks. xfs wants room for as many others before it looks.
+		return nil
 	}
-	return nil
+	return reserveError(image.Name(), bytes, err)
 }
 
 // extend makes the image larger, and writes to the disk that it is: before anything is written beyond the old end. If it fails, the
