@@ -51,7 +51,7 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 	defer lock.Close()
-	if err := probeDataRoot(ctx, lock.Dir()); err != nil {
+	if err := probeDataRoot(ctx, lock); err != nil {
 		return err
 	}
 
@@ -74,7 +74,7 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 	defer root.Close()
-	records := record.NewStore(root.VolumesDir(), opts.kubeletDir)
+	records := record.NewStore(root.VolumesDir(), opts.kubeletDir, lock.Ballast())
 	layers, err := newStore(ctx, root, records, opts)
 	if err != nil {
 		return err
@@ -86,7 +86,7 @@ func run(ctx context.Context, opts options) error {
 	if err != nil {
 		return err
 	}
-	manager, err := newManager(root, records, mounter, detached, api, layers, opts)
+	manager, err := newManager(root, lock.Ballast(), records, mounter, detached, api, layers, opts)
 	if err != nil {
 		return err
 	}
@@ -132,8 +132,8 @@ func lockDataRoot(ctx context.Context, path string) (*dataroot.Lock, error) {
 
 // probeDataRoot returns an error if the data root is on a file system that cannot hold an upper. One that cannot be written to is no
 // reason to end: pods of this node must be able to end, and what is deleted makes room.
-func probeDataRoot(ctx context.Context, dir *os.File) error {
-	err := upper.Probe(dir)
+func probeDataRoot(ctx context.Context, lock *dataroot.Lock) error {
+	err := lock.Ballast().With(func() error { return upper.Probe(lock.Dir()) })
 	if errors.Is(err, upper.ErrNotWritable) {
 		klog.FromContext(ctx).Error(err, "The data root cannot be written to; no volume can be published before it can")
 		return nil
@@ -202,8 +202,8 @@ func newAPI(opts options) (kubeapi.Reader, error) {
 
 // newManager returns the manager of the node's volumes, with the resolver of their layers and the backends of their uppers.
 func newManager(
-	root *dataroot.Root, records *record.Store, mounter *overlay.Mounter, detached *overlay.DetachedRoot, api kubeapi.Reader,
-	layers *store.Store, opts options,
+	root *dataroot.Root, ballast *dataroot.Ballast, records *record.Store, mounter *overlay.Mounter, detached *overlay.DetachedRoot,
+	api kubeapi.Reader, layers *store.Store, opts options,
 ) (*volume.Manager, error) {
 	protected, err := layer.NewProtectedDir(root.Path())
 	if err != nil {
@@ -235,6 +235,7 @@ func newManager(
 		ReconcileInterval: opts.reconcile,
 		Overcommit:        opts.overcommit,
 		Root:              root,
+		Ballast:           ballast,
 		Records:           records,
 		Mounter:           mounter,
 		Layers:            layer.NewResolver(roots, podVolumes, layers),

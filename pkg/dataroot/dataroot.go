@@ -18,6 +18,7 @@ const (
 	Images      = "images"
 	Mounter     = "mounter"
 	Trash       = "trash"
+	BallastDir  = "ballast"
 	AdminSocket = "overlayctl.sock"
 
 	// Record, PersistentMark and PodUppers are names in the directory of a volume.
@@ -31,8 +32,9 @@ var ErrInUse = errors.New("another overlay-csi process uses this data root")
 
 // Lock is a data root that belongs to this process.
 type Lock struct {
-	path string
-	dir  *os.File
+	path    string
+	dir     *os.File
+	ballast *Ballast
 }
 
 // Acquire locks a data root for this process, and makes it if it is missing. It returns ErrInUse while another process has the
@@ -58,7 +60,12 @@ func Acquire(path string) (*Lock, error) {
 		}
 		return nil, fmt.Errorf("lock the data root: %w", err)
 	}
-	return &Lock{path, dir}, nil
+	ballast, err := openBallast(filepath.Join(path, BallastDir))
+	if err != nil {
+		dir.Close()
+		return nil, err
+	}
+	return &Lock{path, dir, ballast}, nil
 }
 
 // Path returns the path of the data root, absolute and without symbolic links.
@@ -67,8 +74,11 @@ func (l *Lock) Path() string { return l.path }
 // Dir returns the data root, open for reading. The Lock closes it.
 func (l *Lock) Dir() *os.File { return l.dir }
 
+// Ballast returns the ballast of the data root.
+func (l *Lock) Ballast() *Ballast { return l.ballast }
+
 // Close unlocks the data root. Views stay mounted.
-func (l *Lock) Close() error { return l.dir.Close() }
+func (l *Lock) Close() error { return errors.Join(l.ballast.Close(), l.dir.Close()) }
 
 // Root is an open data root.
 type Root struct {
@@ -77,6 +87,7 @@ type Root struct {
 	dir     *os.File
 	owned   bool
 	deleter *Deleter
+	ballast *Ballast
 }
 
 // Open opens a locked data root. Uppers and layers are used through the handle that reopen returns, which is the same
@@ -86,7 +97,7 @@ func (l *Lock) Open(reopen func(dir *os.File) *os.File) (*Root, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the data root: %w", err)
 	}
-	root := &Root{path: l.path, dir: l.dir, deleter: deleter}
+	root := &Root{path: l.path, dir: l.dir, deleter: deleter, ballast: l.ballast}
 	if reopen != nil {
 		if dir := reopen(l.dir); dir != nil {
 			root.dir, root.owned = dir, true
@@ -105,7 +116,9 @@ func (r *Root) VolumesDir() string { return filepath.Join(r.path, Volumes) }
 func (r *Root) Dir() *os.File { return r.dir }
 
 // Discard moves a file or directory of the data root to the trash. It returns nil if path does not exist.
-func (r *Root) Discard(path string) error { return r.deleter.Discard(path) }
+func (r *Root) Discard(path string) error {
+	return r.ballast.With(func() error { return r.deleter.Discard(path) })
+}
 
 // AwaitDeleted waits until RunDeleter has deleted what was discarded before, as far as it can be deleted. It returns the cause if ctx
 // is done first.

@@ -13,6 +13,7 @@
 //	layers/incoming/<key>/…                             layers that are being pulled (pkg/store)
 //	images/<digest>.json                                what an image consists of (pkg/store)
 //	mounter/                                            what mount(8) needs, and probes of the kernel (pkg/overlay)
+//	ballast/<number>                                    disk space for a full disk (Ballast)
 //	trash/<name>                                        what is being deleted (Deleter)
 //	overlayctl.sock                                     the operator's socket (pkg/admin)
 package dataroot

@@ -22,11 +22,7 @@ func WriteFileAtomic(dir *os.File, name string, data []byte, sync bool) error {
 	if err != nil {
 		return err
 	}
-	_, err = file.Write(data)
-	if err == nil && sync {
-		err = file.Sync()
-	}
-	err = errors.Join(err, file.Close())
+	err = writeAll(file, data, sync)
 	if err == nil {
 		err = Renameat(dir, temporary, dir, name, 0)
 	}
@@ -35,6 +31,42 @@ func WriteFileAtomic(dir *os.File, name string, data []byte, sync bool) error {
 		_ = Unlinkat(dir, temporary)
 	}
 	return err
+}
+
+// WriteFileAtomicInto is WriteFileAtomic for a full disk. It makes no file: name.new is a spare file, which it moves from another
+// directory of the file system and writes to the blocks of. The file that had the name before, which must exist, is the spare file
+// then. After an error there may be none.
+func WriteFileAtomicInto(spareDir *os.File, spare string, dir *os.File, name string, data []byte, sync bool) error {
+	temporary := name + ".new"
+	err := Renameat(spareDir, spare, dir, temporary, 0)
+	if err != nil {
+		_ = Unlinkat(spareDir, spare)
+		return err
+	}
+	file, err := OpenFile(dir, temporary, os.O_WRONLY|O_NOFOLLOW, 0, 0)
+	if err == nil {
+		err = writeAll(file, data, sync)
+	}
+	if err == nil {
+		err = Renameat(dir, temporary, dir, name, RenameExchange)
+	}
+	if err == nil && Renameat(dir, temporary, spareDir, spare, 0) == nil {
+		return nil
+	}
+	_ = Unlinkat(dir, temporary)
+	return err
+}
+
+// writeAll replaces the content of an open file, and closes the file.
+func writeAll(file *os.File, data []byte, sync bool) error {
+	_, err := file.Write(data)
+	if err == nil {
+		err = file.Truncate(int64(len(data)))
+	}
+	if err == nil && sync {
+		err = file.Sync()
+	}
+	return errors.Join(err, file.Close())
 }
 
 // createNew makes a file, in place of one that is there.

@@ -24,11 +24,16 @@ var (
 )
 
 // Store has the records of a data root. Its methods may be called concurrently, except for Save of one volume.
-type Store struct{ dir, kubeletDir string }
+type Store struct {
+	dir, kubeletDir string
+	ballast         *dataroot.Ballast
+}
 
 // NewStore returns the records in a directory of volumes (dataroot.Root.VolumesDir). The views of the volumes are in kubelet's
-// directory.
-func NewStore(dir, kubeletDir string) *Store { return &Store{dir, kubeletDir} }
+// directory. On a full disk, the records of persistent volumes that exist are written with the ballast.
+func NewStore(dir, kubeletDir string, ballast *dataroot.Ballast) *Store {
+	return &Store{dir, kubeletDir, ballast}
+}
 
 // Dir returns the directory of a volume.
 func (s *Store) Dir(id string) string { return filepath.Join(s.dir, id) }
@@ -105,7 +110,12 @@ func (s *Store) write(r *Record) error {
 			return err
 		}
 	}
-	if err := linux.WriteFileAtomic(dir, dataroot.Record, data, r.Spec.Persistent()); err != nil {
+	write := linux.WriteFileAtomic
+	if statErr == nil && r.Spec.Persistent() {
+		// What is new may wait for room.
+		write = s.ballast.ReplaceFile
+	}
+	if err := write(dir, dataroot.Record, data, r.Spec.Persistent()); err != nil {
 		return err
 	}
 	if statErr == nil || !r.Spec.Persistent() {

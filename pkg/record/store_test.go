@@ -17,7 +17,7 @@ import (
 )
 
 func TestSaveAndLoad(t *testing.T) {
-	s := NewStore(t.TempDir(), t.TempDir())
+	s := NewStore(t.TempDir(), t.TempDir(), nil)
 	group := uint32(7)
 	want := &Record{ID: "v", Spec: spec.Spec{Upper: spec.UpperClaim, Size: 1 << 30}, Size: 2 << 30, Made: true}
 	want = want.With(Publication{Target: "/t", Pod: kubelet.Pod{UID: "u"}, Group: &group, BootID: "b", LowerDirs: []string{"/l"}})
@@ -52,7 +52,7 @@ func TestLoadErrors(t *testing.T) {
 		"wrong reference": {`{"version":1,"id":"v","spec":{"layers":["nothing"],"upper":"pod"}}`, ErrDamaged},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := NewStore(t.TempDir(), t.TempDir())
+			s := NewStore(t.TempDir(), t.TempDir(), nil)
 			if name != "none" {
 				write(t, s, "v", row.content)
 			}
@@ -64,7 +64,7 @@ func TestLoadErrors(t *testing.T) {
 }
 
 func TestLayersInUse(t *testing.T) {
-	s := NewStore(t.TempDir(), t.TempDir())
+	s := NewStore(t.TempDir(), t.TempDir(), nil)
 	a, b := digest.FromString("a"), digest.FromString("b")
 	for id, layers := range map[string][]digest.Digest{"v": {a, b, a}, "w": {b}} {
 		if err := s.Save(&Record{ID: id, Layers: layers}); err != nil {
@@ -106,7 +106,7 @@ func TestLayersInUse(t *testing.T) {
 // TestEmptyRecord: a persistent volume whose record was emptied is damaged, never an ephemeral one that a power cut has ended.
 func TestEmptyRecord(t *testing.T) {
 	for kind, want := range map[spec.Policy]error{spec.UpperClaim: ErrDamaged, spec.UpperPod: ErrEmpty, spec.UpperNone: ErrEmpty} {
-		s := NewStore(t.TempDir(), t.TempDir())
+		s := NewStore(t.TempDir(), t.TempDir(), nil)
 		if err := s.Save(&Record{ID: "v", Spec: spec.Spec{Upper: kind}}); err != nil {
 			t.Fatal(err)
 		}

@@ -103,7 +103,7 @@ func newBenchNode(b *testing.B) *benchNode {
 	root, err := lock.Open(detached.Reopen)
 	check(err)
 	b.Cleanup(func() { root.Close() })
-	records := record.NewStore(root.VolumesDir(), filepath.Dir(root.Path()))
+	records := record.NewStore(root.VolumesDir(), filepath.Dir(root.Path()), nil)
 	protected, err := layer.NewProtectedDir(root.Path())
 	check(err)
 	check(os.MkdirAll(filepath.Join(dir, "layers"), 0o755))

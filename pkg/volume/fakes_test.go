@@ -80,7 +80,7 @@ func newFakeNode(t *testing.T) *fakeNode {
 	check(t, err)
 	n.layerDir = layerDir
 	t.Cleanup(func() { layerDir.Close() })
-	n.records = record.NewStore(fakeRoot{n}.VolumesDir(), n.dir)
+	n.records = record.NewStore(fakeRoot{n}.VolumesDir(), n.dir, nil)
 	n.boot(testBoot)
 	return n
 }

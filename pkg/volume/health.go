@@ -357,6 +357,10 @@ func (m *Manager) StorageHealth(ctx context.Context) ([]Condition, error) {
 		} else if what := lacking(usage); what != "" {
 			current.found.add(Degraded, reasonDataRootFull, fmt.Sprintf("the file system of the data root %s is full, %s", root.Path(), what))
 		}
+		if missing, wanted := m.config.Ballast.Missing(); missing > 0 {
+			current.found.add(Degraded, reasonDataRootFull, fmt.Sprintf("%d of the %d files that are set aside in %s for a full disk are "+
+				"used or could not be made; free disk space", missing, wanted, root.Path()))
+		}
 		current.asks("a layer root")
 		for _, err := range m.config.Layers.CheckRoots(ctx) {
 			reason := reasonLayerRootMissing

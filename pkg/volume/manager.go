@@ -10,6 +10,7 @@ import (
 
 	"k8s.io/klog/v2"
 
+	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
@@ -69,7 +70,7 @@ type pods interface {
 	PodGone(uid string) bool
 }
 
-// Config configures a Manager. All fields are required.
+// Config configures a Manager. All fields but Ballast are required.
 type Config struct {
 	// Node is the name of the node, BootID identifies its current boot.
 	Node, BootID string
@@ -78,7 +79,9 @@ type Config struct {
 	// Overcommit is how many times the disk may be reserved for volumes.
 	Overcommit float64
 
-	Root       dataRoot
+	Root dataRoot
+	// Ballast is what is set aside in the data root for a full disk. It may be nil.
+	Ballast    *dataroot.Ballast
 	Records    *record.Store
 	Mounter    mounter
 	Layers     layers

@@ -81,6 +81,8 @@ type step struct {
 	name string
 	do   func(ctx context.Context) error
 	undo func(ctx context.Context) error
+	// again is set if do may be called again after it has failed for want of disk space.
+	again bool
 }
 
 // steps returns the steps of a publish in their order, which stands here and nowhere else. The record is saved before
@@ -90,7 +92,7 @@ func (p *publishing) steps() []step {
 		{name: "load the record", do: p.loadRecord},
 		{name: "check for conflicts", do: p.checkConflicts},
 		{name: "resolve the layers", do: p.resolveLayers},
-		{name: "open the target", do: p.openTarget, undo: p.removeTarget},
+		{name: "open the target", do: p.openTarget, undo: p.removeTarget, again: true},
 		{name: "create the record", do: p.newRecord},
 		{name: "discard a stale upper", do: p.discardStaleUpper},
 		{name: "save the record", do: p.saveRecord, undo: p.restoreRecord},
@@ -99,8 +101,8 @@ func (p *publishing) steps() []step {
 		{name: "prepare the upper", do: p.prepareUpper, undo: p.releaseUpper},
 		{name: "record that the upper exists", do: p.saveMade},
 		{name: "check that the upper is free", do: p.checkUpperFree},
-		{name: "set the group", do: p.setGroup},
-		{name: "mount the view", do: p.mount, undo: p.unmount},
+		{name: "set the group", do: p.setGroup, again: true},
+		{name: "mount the view", do: p.mount, undo: p.unmount, again: true},
 		{name: "change owners", do: p.changeOwners},
 	}
 }
@@ -109,7 +111,7 @@ func (p *publishing) steps() []step {
 // undo is returned too: kubelet then unpublishes, which goes by the record.
 func (p *publishing) run(ctx context.Context, steps []step) error {
 	for i, s := range steps {
-		err := s.do(ctx)
+		err := p.do(ctx, s)
 		if err != nil {
 			return errors.Join(err, undo(context.WithoutCancel(ctx), steps[:i+1]))
 		}
@@ -118,6 +120,15 @@ func (p *publishing) run(ctx context.Context, steps []step) error {
 		}
 	}
 	return nil
+}
+
+// do does a step. A persistent volume that the node has is published on a full disk too: the ballast is for that. What is new may wait
+// for room.
+func (p *publishing) do(ctx context.Context, s step) error {
+	if !s.again || p.before == nil || !p.before.Spec.Persistent() {
+		return s.do(ctx)
+	}
+	return p.m.config.Ballast.With(func() error { return s.do(ctx) })
 }
 
 func undo(ctx context.Context, steps []step) error {

@@ -26,6 +26,9 @@ const (
 // touches a mounted view. It skips a volume that an RPC is working on until the next time, and leaves one behind whose file system does
 // not answer.
 func (m *Manager) reconcile(ctx context.Context) {
+	if err := m.config.Ballast.Fill(); err != nil {
+		klog.FromContext(ctx).Error(err, "Could not reconcile the ballast")
+	}
 	ids, err := m.records.List()
 	if err != nil {
 		klog.FromContext(ctx).Error(err, "Could not reconcile")
