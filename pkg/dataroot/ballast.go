@@ -289,7 +289,8 @@ func (b *Ballast) take(size int) (name string, ok bool) {
 	if size <= spareBytes {
 		return pop(&b.spares, &b.whole)
 	}
-	return pop(&b.whole)
+	// A spare file may have been a record as large.
+	return pop(&b.whole, &b.spares)
 }
 
 // giveBack adds a file that was taken, if it is still there.

@@ -1,0 +1,80 @@
+package dataroot
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/test/drivertest"
+	"github.com/overlay-csi/overlay-csi/test/needs"
+)
+
+// newBallast mounts a file system of 64 MiB, and returns a ballast on it.
+func newBallast(t *testing.T) (b *Ballast, root string) {
+	t.Helper()
+	needs.Root(t)
+	root = t.TempDir()
+	must(t, unix.Mount("tmpfs", root, "tmpfs", 0, "size=64m,nr_inodes=4096"))
+	t.Cleanup(func() { _ = unix.Unmount(root, unix.MNT_DETACH) })
+	return reopenBallast(t, root), root
+}
+
+func reopenBallast(t *testing.T, root string) *Ballast {
+	t.Helper()
+	b, err := openBallast(filepath.Join(root, BallastDir))
+	must(t, err)
+	t.Cleanup(func() { b.Close() })
+	return b
+}
+
+func wantMissing(t *testing.T, b *Ballast, want int) {
+	t.Helper()
+	must(t, b.Fill())
+	if missing, wanted := b.Missing(); missing != want || wanted != 16 {
+		t.Errorf("%d of %d files are missing, want %d of 16", missing, wanted, want)
+	}
+}
+
+// TestBallastIsMadeWhole: files that a crash left without their blocks get them.
+func TestBallastIsMadeWhole(t *testing.T) {
+	b, root := newBallast(t)
+	wantMissing(t, b, 0)
+	must(t, os.Truncate(filepath.Join(root, BallastDir, "3"), 0))
+	must(t, os.Truncate(filepath.Join(root, BallastDir, "4"), 1))
+	must(t, os.Remove(filepath.Join(root, BallastDir, "5")))
+	b = reopenBallast(t, root)
+	wantMissing(t, b, 0)
+	entries, err := os.ReadDir(filepath.Join(root, BallastDir))
+	must(t, err)
+	if len(entries) != 16 {
+		t.Errorf("%d files", len(entries))
+	}
+}
+
+// TestReplaceFileOnAFullDisk: a record is written as often as one likes, and a small one uses nothing up.
+func TestReplaceFileOnAFullDisk(t *testing.T) {
+	b, root := newBallast(t)
+	dir, err := linux.OpenDir(root)
+	must(t, err)
+	defer dir.Close()
+	must(t, b.ReplaceFile(dir, "record", []byte("0"), true))
+	wantMissing(t, b, 0)
+	must(t, drivertest.FillUp(filepath.Join(root, "filler")))
+	for _, text := range []string{"1", strings.Repeat("2", 4000), "", strings.Repeat("3", 60000), "4"} {
+		for range 40 {
+			must(t, b.ReplaceFile(dir, "record", []byte(text), true))
+			if got, err := os.ReadFile(filepath.Join(root, "record")); err != nil || string(got) != text {
+				t.Fatalf("%d bytes, want %d: %v", len(got), len(text), err)
+			}
+		}
+		if missing, _ := b.Missing(); missing > 0 && len(text) <= 4000 && text != "4" {
+			t.Errorf("%d files were used up for %d bytes", missing, len(text))
+		}
+	}
+	must(t, os.Remove(filepath.Join(root, "filler")))
+	wantMissing(t, b, 0)
+}
