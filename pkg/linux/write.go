@@ -45,7 +45,12 @@ func WriteFileAtomicInto(spareDir *os.File, spare string, dir *os.File, name str
 	}
 	file, err := OpenFile(dir, temporary, os.O_WRONLY|O_NOFOLLOW, 0, 0)
 	if err == nil {
-		err = writeAll(file, data, sync)
+		// Not of a new file: after a power cut it would have the length and not the content.
+		if err = file.Truncate(int64(len(data))); err == nil {
+			err = writeAll(file, data, sync)
+		} else {
+			file.Close()
+		}
 	}
 	if err == nil {
 		err = Renameat(dir, temporary, dir, name, RenameExchange)
@@ -57,12 +62,9 @@ func WriteFileAtomicInto(spareDir *os.File, spare string, dir *os.File, name str
 	return err
 }
 
-// writeAll replaces the content of an open file, and closes the file.
+// writeAll writes an open file from its beginning, and closes it.
 func writeAll(file *os.File, data []byte, sync bool) error {
 	_, err := file.Write(data)
-	if err == nil {
-		err = file.Truncate(int64(len(data)))
-	}
 	if err == nil && sync {
 		err = file.Sync()
 	}
