@@ -67,29 +67,83 @@ func isGone(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV)
 }
 
-// FindLoop opens the loop device that a file is bound to. The error is fs.ErrNotExist where there is none.
-func FindLoop(path string) (*os.File, error) {
+// FindLoop opens the loop device that a file is bound to. The error is fs.ErrNotExist where there is none. It looks first at the device
+// whose file system is mounted at mountPoint, if one is, because there may be thousands of others. It opens no device of a file that has
+// another name: udev reads a device again whenever somebody closes it who could have written to it.
+func FindLoop(path, mountPoint string) (*os.File, error) {
 	file, err := StatPath(path)
 	if err != nil {
 		return nil, err
 	}
-	bound, err := filepath.Glob("/sys/block/loop*/loop")
+	if mounted, err := StatPath(mountPoint); err == nil {
+		device, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(mounted.Dev), unix.Minor(mounted.Dev)))
+		if err == nil && strings.HasPrefix(filepath.Base(device), "loop") {
+			if loop := openLoopOf(filepath.Base(device), file.ID()); loop != nil {
+				return loop, nil
+			}
+		}
+	}
+	resolved, err := filepath.EvalSymlinks(path)
 	if err != nil {
 		return nil, err
 	}
-	for _, dir := range bound {
-		loop, err := openLoop(filepath.Base(filepath.Dir(dir)))
-		if err != nil {
-			// It was released since.
+	devices, err := os.Open("/sys/block")
+	if err != nil {
+		return nil, err
+	}
+	defer devices.Close()
+	names, err := devices.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		if !strings.HasPrefix(name, "loop") || !mayBeBoundTo(name, resolved) {
 			continue
 		}
-		info, err := unix.IoctlLoopGetStatus64(int(loop.Fd()))
-		if err == nil && info.Device == file.Dev && info.Inode == file.Ino {
+		if loop := openLoopOf(name, file.ID()); loop != nil {
 			return loop, nil
 		}
-		loop.Close()
 	}
 	return nil, &os.PathError{Op: "find loop device", Path: path, Err: fs.ErrNotExist}
+}
+
+// mayBeBoundTo reports whether the file of a loop device can be the one at path. The kernel knows the file's name and its directory's as
+// they are now, but their path as the process had it that bound the file: in another container the data root may have been mounted
+// elsewhere.
+func mayBeBoundTo(name, path string) bool {
+	file, err := Open(nil, "/sys/block/"+name+"/loop/backing_file", os.O_RDONLY, 0)
+	if err != nil {
+		// No file is bound to it.
+		return !isGone(err)
+	}
+	defer file.Close()
+	var buffer [unix.PathMax + 1]byte
+	n, err := file.Read(buffer[:])
+	if err != nil {
+		// The kernel shows no path that is longer than a page.
+		return !isGone(err)
+	}
+	bound := strings.TrimSuffix(string(buffer[:n]), "\n")
+	if filepath.Base(bound) != filepath.Base(path) {
+		return false
+	}
+	parent := filepath.Dir(bound)
+	return parent == "/" || filepath.Base(parent) == filepath.Base(filepath.Dir(path))
+}
+
+// openLoopOf opens a loop device if that file is bound to it, and returns nil otherwise.
+func openLoopOf(name string, file FileID) *os.File {
+	loop, err := openLoop(name)
+	if err != nil {
+		// It was released since.
+		return nil
+	}
+	info, err := unix.IoctlLoopGetStatus64(int(loop.Fd()))
+	if err == nil && info.Device == file.Dev && info.Inode == file.Ino {
+		return loop
+	}
+	loop.Close()
+	return nil
 }
 
 // GrowLoop has a loop device take the size that its file has now (LOOP_SET_CAPACITY).

@@ -138,7 +138,7 @@ func (d diskImage) mount(ctx context.Context, path string, made bool) error {
 // attach returns the loop device of the image, or checks the image and attaches it to a new device.
 func (d diskImage) attach(ctx context.Context, made bool) (*os.File, error) {
 	if !made {
-		loop, err := linux.FindLoop(d.file())
+		loop, err := linux.FindLoop(d.file(), d.path)
 		if !errors.Is(err, fs.ErrNotExist) {
 			return loop, err
 		}
@@ -206,7 +206,7 @@ func (d diskImage) Grow(_ context.Context, limit Limit) error {
 	if err := d.extend(limit.Bytes); err != nil {
 		return fmt.Errorf("grow the disk image %s to %d bytes: %w", d.file(), limit.Bytes, err)
 	}
-	loop, err := linux.FindLoop(d.file())
+	loop, err := linux.FindLoop(d.file(), d.path)
 	if err != nil {
 		return fmt.Errorf("grow the disk image %s: %w", d.file(), err)
 	}
@@ -227,7 +227,7 @@ func (d diskImage) Release(ctx context.Context) error {
 	if d.sparse {
 		return d.innerMount.Release(ctx)
 	}
-	loop, err := linux.FindLoop(d.file())
+	loop, err := linux.FindLoop(d.file(), d.path)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

@@ -44,7 +44,7 @@ func TestDiskImagesOnLargeSectors(t *testing.T) {
 				t.Errorf("%d disk images, want %d", len(images), len(volumes))
 			}
 			for _, image := range images {
-				loop, err := linux.FindLoop(image)
+				loop, err := linux.FindLoop(image, "/")
 				must(t, err)
 				size, err := unix.IoctlGetInt(int(loop.Fd()), unix.BLKSSZGET)
 				loop.Close()
