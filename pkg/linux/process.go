@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -48,4 +50,21 @@ func ParseKernelVersion(release string) (major, minor int, err error) {
 		return 0, 0, fmt.Errorf("kernel release %q: %w", release, err)
 	}
 	return major, minor, nil
+}
+
+// startsHeld is how long the start of other processes waits for one caller of HoldStarts.
+const startsHeld = time.Second
+
+// HoldStarts lets this process start no other until release is called, but for a second at most: a file system that does not answer must
+// not stop everything. A process that is being started has copies of all descriptors, also of those that are closed on exec(3), until it
+// has become its program. What keeps a file system or a mount in use when it is closed here must have no copy.
+func HoldStarts() (release func()) {
+	// Package syscall holds the lock for writing when it starts a process.
+	syscall.ForkLock.RLock()
+	unlock := sync.OnceFunc(syscall.ForkLock.RUnlock)
+	timer := time.AfterFunc(startsHeld, unlock)
+	return func() {
+		timer.Stop()
+		unlock()
+	}
 }

@@ -14,6 +14,8 @@ import (
 // Bind mounts the directory source at target as well, without what is mounted beneath it. Both are open directories, and neither is
 // looked up by a path. open_tree(2), mount_setattr(2) and move_mount(2) are on every supported kernel, whatever its overlayfs takes.
 func (m *Mounter) Bind(source, target *os.File, attributes Attributes) error {
+	// See mountWithAPI.
+	defer linux.HoldStarts()()
 	clone, err := linux.OpenTree(source, "")
 	if err != nil {
 		return err

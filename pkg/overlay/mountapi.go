@@ -19,6 +19,9 @@ const (
 
 // mountWithAPI mounts the overlay by fsopen(2), fsconfig(2), fsmount(2) and move_mount(2).
 func (m *Mounter) mountWithAPI(spec Spec, target *os.File) error {
+	// In a process that is being started, a copy of the context would keep the upper in use when the view has been unmounted, and one of
+	// the mount would keep the view busy.
+	defer linux.HoldStarts()()
 	view, err := m.create(spec)
 	if err != nil {
 		return explain(err)
