@@ -109,7 +109,7 @@ bench-once: ## Run each benchmark once, so that none stops working (root)
 	$(ISOLATED) go test -run '^$$' -bench . -benchtime 1x ./pkg/...
 	$(ISOLATED) go run ./test/bench -rounds 20 -views 50
 	$(ISOLATED) go run ./test/bench/kinds -rounds 3 -files 1000
-	$(ISOLATED) go run ./test/bench/node -views 50 -idle 1s -layered 3 -images 5 -pods 20 -churn 3s
+	$(ISOLATED) go run ./test/bench/node -views 50 -idle 1s -layered 2 -images 3 -pods 20 -churn 2s
 	$(ISOLATED) go run ./test/bench/pull -rounds 1 -megabytes 50 -files 2000 $(BENCH_PULL_FLAGS)
 
 .PHONY: docs
