@@ -87,7 +87,7 @@ type mergedDir struct {
 	name string
 	// dirs are the directories of the layers that it is merged of, the topmost first. They are never empty.
 	dirs []*os.File
-	// source has its attributes: it is the topmost with an entry or, if there is none, the topmost.
+	// source has its attributes: it is the topmost with an entry, or nil if there is none.
 	source *os.File
 	// isHidden reports whether the directory on top hides the attributes of source.
 	isHidden bool
@@ -97,7 +97,7 @@ type mergedDir struct {
 
 // enterRoot begins the path. The root of most layers has no entry: times that differ alone are not worth a layer.
 func (w *attributeWriter) enterRoot(layers []*os.File) error {
-	root := mergedDir{dirs: layers, source: layers[0]}
+	root := mergedDir{dirs: layers}
 	for i, dir := range layers {
 		isImplied, err := unpack.IsImplied(dir)
 		if err != nil {
@@ -209,15 +209,16 @@ func (w *attributeWriter) lookUp(layers []*os.File, name string) (found mergedDi
 			break
 		}
 	}
-	if found.source == nil && len(found.dirs) > 0 {
-		found.source = found.dirs[0]
-	}
 	return found, nil
 }
 
-// write adds the directories of the path to the tar that are not there yet.
+// write adds the directories of the path to the tar that are not there yet. One that no layer has an entry for has no attributes but those
+// that it gets without an entry here too, and its time would make each tar another one.
 func (w *attributeWriter) write() error {
 	for ; w.written < len(w.path); w.written++ {
+		if w.path[w.written].source == nil {
+			continue
+		}
 		header, err := w.header(w.path[w.written].source)
 		if err != nil {
 			return err
