@@ -238,7 +238,7 @@ func prepareAndClose(t *testing.T, u upper.Upper) {
 // findLoop returns the name of the loop device of a disk image.
 func findLoop(t *testing.T, root *os.File, at upper.Location) string {
 	t.Helper()
-	loop, err := linux.FindLoop(filepath.Join(root.Name(), at.Base, "disk.img"))
+	loop, err := linux.FindLoop(filepath.Join(root.Name(), at.Base, "disk.img"), "")
 	if err != nil {
 		t.Fatal(err)
 	}

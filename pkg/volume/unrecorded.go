@@ -47,7 +47,8 @@ func (u unrecorded) releasePodVolumes(ctx context.Context, id, target string) er
 	if dir == "" || !exists(dir) {
 		return nil
 	}
-	held, unknown, err := u.uppers.backends.FindPodVolumes(dir, upper.LockHolder{Node: u.uppers.node, VolumeID: id, Target: target}, u.views.UpperInUse)
+	holder := upper.LockHolder{Node: u.uppers.node, VolumeID: id, Target: target}
+	held, unknown, err := u.uppers.backends.FindPodVolumes(dir, holder, u.views.UpperInUse)
 	if err != nil {
 		return err
 	}
