@@ -130,6 +130,7 @@ func olderThan(a, b [2]int) bool { return a[0] < b[0] || a[0] == b[0] && a[1] < 
 // TestProbeOnAFullDisk: what the kernel can do does not depend on the disk, and what a crash of a probe left mounted is no obstacle. A
 // kernel that takes a detached mount takes an attached one too, as the older ones want it.
 func TestProbeOnAFullDisk(t *testing.T) {
+	needs.Root(t)
 	dir := tmpfs(t)
 	want, err := Probe(dir)
 	if err != nil {
