@@ -157,9 +157,11 @@ func (b *Ballast) fill() error {
 			name = strconv.Itoa(b.next)
 			b.next++
 		}
+		before := len(b.whole)
 		err := b.makeWhole(name)
 		b.add(name)
-		if err != nil {
+		if err != nil || len(b.whole) == before {
+			// A file system that compresses gives no blocks for zeroes.
 			return err
 		}
 	}
@@ -223,8 +225,8 @@ func (b *Ballast) With(do func() error) error {
 }
 
 // ReplaceFile replaces a file of an open directory of the data root as [linux.WriteFileAtomic] does. On a full disk it writes to a file
-// of the ballast, whose blocks nobody else can get, and the file that it replaces becomes part of the ballast. Only if that does not do
-// does it give up others.
+// of the ballast, and the file that it replaces becomes part of the ballast: nobody else can get the blocks that it needs. Only if that
+// does not do does it give up others.
 func (b *Ballast) ReplaceFile(dir *os.File, name string, data []byte, sync bool) error {
 	err := linux.WriteFileAtomic(dir, name, data, sync)
 	if b == nil || !isFull(err) {

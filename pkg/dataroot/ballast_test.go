@@ -1,6 +1,7 @@
 package dataroot
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -77,4 +78,45 @@ func TestReplaceFileOnAFullDisk(t *testing.T) {
 	}
 	must(t, os.Remove(filepath.Join(root, "filler")))
 	wantMissing(t, b, 0)
+}
+
+// TestReplacedFileIsNotOverwritten: what a record was written over is used again once the disk knows the new one. A power cut would
+// bring back a name for it.
+func TestReplacedFileIsNotOverwritten(t *testing.T) {
+	needs.Root(t)
+	image, root := filepath.Join(t.TempDir(), "image"), t.TempDir()
+	if err := errors.Join(drivertest.MakeImage("ext4", image, 64<<20, ""), drivertest.MountImage("ext4", image, root)); err != nil {
+		t.Skipf("no ext4 here: %v", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(root, unix.MNT_DETACH) })
+	b := reopenBallast(t, root)
+	dir, err := linux.OpenDir(root)
+	must(t, err)
+	defer dir.Close()
+	for _, name := range []string{"a", "b"} {
+		must(t, b.ReplaceFile(dir, name, []byte("old "+name), true))
+	}
+	must(t, b.Fill())
+	must(t, drivertest.FillUp(filepath.Join(root, "filler")))
+	must(t, linux.SyncDir(dir))
+	must(t, b.ReplaceFile(dir, "a", []byte("new a"), true))
+	// What the next record does to the blocks of one of them, up to a power cut before that file is synced.
+	spares, err := os.ReadDir(filepath.Join(root, BallastDir))
+	must(t, err)
+	for _, spare := range spares {
+		file, err := os.OpenFile(filepath.Join(root, BallastDir, spare.Name()), os.O_WRONLY, 0)
+		must(t, err)
+		_, err = file.WriteString("new b")
+		must(t, err)
+		must(t, unix.SyncFileRange(int(file.Fd()), 0, 5,
+			unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER))
+		must(t, file.Close())
+	}
+	must(t, drivertest.ShutDown(root))
+	must(t, errors.Join(b.Close(), dir.Close(), unix.Unmount(root, unix.MNT_DETACH)))
+	must(t, drivertest.MountImage("ext4", image, root))
+	got, err := os.ReadFile(filepath.Join(root, "a"))
+	if err != nil || string(got) != "old a" && string(got) != "new a" {
+		t.Errorf("after a power cut the record of a is %q, %v", got, err)
+	}
 }

@@ -55,7 +55,8 @@ func WriteFileAtomicInto(spareDir *os.File, spare string, dir *os.File, name str
 	if err == nil {
 		err = Renameat(dir, temporary, dir, name, RenameExchange)
 	}
-	if err == nil && Renameat(dir, temporary, spareDir, spare, 0) == nil {
+	// Others write to the blocks of a spare file. Until the exchange is on the disk, a power cut brings back a name for them.
+	if err == nil && SyncDir(dir) == nil && Renameat(dir, temporary, spareDir, spare, 0) == nil {
 		return nil
 	}
 	_ = Unlinkat(dir, temporary)
