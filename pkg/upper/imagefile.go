@@ -140,7 +140,7 @@ func reserve(image *os.File, bytes int64) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, syscall.ENOSPC) && stat.DiskBytes() >= bytes:
+	case errors.Is(err, syscall.ENOSPC) && stat.DiskBytes() >= bytes && stat.Size >= bytes:
 		// The image has all of its blocks. xfs wants room for as many others before it looks.
 		return nil
 	}
