@@ -1,7 +1,9 @@
 package upper
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -17,6 +19,8 @@ import (
 type busyMounter interface {
 	AddBusyMount(dir *os.File) error
 	Detach(root *os.File) error
+	// UpperInUse reports whether an overlay is mounted on an upper directory.
+	UpperInUse(upper *os.File) (bool, error)
 }
 
 // keepMounted keeps kubelet from unmounting the volume: with a busy mount, which stays when this process ends, or with a handle where
@@ -96,13 +100,41 @@ func (p podVolume) unmountBusyElsewhere(volume *os.File) error {
 		if err != nil {
 			return err
 		}
-		_, err = p.detach(volume, base)
+		if p.isOwn(base) || !mayBeInUse(p.mounter, volume, beneath) {
+			_, err = p.detach(volume, base)
+		}
 		base.Close()
 		if err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// isOwn reports whether the lock file of an upper names this view.
+func (p podVolume) isOwn(base *os.File) bool {
+	file, _, err := readLockFile(base)
+	return err == nil && file.Holder != nil && *file.Holder == p.holder
+}
+
+// mayBeInUse reports whether an overlay may be mounted on the upper at a path of an open volume: it is, or that cannot be told. It looks
+// beneath the busy mount, on which overlayfs refuses every upper because it is read-only.
+func mayBeInUse(mounter busyMounter, volume *os.File, path string) bool {
+	bare, err := linux.OpenTree(volume, "")
+	if err != nil {
+		return true
+	}
+	defer bare.Close()
+	upper, err := linux.OpenDirBeneath(bare, path+"/"+upperName)
+	if err != nil {
+		return !errors.Is(err, fs.ErrNotExist)
+	}
+	defer upper.Close()
+	if readOnly, err := linux.IsReadOnly(upper); err != nil || readOnly {
+		return true
+	}
+	inUse, err := mounter.UpperInUse(upper)
+	return err != nil || inUse
 }
 
 // detach unmounts the mount whose root is base, if it is a busy mount in the volume and not that of another view.

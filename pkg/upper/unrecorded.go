@@ -1,10 +1,7 @@
 package upper
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -28,11 +25,9 @@ func (b *Backends) OpenUnrecorded(base string) Upper {
 
 // FindPodVolumes returns the uppers in other volumes of a pod that a view, the holder, had there, by the handles of this process
 // and by the busy mounts in a directory, which is the pod's. The view is not mounted any more. A busy mount whose lock file does not say
-// whose it is, or names a view that cannot have it, is taken for the view's if no overlay is mounted on its upper, as inUse says. unknown
-// are the paths of the others.
-func (b *Backends) FindPodVolumes(
-	dir string, holder LockHolder, inUse func(upper *os.File) (bool, error),
-) (held []Upper, unknown []string, err error) {
+// whose it is, or names a view that cannot have it, is taken for the view's if no overlay is mounted on its upper. unknown are the paths
+// of the others.
+func (b *Backends) FindPodVolumes(dir string, holder LockHolder) (held []Upper, unknown []string, err error) {
 	mounts, err := busyMountsIn(dir)
 	if err != nil {
 		return nil, nil, fmt.Errorf("find busy mounts in %s: %w", dir, err)
@@ -41,7 +36,7 @@ func (b *Backends) FindPodVolumes(
 		held = append(held, upper)
 	}
 	for _, mount := range mounts {
-		file, owner := b.ownerOf(mount, dir, holder, inUse)
+		file, owner := b.ownerOf(mount, dir, holder)
 		switch owner {
 		case thisView:
 			held = append(held, b.Open(Location{
@@ -108,46 +103,33 @@ const (
 )
 
 // ownerOf returns whose a busy mount in the directory of a pod is, and if it is the view's, its lock file, or what stands for it.
-func (b *Backends) ownerOf(
-	mount busyMountIn, podDir string, holder LockHolder, inUse func(upper *os.File) (bool, error),
-) (lockFile, busyOwner) {
-	base, err := openBaseAt(mount.resolved, mount.Path)
+func (b *Backends) ownerOf(mount busyMountIn, podDir string, view LockHolder) (lockFile, busyOwner) {
+	volume, err := linux.OpenDirAt(nil, mount.resolved)
+	if err != nil {
+		return lockFile{}, unknownView
+	}
+	defer volume.Close()
+	base, err := linux.OpenDirBeneath(volume, mount.Path)
 	if err != nil {
 		return lockFile{}, unknownView
 	}
 	defer base.Close()
 	if file, _, err := readLockFile(base); err == nil && file.Holder != nil {
 		switch {
-		case viewOf(*file.Holder) == viewOf(holder):
+		case viewOf(*file.Holder) == viewOf(view):
 			return file, thisView
 		case (holders{b.config.InUse}).mayHaveMounted(*file.Holder, mount.Volume, podDir):
 			return lockFile{}, otherView
 		}
 	}
-	upper, err := linux.OpenDirAt(base, upperName)
-	if err == nil {
-		defer upper.Close()
-		if used, err := inUse(upper); err != nil || used {
-			return lockFile{}, unknownView
-		}
-	} else if !errors.Is(err, fs.ErrNotExist) {
+	if mayBeInUse(b.config.Mounter, volume, mount.Path) {
 		return lockFile{}, unknownView
 	}
-	return lockFile{Holder: &holder}, thisView
+	return lockFile{Holder: &view}, thisView
 }
 
 // isOnItself reports whether a mount is that of a directory of its parent on that directory itself.
 func isOnItself(mount, parent *mountinfo.Info) bool {
 	beneath, ok := strings.CutPrefix(mount.Mountpoint, strings.TrimSuffix(parent.Mountpoint, "/")+"/")
 	return ok && mount.Major == parent.Major && mount.Minor == parent.Minor && mount.Root == filepath.Join(parent.Root, beneath)
-}
-
-// openBaseAt opens the directory of an upper in another volume, without following a link of the pod.
-func openBaseAt(volume, path string) (*os.File, error) {
-	root, err := linux.OpenDirAt(nil, volume)
-	if err != nil {
-		return nil, err
-	}
-	defer root.Close()
-	return linux.OpenDirBeneath(root, path)
 }

@@ -45,6 +45,9 @@ func (bindMounter) AddBusyMount(dir *os.File) error {
 	return unix.Mount(dir.Name(), dir.Name(), "", unix.MS_BIND, "")
 }
 
+// UpperInUse: nothing here mounts an overlay.
+func (bindMounter) UpperInUse(*os.File) (bool, error) { return false, nil }
+
 func (bindMounter) Detach(root *os.File) error {
 	return unix.Unmount(linux.ProcPath(root), unix.MNT_DETACH)
 }

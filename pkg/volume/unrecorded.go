@@ -48,7 +48,7 @@ func (u unrecorded) releasePodVolumes(ctx context.Context, id, target string) er
 		return nil
 	}
 	holder := upper.LockHolder{Node: u.uppers.node, VolumeID: id, Target: target}
-	held, unknown, err := u.uppers.backends.FindPodVolumes(dir, holder, u.views.UpperInUse)
+	held, unknown, err := u.uppers.backends.FindPodVolumes(dir, holder)
 	if err != nil {
 		return err
 	}

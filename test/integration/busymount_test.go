@@ -242,34 +242,49 @@ func TestLockFileThatNamesALiveView(t *testing.T) {
 // TestBusyMountOfNobody: where neither a record nor a lock file says whose a busy mount is, the pod ends if nothing is mounted on the
 // upper. That of another view of the pod stays as long as the view.
 func TestBusyMountOfNobody(t *testing.T) {
+	for _, where := range []string{"scratch", "elsewhere"} {
+		t.Run("the other in "+where, func(t *testing.T) { testBusyMountOfNobody(t, where) })
+	}
+}
+
+func testBusyMountOfNobody(t *testing.T, where string) {
 	node := startNode(t, "--reconcile-interval=1h")
 	layers := layersOf(t, node, map[string]string{"f": "layer"})
 	pod := newPod(t, node, "pod")
 	scratch, err := pod.EmptyDir("scratch")
 	must(t, err)
-	v, live := inline("layers", layers, "upper", "volume://scratch/up"), inline("layers", layers, "upper", "volume://scratch/live")
+	elsewhere, err := pod.EmptyDir(where)
+	must(t, err)
+	v, live := inline("layers", layers, "upper", "volume://scratch/up"), inline("layers", layers, "upper", "volume://"+where+"/live")
 	live.Name = "live"
 	publish(t, pod, v)
 	target := publish(t, pod, live)
-	container := mountBare(t, scratch)
-	forget := func(v drivertest.Volume, name string) {
+	// A pod sees no busy mount.
+	forget := func(v drivertest.Volume, volume, name string) {
+		container := mountBare(t, volume)
 		must(t, os.Remove(filepath.Join(container, name, "overlay-csi.json")))
+		must(t, unix.Unmount(container, unix.MNT_DETACH))
 		must(t, os.WriteFile(filepath.Join(node.DataRoot, "volumes", pod.Request(v).GetVolumeId(), "volume.json"), []byte("{"), 0o600))
 	}
-	forget(v, "up")
-
+	forget(v, scratch, "up")
 	unpublish(t, pod, v)
 	must(t, os.RemoveAll(filepath.Join(scratch, "up")))
-	if mounts, err := drivertest.Mounts(filepath.Join(scratch, "live")); err != nil || len(mounts) != 1 {
+
+	must(t, os.RemoveAll(filepath.Join(node.DataRoot, "volumes", pod.Request(v).GetVolumeId())))
+	publish(t, pod, v)
+	forget(v, scratch, "up")
+	forget(live, elsewhere, "live")
+	wantCode(t, pod.Unpublish(timeout(t), v), codes.DataLoss)
+	must(t, os.RemoveAll(filepath.Join(scratch, "up")))
+	if mounts, err := drivertest.Mounts(filepath.Join(elsewhere, "live")); err != nil || len(mounts) != 1 {
 		t.Errorf("the busy mount of the other view: %v, %v", mounts, err)
 	}
 	write(t, filepath.Join(target, "f"), "other")
-
-	forget(live, "live")
-	must(t, unix.Unmount(container, unix.MNT_DETACH))
 	unpublish(t, pod, live)
-	wantFile(t, filepath.Join(scratch, "live/upper/f"), "other")
+	unpublish(t, pod, v)
+	wantFile(t, filepath.Join(elsewhere, "live/upper/f"), "other")
 	must(t, os.RemoveAll(scratch))
+	must(t, os.RemoveAll(elsewhere))
 }
 
 // holderOf returns the holder in the lock file of an upper.
