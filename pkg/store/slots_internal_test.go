@@ -66,11 +66,11 @@ func TestSlotOfRegistryWithoutRanges(t *testing.T) {
 		if err := fetchOne(10 * 60 * 60 << 20); err == nil {
 			t.Error("a blob of ten hours came although others wait")
 		}
+		stop()
+		others.Wait()
 		if longest > maxSlotTurn+slotTurn {
 			t.Errorf("another registry waited for %s", longest)
 		}
-		stop()
-		others.Wait()
 	})
 }
 

@@ -10,11 +10,13 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // Mounts are the mounts at and beneath dir, in the order in which they were made.
 func Mounts(dir string) ([]*mountinfo.Info, error) {
-	return mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	return linux.Mounts(mountinfo.PrefixFilter(dir))
 }
 
 // UnmountBeneath unmounts everything at and beneath dir, the last first.
@@ -67,7 +69,7 @@ func (n *Node) upperMountDir() string {
 
 // Options are the overlay options of the view that is mounted at path, as the kernel shows them.
 func Options(path string) ([]string, error) {
-	mounts, err := mountinfo.GetMounts(mountinfo.SingleEntryFilter(path))
+	mounts, err := linux.Mounts(mountinfo.SingleEntryFilter(path))
 	if err != nil || len(mounts) == 0 {
 		return nil, errors.Join(err, fs.ErrNotExist)
 	}
