@@ -109,14 +109,18 @@ func (d *download) attempt(ctx context.Context) error {
 	defer cancel(nil)
 	var received atomic.Int64
 	go cancelIfBelow(ctx, cancel, &received, limit{minRate, d.repository.config.StallTimeout, errStalled})
-	ctx = context.WithValue(ctx, repeatedKey{}, &repeated{func(n int64) {
+	count := func(n int64) {
+		received.Add(n)
+		d.sent.Add(n)
+	}
+	repeat := func(n int64) {
 		d.progress.IgnoresRanges.Store(true)
 		// A registry that cuts each connection could send the same bytes for ever.
 		if d.repeats.Add(n) <= maxFailures*d.descriptor.Size {
-			received.Add(n)
-			d.sent.Add(n)
+			count(n)
 		}
-	}})
+	}
+	ctx = context.WithValue(ctx, repeatedKey{}, &repeated{repeat})
 	body, skip, err := d.openAt(ctx, d.into.Len())
 	if err != nil {
 		return d.repository.wrap(fetchOp(d.descriptor), stallCause(ctx, err))
@@ -125,12 +129,12 @@ func (d *download) attempt(ctx context.Context) error {
 	buffer := make([]byte, downloadSize)
 	for {
 		n, err := body.Read(buffer)
-		received.Add(int64(n))
-		d.sent.Add(int64(n))
 		if skipped := int(min(skip, int64(n))); skipped > 0 {
+			repeat(int64(skipped))
 			skip -= int64(skipped)
 			n = copy(buffer, buffer[skipped:n])
 		}
+		count(int64(n))
 		if n > 0 {
 			if _, err := d.into.Write(buffer[:n]); err != nil {
 				return fmt.Errorf("write the download: %w", err)

@@ -15,9 +15,11 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 	"time"
 
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/klauspost/compress/zstd"
@@ -75,6 +77,8 @@ func TestContentEncodingTakesNoMemory(t *testing.T) {
 	for name, c := range map[string]struct {
 		encode func(t *testing.T, w io.Writer) io.WriteCloser
 		want   error
+		// message is part of the error.
+		message string
 	}{
 		"identity": {},
 		"gzip":     {encode: func(_ *testing.T, w io.Writer) io.WriteCloser { return gzip.NewWriter(w) }},
@@ -82,7 +86,7 @@ func TestContentEncodingTakesNoMemory(t *testing.T) {
 			writer, err := zstd.NewWriter(w, zstd.WithWindowSize(zstd.MaxWindowSize), zstd.WithEncoderConcurrency(1))
 			must(t, err)
 			return writer
-		}, want: errdefs.ErrFailedPrecondition},
+		}, want: errdefs.ErrFailedPrecondition, message: "content encoding zstd"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var body bytes.Buffer
@@ -108,7 +112,7 @@ func TestContentEncodingTakesNoMemory(t *testing.T) {
 			runtime.ReadMemStats(&before)
 			read, err := readBlob(t.Context(), repository, descriptor)
 			runtime.ReadMemStats(&after)
-			if !errors.Is(err, c.want) || err == nil && read != size {
+			if !errors.Is(err, c.want) || err == nil && read != size || !strings.Contains(fmt.Sprint(err), c.message) {
 				t.Errorf("%d bytes, the error is %v", read, err)
 			}
 			if allocated := after.TotalAlloc - before.TotalAlloc; allocated > 16<<20 {
@@ -366,6 +370,41 @@ func TestRepeatedWithoutEnd(t *testing.T) {
 			t.Errorf("the download took %s", took)
 		}
 	})
+}
+
+// TestRepeatedByWholes: a registry that refuses ranges sends half of the blob and then, each time, that and one more byte. Such a download
+// is too slow.
+func TestRepeatedByWholes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const size, rate = 1 << 20, 64 << 10
+		var d *download
+		d = newDownload(t, size, func(_ context.Context, offset int64) (io.ReadCloser, error) {
+			if offset > 0 {
+				err := remoteerrors.ErrUnexpectedStatus{StatusCode: http.StatusRequestedRangeNotSatisfiable}
+				return io.NopCloser(iotest.ErrReader(err)), nil
+			}
+			whole := io.MultiReader(io.LimitReader(endless(0), max(size/2, d.into.Len()+1)), iotest.ErrReader(io.ErrUnexpectedEOF))
+			return io.NopCloser(throttled{whole, rate}), nil
+		})
+		began := time.Now()
+		err := d.run(t.Context())
+		most := maxFailures*size/rate*time.Second + slowPeriod*2
+		if took := time.Since(began); !errdefs.IsUnavailable(err) || took > most {
+			t.Errorf("the download took %s, of %s: %v", took, most, err)
+		}
+	})
+}
+
+// throttled gives a number of bytes a second.
+type throttled struct {
+	io.Reader
+	rate int
+}
+
+func (r throttled) Read(buffer []byte) (int, error) {
+	n, err := r.Reader.Read(buffer[:min(len(buffer), r.rate/10)])
+	time.Sleep(time.Duration(n) * time.Second / time.Duration(r.rate))
+	return n, err
 }
 
 // TestSpool reads what an earlier download left, what comes, and why it ended.

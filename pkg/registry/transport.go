@@ -47,7 +47,7 @@ func acceptIdentity(next http.RoundTripper) http.RoundTripper {
 		if encoding := strings.Join(response.Header.Values("Content-Encoding"), ","); strings.Contains(strings.ToLower(encoding), "zstd") {
 			response.Body.Close()
 			return nil, fmt.Errorf("%w: %s answers with the content encoding zstd, which was not asked for; turn it off there",
-				errdefs.ErrFailedPrecondition, request.URL.Host)
+				errdefs.ErrInvalidArgument, request.URL.Host)
 		}
 		return response, nil
 	})
