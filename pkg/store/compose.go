@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -135,12 +136,18 @@ func (o *attributesOrigin) write(ctx context.Context, to io.Writer) (int, error)
 	return merged.WriteAttributes(ctx, to, trees, names)
 }
 
-// mergeNames adds names without repeating one. It returns ErrResourceExhausted if there are more than one layer may have.
+// mergeNames adds names to sorted ones, without repeating one. It returns ErrResourceExhausted if there are more than one layer may have.
 func mergeNames(names, more []string) ([]string, error) {
-	if len(more) == 0 {
+	known := names
+	for _, name := range more {
+		if _, ok := slices.BinarySearch(known, name); !ok {
+			// A part of the list of a layer would keep all of it in memory.
+			names = append(names, strings.Clone(name))
+		}
+	}
+	if len(names) == len(known) {
 		return names, nil
 	}
-	names = append(names, more...)
 	slices.Sort(names)
 	names = slices.Compact(names)
 	size := 0

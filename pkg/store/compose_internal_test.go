@@ -1,6 +1,9 @@
 package store
 
 import (
+	"os"
+	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -10,6 +13,35 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/unpack"
 )
+
+// TestMergeNamesKeepsNoLists: many layers have the same long list, and a name of their own.
+func TestMergeNamesKeepsNoLists(t *testing.T) {
+	const layers, size = 64, 4 << 20
+	file := filepath.Join(t.TempDir(), unpack.ImpliedName)
+	var names []string
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	for i := range layers {
+		content := strings.Repeat(strings.Repeat("n", 4000)+"\x00", size/4001) + strconv.Itoa(i) + "\x00"
+		if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		more, err := unpack.ReadImplied(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if names, err = mergeNames(names, more); err != nil {
+			t.Fatal(err)
+		}
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	if kept := int64(after.HeapAlloc) - int64(before.HeapAlloc); len(names) != layers+1 || kept > size {
+		t.Errorf("%d names keep %d bytes of memory", len(names), kept)
+	}
+	runtime.KeepAlive(names)
+}
 
 // TestMergeNames has layers that have more directories together than one may have.
 func TestMergeNames(t *testing.T) {

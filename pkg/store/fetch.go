@@ -174,8 +174,8 @@ func (f *fetcher) fetchUntilLost(
 	ctx, cancel := context.WithCancelCause(current.ctx)
 	defer cancel(nil)
 	var lose func()
-	if key.from.host != "" {
-		// The unpacking of an archive would begin again.
+	// The unpacking of an archive would begin again, and so would the search for attributes, for which no registry is asked.
+	if _, ok := from.(*attributesOrigin); key.from.host != "" && !ok {
 		lose = func() { cancel(errSlotLost) }
 	}
 	remaining := func() int64 { return blob.Descriptor.Size - current.received.load() }

@@ -24,10 +24,8 @@ func (u *unpacker) unpackEntry(header *tar.Header, content io.Reader) error {
 	if u.stale {
 		u.closeParents()
 	}
-	u.entries++
-	if u.limits.MaxEntries > 0 && u.entries > u.limits.MaxEntries {
-		return fmt.Errorf("%w: the layer has more than %d entries; raise --max-layer-entries",
-			errdefs.ErrResourceExhausted, u.limits.MaxEntries)
+	if err := u.countEntry(); err != nil {
+		return err
 	}
 	attributes := xattrBytes(header)
 	u.attributeBytes += attributes
@@ -207,4 +205,14 @@ func (u *unpacker) makeHardLink(dir *os.File, base string, header *tar.Header) e
 		return fmt.Errorf("%w: the target %q of the hard link is a directory", errdefs.ErrInvalidArgument, named)
 	}
 	return linux.Linkat(from, target, dir, base)
+}
+
+// countEntry counts an entry of the tar, or a directory that is made without one.
+func (u *unpacker) countEntry() error {
+	u.entries++
+	if u.limits.MaxEntries > 0 && u.entries > u.limits.MaxEntries {
+		return fmt.Errorf("%w: the layer has more than %d entries; raise --max-layer-entries",
+			errdefs.ErrResourceExhausted, u.limits.MaxEntries)
+	}
+	return nil
 }

@@ -2,6 +2,7 @@ package unpack
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -81,6 +82,9 @@ func clearImplied(dir *os.File) error {
 
 // makeImplied makes the directory base in dir, and returns it open.
 func (u *unpacker) makeImplied(dir *os.File, base string) (*os.File, error) {
+	if err := u.countEntry(); err != nil {
+		return nil, err
+	}
 	err := linux.Mkdirat(dir, base, 0o755)
 	if errors.Is(err, syscall.EEXIST) {
 		return nil, fmt.Errorf("%w: a link on the path leads nowhere", errdefs.ErrInvalidArgument)
@@ -129,17 +133,17 @@ func (u *unpacker) addImplied(made *os.File) error {
 }
 
 // listImplied lists the directories that no later entry gave attributes to, or replaced. It returns their number. A path may occur twice.
-func (u *unpacker) listImplied() (int, error) {
+func (u *unpacker) listImplied(ctx context.Context) (int, error) {
 	file, out, err := createIn(u.scratch, ImpliedName)
 	if err != nil {
 		return 0, err
 	}
 	defer file.Close()
-	count, err := u.writeImplied(out)
+	count, err := u.writeImplied(ctx, out)
 	return count, errors.Join(err, out.Flush())
 }
 
-func (u *unpacker) writeImplied(out *bufio.Writer) (count int, _ error) {
+func (u *unpacker) writeImplied(ctx context.Context, out *bufio.Writer) (count int, _ error) {
 	if err := u.madeOut.Flush(); err != nil {
 		return 0, err
 	}
@@ -148,6 +152,9 @@ func (u *unpacker) writeImplied(out *bufio.Writer) (count int, _ error) {
 	}
 	size := 0
 	for lines := bufio.NewReader(u.made); ; {
+		if ctx.Err() != nil {
+			return 0, context.Cause(ctx)
+		}
 		line, err := lines.ReadString(0)
 		if errors.Is(err, io.EOF) {
 			return count, nil

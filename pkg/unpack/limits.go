@@ -22,7 +22,7 @@ const fileInterval = 16 << 20
 type Limits struct {
 	// MaxBytes is the maximum total size of the layer's files in bytes, holes and extended attributes included.
 	MaxBytes int64
-	// MaxEntries is the maximum number of entries in the layer's tar.
+	// MaxEntries is the maximum number of entries in the layer's tar, with the directories that it has no entry for.
 	MaxEntries int64
 	// MinFreePercent is the percentage of the disk that must stay free.
 	MinFreePercent int

@@ -57,7 +57,7 @@ func Tar(ctx context.Context, from io.Reader, tree, scratch string, limits Limit
 	if err := drain(from); err != nil {
 		return Result{}, err
 	}
-	implied, err := u.listImplied()
+	implied, err := u.listImplied(ctx)
 	if err != nil {
 		return Result{}, err
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -21,9 +22,9 @@ import (
 )
 
 const (
-	// maxLookups is the maximum number of lookups in the layers of one image: one of each directory that one layer may have without an
-	// entry, in 64 layers.
-	maxLookups = 1 << 22
+	// maxLookups is the maximum number of lookups in the layers of one image, which take some seconds: one of each directory that one
+	// layer may have without an entry, in 8 layers. Other images wait for them.
+	maxLookups = 1 << 19
 	// maxOpen is the maximum number of directories that are open at the same time.
 	maxOpen = 1 << 14
 )
@@ -120,7 +121,8 @@ func (w *attributeWriter) enterRoot(layers []*os.File) error {
 	if err != nil {
 		return err
 	}
-	isSame := made.Mode == meant.Mode && made.Uid == meant.Uid && made.Gid == meant.Gid && len(meant.PAXRecords) == 0
+	// What directories inherit on this file system, both have.
+	isSame := made.Mode == meant.Mode && made.Uid == meant.Uid && made.Gid == meant.Gid && maps.Equal(made.PAXRecords, meant.PAXRecords)
 	if isSame {
 		return nil
 	}
