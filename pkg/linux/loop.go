@@ -78,7 +78,8 @@ func FindLoop(path, mountPoint string) (*os.File, error) {
 	if mounted, err := StatPath(mountPoint); err == nil {
 		device, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(mounted.Dev), unix.Minor(mounted.Dev)))
 		if err == nil && strings.HasPrefix(filepath.Base(device), "loop") {
-			if loop := openLoopOf(filepath.Base(device), file.ID()); loop != nil {
+			// Where it cannot be opened, the search below says why.
+			if loop, err := openLoopOf(filepath.Base(device), file.ID()); err == nil && loop != nil {
 				return loop, nil
 			}
 		}
@@ -100,8 +101,8 @@ func FindLoop(path, mountPoint string) (*os.File, error) {
 		if !strings.HasPrefix(name, "loop") || !mayBeBoundTo(name, resolved) {
 			continue
 		}
-		if loop := openLoopOf(name, file.ID()); loop != nil {
-			return loop, nil
+		if loop, err := openLoopOf(name, file.ID()); err != nil || loop != nil {
+			return loop, err
 		}
 	}
 	return nil, &os.PathError{Op: "find loop device", Path: path, Err: fs.ErrNotExist}
@@ -131,19 +132,29 @@ func mayBeBoundTo(name, path string) bool {
 	return parent == "/" || filepath.Base(parent) == filepath.Base(filepath.Dir(path))
 }
 
-// openLoopOf opens a loop device if that file is bound to it, and returns nil otherwise.
-func openLoopOf(name string, file FileID) *os.File {
+// openLoopOf opens a loop device if that file is bound to it, and returns nil if it is not. What cannot be told is an error: a second
+// device of one image would be a second file system on it.
+func openLoopOf(name string, file FileID) (*os.File, error) {
 	loop, err := openLoop(name)
-	if err != nil {
-		// It was released since.
-		return nil
+	if isGone(err) {
+		return nil, nil
 	}
-	info, err := unix.IoctlLoopGetStatus64(int(loop.Fd()))
+	if err != nil {
+		return nil, err
+	}
+	var info *unix.LoopInfo64
+	err = call("LOOP_GET_STATUS64", loop, func(fd int) (err error) {
+		info, err = unix.IoctlLoopGetStatus64(fd)
+		return err
+	})
 	if err == nil && info.Device == file.Dev && info.Inode == file.Ino {
-		return loop
+		return loop, nil
 	}
 	loop.Close()
-	return nil
+	if isGone(err) {
+		err = nil
+	}
+	return nil, err
 }
 
 // GrowLoop has a loop device take the size that its file has now (LOOP_SET_CAPACITY).
@@ -183,6 +194,7 @@ func refusesDiscards(name string) bool {
 }
 
 // FreeLoopsWithoutDiscards returns the names of the loop devices that have no file and refuse discards, as [KeepLoopBlocks] leaves them.
+// One that was never used refuses them too, and is not among them: another program may be about to use it.
 func FreeLoopsWithoutDiscards() ([]string, error) {
 	devices, err := filepath.Glob("/sys/block/loop*")
 	if err != nil {
@@ -191,11 +203,17 @@ func FreeLoopsWithoutDiscards() ([]string, error) {
 	var free []string
 	for _, device := range devices {
 		_, err := os.Stat(filepath.Join(device, "loop"))
-		if name := filepath.Base(device); errors.Is(err, fs.ErrNotExist) && refusesDiscards(name) {
+		if name := filepath.Base(device); errors.Is(err, fs.ErrNotExist) && refusesDiscards(name) && hasBeenUsed(name) {
 			free = append(free, name)
 		}
 	}
 	return free, nil
+}
+
+// hasBeenUsed reports whether something was read from a loop device or written to it since it was made (stat, sysfs-block(5)).
+func hasBeenUsed(name string) bool {
+	stat, err := os.ReadFile(filepath.Join("/sys/block", name, "stat"))
+	return err == nil && strings.Trim(string(stat), " 0\n") != ""
 }
 
 // RemoveLoop removes a loop device that has no file and that nobody has open (LOOP_CTL_REMOVE). Whoever needs one gets a new one. The

@@ -109,6 +109,12 @@ func TestFindLoopOpensNoOtherDevice(t *testing.T) {
 	if opened := opensOf(t, watch, os.Getpid()); opened > 0 {
 		t.Errorf("%d devices of other files were opened", opened)
 	}
+	other, err := os.Open(loops[0].Name())
+	must(t, err)
+	other.Close()
+	if opened := opensOf(t, watch, os.Getpid()); opened != 1 {
+		t.Errorf("the device was opened %d times, want 1: what opens devices is not seen here", opened)
+	}
 }
 
 // opensOf counts the events of a process that are waiting in a fanotify group (fanotify(7)). Others on the machine may look at devices.
