@@ -18,8 +18,10 @@ const (
 	// shortMountLine is what mountinfo reads as one line. Longer ones are read here.
 	shortMountLine = 32 << 10
 	// longMountLine bounds a line of the mount table. It has two paths of a mount, which a pod may have moved down below any number of
-	// directories.
-	longMountLine = 8 << 20
+	// directories, and the paths of an overlay's layers.
+	longMountLine = 4 << 20
+	// longMountPaths bounds what the two paths of all mounts with long lines have together.
+	longMountPaths = 4 << 20
 )
 
 // Fields of a line of the mount table (proc_pid_mountinfo(5)) which may be long. The last one has the options of the file system: the
@@ -31,7 +33,8 @@ const (
 )
 
 // Mounts returns the mounts of this mount namespace that a filter, if there is one, does not skip. Unlike mountinfo.GetMounts it reads a
-// table with lines of more than 64 KiB, and leaves out only mounts whose line is longer than 8 MiB.
+// table with lines of more than 64 KiB. It leaves out mounts whose line is longer than 4 MiB, and those with long lines whose paths do not
+// fit into 4 MiB with those before.
 func Mounts(filter mountinfo.FilterFunc) ([]*mountinfo.Info, error) {
 	// The thread must not end while its table is read.
 	runtime.LockOSThread()
@@ -52,6 +55,7 @@ func parseMounts(table io.Reader, filter mountinfo.FilterFunc) ([]*mountinfo.Inf
 	reader := bufio.NewReaderSize(table, shortMountLine)
 	// short are the lines since the last long one.
 	var short bytes.Buffer
+	longPaths := 0
 	parseShort := func() error {
 		more, err := mountinfo.GetMountsFromReader(&short, filter)
 		mounts = append(mounts, more...)
@@ -75,7 +79,12 @@ func parseMounts(table io.Reader, filter mountinfo.FilterFunc) ([]*mountinfo.Inf
 			if err != nil {
 				return nil, err
 			}
+			paths := len(mount.Root) + len(mount.Mountpoint)
+			if longPaths+paths > longMountPaths {
+				continue
+			}
 			if skip, _ := filter(mount); !skip {
+				longPaths += paths
 				mounts = append(mounts, mount)
 			}
 			continue

@@ -7,6 +7,26 @@ import (
 	"github.com/moby/sys/mountinfo"
 )
 
+// TestLongMountsAreBounded: pods choose how many mounts have long paths. Those of others are found all the same.
+func TestLongMountsAreBounded(t *testing.T) {
+	const line = 1 << 20
+	table := strings.Repeat("22 21 0:42 / /v"+strings.Repeat("x", line)+" rw - tmpfs tmpfs rw\n", 64) +
+		strings.Repeat("23 21 0:43 / /v rw - overlay overlay rw,lowerdir="+strings.Repeat("y", line)+"\n", 8) +
+		"24 21 0:44 / /last rw - tmpfs tmpfs rw\n"
+	mounts, err := parseMounts(strings.NewReader(table), nil)
+	must(t, err)
+	paths, views := 0, 0
+	for _, mount := range mounts {
+		paths += len(mount.Mountpoint)
+		if mount.ID == 23 {
+			views++
+		}
+	}
+	if paths > longMountPaths+line || views != 8 || mounts[len(mounts)-1].ID != 24 {
+		t.Errorf("%d bytes of paths, %d views, the last mount is %d", paths, views, mounts[len(mounts)-1].ID)
+	}
+}
+
 // TestMountsOfAnyLength reads a mount table with lines that are longer than any buffer.
 func TestMountsOfAnyLength(t *testing.T) {
 	const before, after = "21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/root rw\n", "23 1 0:5 / /a\\040b rw - tmpfs tmpfs rw"
