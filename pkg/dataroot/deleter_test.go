@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
@@ -140,6 +141,41 @@ func TestDeleteTreeDeeperThanIsKnown(t *testing.T) {
 			must(t, d.Discard(deep))
 			wantEmpty(t, d)
 		})
+	}
+}
+
+// TestDeleteSiblingsBelowWhatIsKnown: a pod makes many directories at the bottom of a tree that is deeper than is known. They are deleted
+// in one pass, and not each from the top.
+func TestDeleteSiblingsBelowWhatIsKnown(t *testing.T) {
+	const levels, siblings = 50, 200
+	_, dir := newDeleter(t)
+	deep := filepath.Join(dir, "deep")
+	makeDeep(t, deep, "d", levels-1)
+	for i := range siblings {
+		must(t, os.MkdirAll(filepath.Join(deep+strings.Repeat("/d", levels-1), fmt.Sprint(i), "child"), 0o700))
+	}
+	parent, err := os.Open(dir)
+	must(t, err)
+	defer parent.Close()
+	steps := 0
+	for passes := 0; ; passes++ {
+		tree := tree{name: "deep", levels: levels, pace: &pace{began: time.Now()}}
+		top, err := linux.OpenNamed(parent, "deep", "deep")
+		must(t, err)
+		must(t, tree.enter(top))
+		for len(tree.open) > 0 {
+			must(t, tree.step(t.Context()))
+			steps++
+		}
+		if !tree.cut {
+			break
+		}
+		if passes > 3 {
+			t.Fatal("there are more than 3 passes")
+		}
+	}
+	if most := 6 * (levels + siblings); steps > most {
+		t.Errorf("%d steps for %d directories", steps, levels+2*siblings)
 	}
 }
 

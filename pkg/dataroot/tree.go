@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"syscall"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
@@ -15,8 +16,8 @@ import (
 const (
 	// treeOpen is the number of levels of directories that stay open. Deeper down, the way back is "..".
 	treeOpen = 64
-	// treeLevels is the number of levels whose directories are known again on the way back, each by 16 bytes. What is below is deleted
-	// first, from the top once more.
+	// treeLevels is the number of levels whose directories are known again on the way back, each by 16 bytes. In a deeper tree the upper
+	// half of them is forgotten: what is below is deleted first, and the rest from the top once more.
 	treeLevels = 1 << 17
 )
 
@@ -30,7 +31,7 @@ type tree struct {
 	// ids are the directories from the top to the last one. open are the first ones of them, and the last one.
 	ids  []linux.FileID
 	open []*openDir
-	// cut is set if the last one lies deeper than the number of levels, so that the way to the top is not known.
+	// cut is set if the upper ones were forgotten, so that the way to the top is not known. Of the others, the last one alone is open.
 	cut bool
 }
 
@@ -76,14 +77,17 @@ func (t *tree) enter(dir *os.File) error {
 	if err != nil {
 		return errors.Join(err, dir.Close())
 	}
-	switch {
-	case len(t.ids) >= t.levels:
-		t.close()
+	if len(t.ids) >= t.levels {
+		t.ids = slices.Delete(t.ids, 0, len(t.ids)/2)
+		last := len(t.open) - 1
+		closeDirs(t.open[:last])
+		t.open = t.open[last:]
 		t.cut = true
-	case len(t.ids) > treeOpen:
+	}
+	if t.cut || len(t.ids) > treeOpen {
 		// The level above is not among the first ones.
 		last := len(t.open) - 1
-		t.open[last].dir.Close()
+		closeDirs(t.open[last:])
 		t.open = t.open[:last]
 	}
 	t.ids = append(t.ids, stat.ID())
@@ -122,7 +126,7 @@ func (t *tree) leave() error {
 	last := t.open[len(t.open)-1]
 	defer last.dir.Close()
 	t.ids, t.open = t.ids[:len(t.ids)-1], t.open[:len(t.open)-1]
-	if len(t.open) == len(t.ids) {
+	if len(t.ids) == 0 || !t.cut && len(t.open) == len(t.ids) {
 		return nil
 	}
 	parent, err := linux.OpenNamed(last.dir, "..", t.name)
@@ -138,10 +142,14 @@ func (t *tree) leave() error {
 }
 
 func (t *tree) close() {
-	for _, level := range t.open {
+	closeDirs(t.open)
+	t.ids, t.open = t.ids[:0], t.open[:0]
+}
+
+func closeDirs(dirs []*openDir) {
+	for _, level := range dirs {
 		level.dir.Close()
 	}
-	t.ids, t.open = t.ids[:0], t.open[:0]
 }
 
 // next returns the name of an entry, "" if there is none.
