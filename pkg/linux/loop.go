@@ -79,7 +79,7 @@ func FindLoop(path, mountPoint string) (*os.File, error) {
 		device, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(mounted.Dev), unix.Minor(mounted.Dev)))
 		if err == nil && strings.HasPrefix(filepath.Base(device), "loop") {
 			// Where it cannot be opened, the search below says why.
-			if loop, err := openLoopOf(filepath.Base(device), file.ID()); err == nil && loop != nil {
+			if loop, err := openLoopOf(filepath.Base(device), file.ID()); err == nil {
 				return loop, nil
 			}
 		}
@@ -101,7 +101,7 @@ func FindLoop(path, mountPoint string) (*os.File, error) {
 		if !strings.HasPrefix(name, "loop") || !mayBeBoundTo(name, resolved) {
 			continue
 		}
-		if loop, err := openLoopOf(name, file.ID()); err != nil || loop != nil {
+		if loop, err := openLoopOf(name, file.ID()); !isGone(err) {
 			return loop, err
 		}
 	}
@@ -132,13 +132,10 @@ func mayBeBoundTo(name, path string) bool {
 	return parent == "/" || filepath.Base(parent) == filepath.Base(filepath.Dir(path))
 }
 
-// openLoopOf opens a loop device if that file is bound to it, and returns nil if it is not. What cannot be told is an error: a second
-// device of one image would be a second file system on it.
+// openLoopOf opens a loop device if that file is bound to it. The error is fs.ErrNotExist, or another one that isGone knows, if it is not.
+// What cannot be told is another error: a second device of one image would be a second file system on it.
 func openLoopOf(name string, file FileID) (*os.File, error) {
 	loop, err := openLoop(name)
-	if isGone(err) {
-		return nil, nil
-	}
 	if err != nil {
 		return nil, err
 	}
@@ -151,8 +148,8 @@ func openLoopOf(name string, file FileID) (*os.File, error) {
 		return loop, nil
 	}
 	loop.Close()
-	if isGone(err) {
-		err = nil
+	if err == nil {
+		err = fs.ErrNotExist
 	}
 	return nil, err
 }
