@@ -1,7 +1,9 @@
 package chaos
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -12,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
@@ -255,10 +258,22 @@ func (w *world) emptyDisk() {
 	})
 }
 
-// remountDisk mounts the data root again. That it can be unmounted shows that nothing on it is in use.
+// remountDisk mounts the data root again. That it can be unmounted, and that its loop device is free then, shows that nothing on it is in
+// use: as long as a view has a part of it, mounting it would bring back the file system that has failed.
 func (w *world) remountDisk() {
 	w.t.Helper()
 	w.eventually("the data root can be unmounted", func() error { return unix.Unmount(w.node.DataRoot, 0) })
+	w.eventually("the file system of the data root has ended", func() error {
+		loop, err := linux.FindLoop(w.image(), "")
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err == nil {
+			err = fmt.Errorf("it is still on %s", loop.Name())
+			loop.Close()
+		}
+		return err
+	})
 	must(w.t, drivertest.MountImage(w.fileSystem, w.image(), w.node.DataRoot))
 }
 
