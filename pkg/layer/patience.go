@@ -16,6 +16,9 @@ import (
 // answers. It is shorter than a check of health may take, which can then say what does not answer.
 const patience = 4 * time.Second
 
+// endsWithin is how long do has to end after its context has. What waits for kubelet or the API server does so at once.
+const endsWithin = time.Second
+
 // maxOverdue is how many answers of one root may be overdue before it is asked for nothing more. It is more than one because other
 // file systems may be mounted beneath a root.
 const maxOverdue = 8
@@ -44,7 +47,7 @@ func (q *questions) begin(root, path string, patience time.Duration) (question, 
 }
 
 // open calls do, which opens the file, and has the file system answer for the file. It returns ErrDoesNotAnswer if that takes too long,
-// and does not wait when ctx has ended. What do returns later is closed.
+// and waits for a second at most when ctx has ended. What do returns later is closed.
 func (q question) open(ctx context.Context, do func() (*os.File, error)) (*os.File, error) {
 	type answer struct {
 		file *os.File
@@ -70,14 +73,20 @@ func (q question) open(ctx context.Context, do func() (*os.File, error)) (*os.Fi
 	}()
 	timer := time.NewTimer(q.patience)
 	defer timer.Stop()
-	select {
-	case a := <-answered:
-		if a.err != nil && a.file != nil {
-			a.file.Close()
+	ended := ctx.Done()
+	for waiting := true; waiting; {
+		select {
+		case a := <-answered:
+			if a.err != nil && a.file != nil {
+				a.file.Close()
+			}
+			return a.file, a.err
+		case <-ended:
+			ended = nil
+			timer.Reset(endsWithin)
+		case <-timer.C:
+			waiting = false
 		}
-		return a.file, a.err
-	case <-ctx.Done():
-	case <-timer.C:
 	}
 	q.all.setOverdue(q.root, q.path, began)
 	close(left)
