@@ -240,7 +240,7 @@ func (b *Ballast) ReplaceFile(dir *os.File, name string, data []byte, sync bool)
 		if !ok {
 			return err
 		}
-		err = linux.WriteFileAtomicInto(b.dir, spare, dir, name, data, sync)
+		err = linux.WriteFileAtomicInto(b.dir, spare, dir, name, data)
 		b.giveBack(spare)
 		if !isFull(err) {
 			return err

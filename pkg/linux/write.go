@@ -36,7 +36,7 @@ func WriteFileAtomic(dir *os.File, name string, data []byte, sync bool) error {
 // WriteFileAtomicInto is WriteFileAtomic for a full disk. It makes no file: name.new is a spare file, which it moves from another
 // directory of the file system and writes to the blocks of. The file that had the name before, which must exist, is the spare file
 // then. After an error there may be none.
-func WriteFileAtomicInto(spareDir *os.File, spare string, dir *os.File, name string, data []byte, sync bool) error {
+func WriteFileAtomicInto(spareDir *os.File, spare string, dir *os.File, name string, data []byte) error {
 	temporary := name + ".new"
 	err := Renameat(spareDir, spare, dir, temporary, 0)
 	if err != nil {
@@ -45,9 +45,9 @@ func WriteFileAtomicInto(spareDir *os.File, spare string, dir *os.File, name str
 	}
 	file, err := OpenFile(dir, temporary, os.O_WRONLY|O_NOFOLLOW, 0, 0)
 	if err == nil {
-		// Not of a new file: after a power cut it would have the length and not the content.
+		// Always synced: after a power cut, the blocks of a spare file would be shown as zeroes.
 		if err = file.Truncate(int64(len(data))); err == nil {
-			err = writeAll(file, data, sync)
+			err = writeAll(file, data, true)
 		} else {
 			file.Close()
 		}
