@@ -17,8 +17,8 @@ import (
 
 const (
 	// ballastFiles is how many files the ballast has. Most of what is given up comes back: this is for what neighbours get of it. One that
-	// takes what becomes free at any moment gets up to six files of each publish on xfs and btrfs, and hardly any on ext4: that is
-	// enough for the 110 pods that kubelet runs.
+	// takes what becomes free at any moment gets up to six files of each publish on xfs and btrfs, and hardly any on ext4: by that
+	// it is enough for the 110 pods that kubelet runs.
 	ballastFiles = 768
 	// ballastFileBytes is the size of each of them, which is more than most records have. xfs makes a directory only where about 60
 	// blocks are free: these are four files.

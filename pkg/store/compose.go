@@ -77,14 +77,11 @@ func (o *attributesOrigin) holders() []access.ID { return o.imageHolders(&o.imag
 
 // fetch unpacks the layer.
 func (o *attributesOrigin) fetch(ctx context.Context, blob image.LayerBlob, dirName string, progress *progressCounter) (Layer, error) {
-	dir, err := o.workDirs.acquire(dirName)
+	dir, err := o.workDirs.acquireEmpty(dirName)
 	if err != nil {
 		return Layer{}, err
 	}
 	defer dir.release()
-	if err := dir.recreate(); err != nil {
-		return Layer{}, err
-	}
 	ctx, cancel := context.WithCancel(ctx)
 	content, to := io.Pipe()
 	written := make(chan struct{})

@@ -318,14 +318,11 @@ func (o *archiveOrigin) describe(ctx context.Context) (Image, []image.LayerBlob,
 
 // fetch unpacks a layer of the archive.
 func (o *archiveOrigin) fetch(ctx context.Context, blob image.LayerBlob, dirName string, progress *progressCounter) (Layer, error) {
-	dir, err := o.workDirs.acquire(dirName)
+	dir, err := o.workDirs.acquireEmpty(dirName)
 	if err != nil {
 		return Layer{}, err
 	}
 	defer dir.release()
-	if err := dir.recreate(); err != nil {
-		return Layer{}, err
-	}
 	content, err := o.openBlob(blob)
 	if err != nil {
 		return Layer{}, errors.Join(err, dir.discard())

@@ -61,6 +61,19 @@ func (w *workDirs) acquire(name string) (*workDir, error) {
 	return dir, nil
 }
 
+// acquireEmpty is acquire for what cannot go on where an earlier process ended.
+func (w *workDirs) acquireEmpty(name string) (*workDir, error) {
+	dir, err := w.acquire(name)
+	if err != nil {
+		return nil, err
+	}
+	if err := dir.recreate(); err != nil {
+		dir.release()
+		return nil, err
+	}
+	return dir, nil
+}
+
 // hold protects work directories from garbage collection until unhold. They need not exist.
 func (w *workDirs) hold(names []string) {
 	w.mu.Lock()
