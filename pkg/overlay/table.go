@@ -2,7 +2,6 @@ package overlay
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
@@ -29,17 +28,25 @@ func Views() ([]View, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the mount table: %w", err)
 	}
+	return viewsOf(mounts), nil
+}
+
+// viewsOf returns the views that overlays in the mount table are of.
+func viewsOf(mounts []*mountinfo.Info) []View {
 	var views []View
+	// found are their indexes by device.
+	found := map[string]int{}
 	for _, mount := range mounts {
 		device := fmt.Sprintf("%d:%d", mount.Major, mount.Minor)
-		i := slices.IndexFunc(views, func(view View) bool { return view.Device == device })
-		if i < 0 {
+		i, ok := found[device]
+		if !ok {
+			i = len(views)
+			found[device] = i
 			views = append(views, View{Device: device, Lowers: lowersOf(mount.VFSOptions)})
-			i = len(views) - 1
 		}
 		views[i].Targets = append(views[i].Targets, mount.Mountpoint)
 	}
-	return views, nil
+	return views
 }
 
 // lowersOf returns the lower directories in the options of an overlay. The kernel escapes commas in paths.

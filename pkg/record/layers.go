@@ -102,9 +102,11 @@ type survey struct {
 	unreadable []string
 }
 
+// add adds a user of a layer. All layers of one user are added before those of the next.
 func (a *survey) add(layer digest.Digest, user string) {
-	if !slices.Contains(a.layers[layer], user) {
-		a.layers[layer] = append(a.layers[layer], user)
+	users := a.layers[layer]
+	if len(users) == 0 || users[len(users)-1] != user {
+		a.layers[layer] = append(users, user)
 	}
 }
 
