@@ -3,12 +3,9 @@ package volume
 import (
 	"context"
 	"fmt"
-	"maps"
-	"sync"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sync/semaphore"
-	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
@@ -19,56 +16,31 @@ import (
 // ledger reserves the disk of the data root for volumes. What is reserved stands in the records: the ledger stores nothing on the
 // disk.
 type ledger struct {
+	*reservations
 	node       string
 	overcommit float64
-	root       string
-	records    *record.Store
-	uppers     uppers
 	// turn lets one volume at a time compare what is left with what it needs, and reserve it.
 	turn *semaphore.Weighted
-
-	mu sync.Mutex
-	// growing has the new size of each volume that is growing, which its record does not say before it is done. What it takes of the disk
-	// meanwhile is taken of that size.
-	growing map[string]int64
 }
 
 func newLedger(config Config, uppers uppers) *ledger {
 	return &ledger{
-		node: config.Node, overcommit: config.Overcommit, root: config.Root.Path(), records: config.Records, uppers: uppers,
-		turn: semaphore.NewWeighted(1), growing: map[string]int64{},
+		reservations: newReservations(config, uppers), node: config.Node, overcommit: config.Overcommit, turn: semaphore.NewWeighted(1),
 	}
 }
 
 // Capacity returns how many bytes can be reserved for new volumes of this node: what is free and what limited volumes already
 // take, times the overcommit, less what is reserved.
-func (m *Manager) Capacity(ctx context.Context) (int64, error) { return m.ledger.available(ctx) }
+func (m *Manager) Capacity(ctx context.Context) (int64, error) { return m.ledger.available(ctx, false) }
 
-func (l *ledger) available(ctx context.Context) (int64, error) {
-	// Before the records: one that is read later than its growth ends has the new size.
-	growing := l.allGrowing()
-	ids, err := l.records.List()
+// available returns how many bytes can be reserved. Where there are many volumes it may be less than that for a moment, unless it is
+// to be exact.
+func (l *ledger) available(ctx context.Context, exact bool) (int64, error) {
+	usable, reserved, err := l.state(ctx, exact)
 	if err != nil {
 		return 0, err
 	}
-	var reserved, allocated int64
-	for _, id := range ids {
-		r, err := l.records.Load(id)
-		if err != nil {
-			// Reconcile reports it. What the volume takes is not free.
-			continue
-		}
-		r.Size = max(r.Size, growing[id])
-		reservedHere, allocatedHere := l.reservedFor(ctx, r)
-		reserved += reservedHere
-		allocated += allocatedHere
-	}
-	// After the uppers: what is reserved for one meanwhile does not count as free and as its own.
-	disk, err := linux.FileSystemUsageAt(l.root)
-	if err != nil {
-		return 0, err
-	}
-	return max(l.allocatable(disk.Bytes.Available+allocated)-reserved, 0), nil
+	return max(l.allocatable(usable)-reserved, 0), nil
 }
 
 // allocatable returns how much of a number of bytes may be reserved.
@@ -77,33 +49,6 @@ func (l *ledger) allocatable(bytes int64) int64 { return int64(float64(bytes) * 
 // reserves reports whether the size of a volume counts against the disk.
 func reserves(r *record.Record) bool {
 	return r.Spec.SizeEnforcement != spec.EnforceNone && r.Backend != upper.Tmpfs
-}
-
-// reservedFor returns what is reserved for a volume, and how much of that its uppers take.
-func (l *ledger) reservedFor(ctx context.Context, r *record.Record) (reserved, allocated int64) {
-	if r.Size == 0 || !reserves(r) || !r.Spec.ManagesUpper() {
-		return 0, 0
-	}
-	targets := []string{""}
-	if r.Spec.Ephemeral() {
-		targets = nil
-		for _, p := range r.Publications {
-			targets = append(targets, p.Target)
-		}
-	}
-	for _, target := range targets {
-		reserved += r.Size
-		bytes, err := l.uppers.open(r, r.Publication(target)).DiskUsage(ctx)
-		if errdefs.IsNotFound(err) {
-			continue
-		}
-		if err != nil {
-			klog.FromContext(ctx).V(4).Info("Could not measure volume usage", keyVolume, r.ID, keyReason, err.Error())
-			continue
-		}
-		allocated += min(bytes, r.Size)
-	}
-	return reserved, allocated
 }
 
 // choose chooses the backend for a volume's uppers. It returns ErrFailedPrecondition if the node cannot enforce the size, and
@@ -120,7 +65,7 @@ func (l *ledger) choose(r *record.Record) (upper.Backend, error) {
 	case r.Spec.SizeEnforcement == spec.EnforceQuota:
 		need.Accepted = []upper.Backend{upper.ProjectQuota, upper.BtrfsQgroup}
 	}
-	disk, err := linux.FileSystemUsageAt(l.root)
+	disk, err := linux.FileSystemUsageAt(l.root.Path())
 	if err != nil {
 		return "", err
 	}
@@ -142,7 +87,7 @@ func (l *ledger) reserve(ctx context.Context, r *record.Record) error {
 			return err
 		}
 	}
-	return l.records.Save(r)
+	return l.save(r)
 }
 
 // grow raises the limits of a volume's mounted uppers to that of its record, if the node has room for more bytes for each of them.
@@ -177,25 +122,15 @@ func (l *ledger) reserveMore(ctx context.Context, r *record.Record, bytes int64)
 	if err := l.check(ctx, bytes); err != nil {
 		return nil, err
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.growing[r.ID] = r.Size
-	return func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		delete(l.growing, r.ID)
-	}, nil
+	return l.growTo(r.ID, r.Size), nil
 }
 
-// allGrowing returns the new sizes of the volumes that are growing.
-func (l *ledger) allGrowing() map[string]int64 {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return maps.Clone(l.growing)
-}
-
+// check returns ErrResourceExhausted if more bytes are wanted than are left.
 func (l *ledger) check(ctx context.Context, wanted int64) error {
-	left, err := l.available(ctx)
+	left, err := l.available(ctx, false)
+	if err == nil && wanted > left {
+		left, err = l.available(ctx, true)
+	}
 	if err != nil {
 		return err
 	}

@@ -53,7 +53,7 @@ func (m *Manager) Expand(ctx context.Context, id, path string, required, limit i
 	}
 	defer release()
 	// After the limit: if a crash comes between, kubelet repeats the call.
-	if err := m.records.Save(&grown); err != nil {
+	if err := m.ledger.save(&grown); err != nil {
 		return 0, err
 	}
 	klog.FromContext(ctx).Info("Volume expanded", keyVolume, id, keyBytes, size)

@@ -107,14 +107,15 @@ type Manager struct {
 func NewManager(config Config) *Manager {
 	uppers := uppers{config.Backends, config.Pods, config.Root.Path(), config.Node}
 	views := views{config.Mounter}
+	ledger := newLedger(config, uppers)
 	locks := newLocks()
 	return &Manager{
 		config:     config,
 		records:    config.Records,
 		views:      views,
 		uppers:     uppers,
-		unrecorded: unrecorded{config.Records, uppers, views, config.Root},
-		ledger:     newLedger(config, uppers),
+		unrecorded: unrecorded{config.Records, uppers, views, ledger},
+		ledger:     ledger,
 		locks:      locks,
 		checker:    &checker{records: config.Records, views: views, uppers: uppers, layers: config.Layers, locks: locks},
 	}
@@ -139,9 +140,6 @@ func (m *Manager) Run(ctx context.Context) {
 
 // Ready reports whether what an earlier process left has been reconciled.
 func (m *Manager) Ready() bool { return m.ready.Load() }
-
-// discard moves the directory of a volume to the trash.
-func (m *Manager) discard(id string) error { return m.config.Root.Discard(m.records.Dir(id)) }
 
 // exists reports whether there is a file at path. It returns true if that is unknown.
 func exists(path string) bool {

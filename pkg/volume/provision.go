@@ -84,7 +84,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error)
 		return Volume{}, fmt.Errorf("create volume %s: %w", req.Name, err)
 	}
 	if err := m.ledger.reserve(ctx, r); err != nil {
-		return Volume{}, errors.Join(err, m.discard(id))
+		return Volume{}, errors.Join(err, m.ledger.discard(id))
 	}
 	klog.FromContext(ctx).Info("Volume created", keyVolume, id, keyBytes, r.Size, keyBackend, r.Backend)
 	return toVolume(r), nil

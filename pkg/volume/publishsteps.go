@@ -197,13 +197,13 @@ func (p *publishing) discardStaleUpper(ctx context.Context) error {
 	return p.m.uppers.open(p.after, p.publication).Discard(ctx)
 }
 
-func (p *publishing) saveRecord(context.Context) error { return p.m.records.Save(p.after) }
+func (p *publishing) saveRecord(context.Context) error { return p.m.ledger.save(p.after) }
 
 func (p *publishing) restoreRecord(context.Context) error {
 	if p.before == nil {
-		return p.m.discard(p.req.VolumeID)
+		return p.m.ledger.discard(p.req.VolumeID)
 	}
-	return p.m.records.Save(p.before)
+	return p.m.ledger.save(p.before)
 }
 
 // openShared opens the view of another pod with the same upper, if there is one: pods that share an upper share its view.
@@ -300,7 +300,7 @@ func (p *publishing) saveMade(context.Context) error {
 	if group := p.publication.Group; group != nil && !p.dirs.Existed {
 		p.after.Group = newGroup(*group)
 	}
-	return p.m.records.SaveDurably(p.after)
+	return p.m.ledger.saveDurably(p.after)
 }
 
 // checkUpperFree checks that no other overlay is mounted on an upper that existed.
@@ -342,7 +342,7 @@ func (p *publishing) setGroup(ctx context.Context) error {
 			p.before = &before
 		}
 		// What pods write from now on is stored by this.
-		if err := p.m.records.SaveDurably(p.after); err != nil {
+		if err := p.m.ledger.saveDurably(p.after); err != nil {
 			return err
 		}
 	}

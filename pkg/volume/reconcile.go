@@ -34,6 +34,9 @@ func (m *Manager) reconcile(ctx context.Context) {
 		klog.FromContext(ctx).Error(err, "Could not reconcile")
 		return
 	}
+	if err := m.ledger.keep(ids); err != nil {
+		klog.FromContext(ctx).Error(err, "Could not read what is reserved on the disk")
+	}
 	var group errgroup.Group
 	group.SetLimit(parallelReconciles)
 	for _, id := range ids {
@@ -79,6 +82,8 @@ func (m *Manager) reconcileVolume(ctx context.Context, id string) error {
 	case err != nil:
 		return err
 	}
+	// A person may have restored it.
+	m.ledger.set(r)
 	var failed error
 	for _, p := range r.Publications {
 		failed = errors.Join(failed, m.reconcilePublication(ctx, r, p))

@@ -84,7 +84,7 @@ func (m *Manager) dropPublication(ctx context.Context, r *record.Record, target 
 // forgetPublication discards what was for the view at a target only, and saves the record that is left.
 func (m *Manager) forgetPublication(r, left *record.Record, target string) error {
 	if len(left.Publications) == 0 && !r.Spec.Persistent() {
-		return m.discard(r.ID)
+		return m.ledger.discard(r.ID)
 	}
 	if r.Spec.Ephemeral() {
 		// Before the record: no other operation would find an upper without its publication.
@@ -92,5 +92,5 @@ func (m *Manager) forgetPublication(r, left *record.Record, target string) error
 			return err
 		}
 	}
-	return m.records.Save(left)
+	return m.ledger.save(left)
 }

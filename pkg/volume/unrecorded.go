@@ -23,7 +23,7 @@ type unrecorded struct {
 	records *record.Store
 	uppers  uppers
 	views   views
-	root    dataRoot
+	ledger  *ledger
 }
 
 // release releases what a view at a target had: its upper in the data root, unless another view has it, and its uppers in other
@@ -93,7 +93,7 @@ func (u unrecorded) discard(ctx context.Context, id string) error {
 			return fmt.Errorf("discard volume %s: %w", id, err)
 		}
 	}
-	return u.root.Discard(u.records.Dir(id))
+	return u.ledger.discard(id)
 }
 
 // releaseBase releases the upper in a base directory of which no record says anything. It returns ErrUpperInUse if an overlay is

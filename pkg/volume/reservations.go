@@ -1,0 +1,276 @@
+package volume
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/record"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
+)
+
+// reservations are what the records of the node's volumes reserve of the disk, in memory: to read all records for each volume that is
+// made would take the longer the more there are. They are read from the records once, and follow each record that is saved or discarded,
+// which is done by their methods alone. Nothing of them is stored. After a crash they are what the records say.
+type reservations struct {
+	records *record.Store
+	uppers  uppers
+	root    dataRoot
+
+	mu sync.Mutex
+	// volumes are those that reserve something, by ID, nil before the records have been read.
+	volumes map[string]*reservation
+	// reserved is what they reserve together, and allocated how much of that they took of the disk when it was measured.
+	reserved, allocated int64
+	// growing has the new size of each volume that is growing, which its record does not say before it is done. What it takes of the disk
+	// meanwhile is taken of that size.
+	growing map[string]int64
+	// available is what was free on the disk when allocated was measured, which is good enough until the time in valid.
+	available int64
+	valid     time.Time
+}
+
+// reservation is that of one volume.
+type reservation struct {
+	id string
+	// size is that of each of its uppers.
+	size   int64
+	uppers []upper.Upper
+	// targets identify the uppers.
+	targets []string
+	// allocated is what its uppers took when they were measured, 0 before.
+	allocated int64
+}
+
+func (r *reservation) bytes() int64 { return r.size * int64(len(r.uppers)) }
+
+const (
+	// measureFactor is how long a measurement is good enough, as a multiple of the time that it took.
+	measureFactor = 20
+	// manyVolumes is from how many volumes on that is so. Fewer are measured each time.
+	manyVolumes = 256
+)
+
+func newReservations(config Config, uppers uppers) *reservations {
+	return &reservations{records: config.Records, uppers: uppers, root: config.Root, growing: map[string]int64{}}
+}
+
+// save saves a record, as [record.Store.Save].
+func (v *reservations) save(r *record.Record) error { return v.follow(r, v.records.Save(r)) }
+
+// saveDurably saves a record, as [record.Store.SaveDurably].
+func (v *reservations) saveDurably(r *record.Record) error {
+	return v.follow(r, v.records.SaveDurably(r))
+}
+
+// discard moves the directory of a volume to the trash.
+func (v *reservations) discard(id string) error {
+	err := v.root.Discard(v.records.Dir(id))
+	v.refresh(id)
+	return err
+}
+
+// follow takes over what a record reserves after it was saved. After an error the disk may have either record.
+func (v *reservations) follow(r *record.Record, err error) error {
+	if err != nil {
+		v.refresh(r.ID)
+		return err
+	}
+	v.set(r)
+	return nil
+}
+
+// set takes over what a record reserves. The caller holds the volume's lock: the record is the last that was saved.
+func (v *reservations) set(r *record.Record) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.volumes != nil {
+		v.put(r.ID, v.of(r))
+	}
+}
+
+// refresh reads the record of a volume again. Where it cannot be read, what it reserved stays reserved.
+func (v *reservations) refresh(id string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.volumes == nil {
+		return
+	}
+	r, err := v.records.Load(id)
+	switch {
+	case err == nil:
+		v.put(id, v.of(r))
+	case errdefs.IsNotFound(err):
+		v.put(id, nil)
+	}
+}
+
+// keep reads the records once, if that was not done, and drops what volumes reserve that a person has removed. ids are the volumes that
+// there are.
+func (v *reservations) keep(ids []string) error {
+	v.mu.Lock()
+	err := v.load()
+	var gone []string
+	for id := range v.volumes {
+		if _, found := slices.BinarySearch(ids, id); !found {
+			gone = append(gone, id)
+		}
+	}
+	v.mu.Unlock()
+	for _, id := range gone {
+		// It may have been made since they were listed.
+		v.refresh(id)
+	}
+	return err
+}
+
+// load reads the records, once. The caller holds v.mu, so that a record that is saved during that is taken over after it.
+func (v *reservations) load() error {
+	if v.volumes != nil {
+		return nil
+	}
+	ids, err := v.records.List()
+	if err != nil {
+		return err
+	}
+	v.volumes = make(map[string]*reservation, len(ids))
+	for _, id := range ids {
+		// Of a record that cannot be read, reconcile reports it. What the volume takes is not free.
+		if r, err := v.records.Load(id); err == nil {
+			v.put(id, v.of(r))
+		}
+	}
+	return nil
+}
+
+// put replaces what a volume reserves. The caller holds v.mu.
+func (v *reservations) put(id string, r *reservation) {
+	before := v.volumes[id]
+	if before != nil {
+		v.reserved -= before.bytes()
+		v.allocated -= before.allocated
+	}
+	switch {
+	case r == nil:
+		delete(v.volumes, id)
+		return
+	case before != nil && slices.Equal(before.targets, r.targets):
+		// The same uppers, which a measurement may be at.
+		before.size = r.size
+		before.allocated = min(before.allocated, before.bytes())
+		r = before
+	}
+	v.volumes[id] = r
+	v.reserved += r.bytes()
+	v.allocated += r.allocated
+}
+
+// of returns what a record reserves, nil if that is nothing.
+func (v *reservations) of(r *record.Record) *reservation {
+	if r.Size == 0 || !reserves(r) || !r.Spec.ManagesUpper() {
+		return nil
+	}
+	reserved := &reservation{id: r.ID, size: r.Size, targets: []string{""}}
+	if r.Spec.Ephemeral() {
+		reserved.targets = nil
+		for _, p := range r.Publications {
+			reserved.targets = append(reserved.targets, p.Target)
+		}
+	}
+	for _, target := range reserved.targets {
+		reserved.uppers = append(reserved.uppers, v.uppers.open(r, r.Publication(target)))
+	}
+	return reserved
+}
+
+// state returns how many bytes of the disk are free or taken by uppers for which they are reserved, and how many are reserved. What pods
+// write or delete changes it for a moment at most, and then to less than it is. exact is set if that will not do.
+func (v *reservations) state(ctx context.Context, exact bool) (usable, reserved int64, err error) {
+	before, err := v.diskAvailable()
+	if err != nil {
+		return 0, 0, err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if err := v.load(); err != nil {
+		return 0, 0, err
+	}
+	if !exact && time.Now().Before(v.valid) {
+		// What was deleted since is not free twice: it may be in allocated.
+		return min(before, v.available) + v.allocated, v.reservedNow(), nil
+	}
+	began := time.Now()
+	measured := make(map[*reservation]int64, len(v.volumes))
+	for id, r := range v.volumes {
+		measured[r] = max(r.size, v.growing[id])
+	}
+	v.mu.Unlock()
+	for r, size := range measured {
+		measured[r] = r.measure(ctx, size)
+	}
+	// After the uppers too: what is reserved for one meanwhile does not count as free and as its own.
+	after, err := v.diskAvailable()
+	v.mu.Lock()
+	if err != nil {
+		return 0, 0, err
+	}
+	for r, bytes := range measured {
+		if v.volumes[r.id] == r {
+			v.allocated += bytes - r.allocated
+			r.allocated = bytes
+		}
+	}
+	v.available = min(before, after)
+	v.valid = time.Time{}
+	if len(measured) >= manyVolumes {
+		v.valid = time.Now().Add(measureFactor * time.Since(began))
+	}
+	return v.available + v.allocated, v.reservedNow(), nil
+}
+
+// reservedNow returns what is reserved, for growth too. The caller holds v.mu.
+func (v *reservations) reservedNow() int64 {
+	sum := v.reserved
+	for id, size := range v.growing {
+		if r := v.volumes[id]; r != nil && size > r.size {
+			sum += (size - r.size) * int64(len(r.uppers))
+		}
+	}
+	return sum
+}
+
+func (v *reservations) diskAvailable() (int64, error) {
+	disk, err := linux.FileSystemUsageAt(v.root.Path())
+	return disk.Bytes.Available, err
+}
+
+// measure returns how much the uppers take of the disk, each of them of that size.
+func (r *reservation) measure(ctx context.Context, size int64) (sum int64) {
+	for _, u := range r.uppers {
+		bytes, err := u.DiskUsage(ctx)
+		if err != nil && !errdefs.IsNotFound(err) {
+			klog.FromContext(ctx).V(4).Info("Could not measure volume usage", keyVolume, r.id, keyReason, err.Error())
+		}
+		if err == nil {
+			sum += min(bytes, size)
+		}
+	}
+	return sum
+}
+
+// growTo reserves the size that a volume will have until release is called.
+func (v *reservations) growTo(id string, size int64) (release func()) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.growing[id] = size
+	return func() {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		delete(v.growing, id)
+	}
+}
