@@ -53,6 +53,7 @@ type Backends struct {
 	// unavailable has the reason for each enforcing backend, nil if it is available.
 	unavailable map[Backend]error
 	quota       *projects
+	programs    imagePrograms
 	handles     *handles
 	// imageChecks are the checks of disk images in progress.
 	imageChecks singleflight.Group
@@ -62,7 +63,7 @@ type Backends struct {
 func NewBackends(config Config) *Backends {
 	clearMountDir(config.MountDir)
 	removeFreeLoops()
-	b := &Backends{config: config, quota: newProjects(config.Root), handles: newHandles()}
+	b := &Backends{config: config, quota: newProjects(config.Root), handles: newHandles(), programs: newImagePrograms(config.Commands)}
 	b.unavailable = map[Backend]error{
 		ProjectQuota: b.quota.probe(),
 		BtrfsQgroup:  probeBtrfs(config.Root, config.Commands),
@@ -170,7 +171,7 @@ func (b *Backends) Open(at Location) Upper {
 		return btrfsQgroup{data, b.config.Commands, at.Limit}
 	case DiskImage:
 		return diskImage{
-			b.innerMount(at.Base), b.config.Commands, dir.path(), b.config.Discard, at.Limit, at.Ephemeral, at.Made, b.config.Sparse,
+			b.innerMount(at.Base), b.programs, dir.path(), b.config.Discard, at.Limit, at.Ephemeral, at.Made, b.config.Sparse,
 			&b.imageChecks,
 		}
 	case Tmpfs:

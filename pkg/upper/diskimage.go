@@ -19,9 +19,6 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
-// commands runs programs.
-type commands = exec.Interface
-
 const (
 	makeExt4  = "mkfs.ext4"
 	checkExt4 = "e2fsck"
@@ -37,7 +34,7 @@ const (
 // has written and the page cache has taken can always be written to the disk as well, unless the file is sparse.
 type diskImage struct {
 	innerMount
-	commands commands
+	programs imagePrograms
 	// base is the path of the base directory.
 	base      string
 	discard   func(path string) error
@@ -182,7 +179,7 @@ func (d diskImage) check(ctx context.Context) error {
 // runCheck lets e2fsck repair what it safely can. It returns ErrDataLoss if more is wrong, and ErrUnavailable if e2fsck did not end by
 // itself, so that nothing is known of the image.
 func (d diskImage) runCheck(ctx context.Context) error {
-	output, err := d.commands.CommandContext(ctx, checkExt4, "-p", d.file()).CombinedOutput()
+	output, err := d.programs.run(ctx, d.base, checkExt4, "-p", imageName)
 	if err == nil {
 		return nil
 	}
@@ -214,7 +211,7 @@ func (d diskImage) Grow(_ context.Context, limit Limit) error {
 	if err := linux.GrowLoop(loop); err != nil {
 		return fmt.Errorf("grow the disk image %s: %w", d.file(), err)
 	}
-	if _, err := mountutils.NewResizeFs(d.commands).Resize(loop.Name(), d.path); err != nil {
+	if _, err := mountutils.NewResizeFs(d.programs.commands).Resize(loop.Name(), d.path); err != nil {
 		return fmt.Errorf("grow the file system in %s: %w", d.file(), err)
 	}
 	return nil

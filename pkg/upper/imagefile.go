@@ -93,7 +93,7 @@ func (d diskImage) format(ctx context.Context, image *os.File) error {
 			args = append(args, "-b", fmt.Sprint(sector))
 		}
 	}
-	output, err := d.commands.CommandContext(ctx, makeExt4, append(args, image.Name())...).CombinedOutput()
+	output, err := d.programs.run(ctx, d.base, makeExt4, append(args, filepath.Base(image.Name()))...)
 	if err != nil {
 		return fmt.Errorf("make a file system in %s: %s: %w: %s", image.Name(), makeExt4, err, strings.TrimSpace(string(output)))
 	}
