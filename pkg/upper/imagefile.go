@@ -140,11 +140,18 @@ func reserve(image *os.File, bytes int64) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, syscall.ENOSPC) && stat.DiskBytes() >= bytes && stat.Size >= bytes:
-		// The image has all of its blocks. xfs wants room for as many others before it looks.
+	case errors.Is(err, syscall.ENOSPC) && stat.DiskBytes() >= bytes && stat.Size >= bytes && hasAllBlocks(image, bytes):
+		// xfs wants room for as many others before it looks.
 		return nil
 	}
 	return reserveError(image.Name(), bytes, err)
+}
+
+// hasAllBlocks reports whether an image has all of its first blocks. Where the file system does not say, it takes none of the disk for
+// anything else, as a tmpfs.
+func hasAllBlocks(image *os.File, bytes int64) bool {
+	whole, err := linux.HasAllBlocks(image, bytes)
+	return whole || errors.Is(err, syscall.EOPNOTSUPP)
 }
 
 // extend makes the image larger, and writes to the disk that it is: before anything is written beyond the old end. If it fails, the

@@ -1,0 +1,72 @@
+package upper_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
+	"github.com/overlay-csi/overlay-csi/test/drivertest"
+)
+
+// TestReserveFindsHoles: an image that takes as much of the disk as it is long may have holes all the same, because it takes blocks for
+// the list of its blocks too. On a full disk, what a pod writes to the holes would be lost.
+func TestReserveFindsHoles(t *testing.T) {
+	const size, block = 16 << 20, 4 << 10
+	for _, name := range []string{"ext4", "xfs"} {
+		t.Run(name, func(t *testing.T) {
+			disk, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
+			if err := errors.Join(drivertest.MakeImage(name, disk, 320<<20, ""), drivertest.MountImage(name, disk, dir)); err != nil {
+				t.Skipf("no %s here: %v", name, err)
+			}
+			t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+			check := func(err error) {
+				if err != nil {
+					t.Helper()
+					t.Fatal(err)
+				}
+			}
+			root := open(t, dir)
+			u := newUpper(t, newBackends(t, root), root, upper.Location{Backend: upper.DiskImage, Base: "base", Limit: upper.LimitOf(size)})
+			prepare := func() error {
+				dirs, err := u.Prepare(t.Context(), upper.RootAttr{Mode: 0o755})
+				if err == nil {
+					dirs.Close()
+				}
+				return err
+			}
+			check(errors.Join(prepare(), u.Release(t.Context())))
+			image, err := os.OpenFile(filepath.Join(dir, "base/disk.img"), os.O_RDWR, 0)
+			check(err)
+			defer image.Close()
+			// As pods write, here and there.
+			data := make([]byte, block)
+			for at := int64(0); at < size; at += 2 * block {
+				_, err := image.ReadAt(data, at)
+				check(err)
+				_, err = image.WriteAt(data, at)
+				check(err)
+			}
+			check(image.Sync())
+			// On a full disk it could not be made.
+			check(os.WriteFile(filepath.Join(dir, "filler 2"), nil, 0o600))
+			check(drivertest.FillUp(filepath.Join(dir, "filler")))
+			if err := errors.Join(prepare(), u.Release(t.Context())); err != nil {
+				t.Errorf("Prepare of an image with all of its blocks on a full disk: %v", err)
+			}
+			check(unix.Fallocate(int(image.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, size-2*block, block))
+			check(drivertest.FillUp(filepath.Join(dir, "filler 2")))
+			stat, err := linux.StatFile(image)
+			check(err)
+			if err := prepare(); !errors.Is(err, unix.ENOSPC) && !errdefs.IsResourceExhausted(err) {
+				t.Errorf("Prepare of an image of %d bytes that takes %d, with a hole of %d, on a full disk: %v, want ENOSPC",
+					size, stat.DiskBytes(), block, err)
+			}
+		})
+	}
+}
