@@ -234,11 +234,13 @@ func (b *Ballast) ReplaceFile(dir *os.File, name string, data []byte, sync bool)
 	}
 	b.begin()
 	defer b.end()
-	given := firstGiven
+	// A record that is larger than one of the files needs the blocks of others.
+	given := max(firstGiven, len(data)/ballastFileBytes)
 	for range ballastTries {
 		spare, ok := b.take(len(data))
 		if !ok {
-			return err
+			// What was given up is free, unless a neighbour was faster.
+			return linux.WriteFileAtomic(dir, name, data, sync)
 		}
 		err = linux.WriteFileAtomicInto(b.dir, spare, dir, name, data)
 		b.giveBack(spare)
@@ -291,8 +293,8 @@ func (b *Ballast) take(size int) (name string, ok bool) {
 	if size <= spareBytes {
 		return pop(&b.spares, &b.whole)
 	}
-	// A spare file may have been a record as large.
-	return pop(&b.whole, &b.spares)
+	// A spare file may have been a record as large, and one without blocks has an inode.
+	return pop(&b.whole, &b.spares, &b.partial)
 }
 
 // giveBack adds a file that was taken, if it is still there.

@@ -2,9 +2,12 @@ package dataroot
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -118,5 +121,60 @@ func TestReplacedFileIsNotOverwritten(t *testing.T) {
 	got, err := os.ReadFile(filepath.Join(root, "a"))
 	if err != nil || string(got) != "old a" && string(got) != "new a" {
 		t.Errorf("after a power cut the record of a is %q, %v", got, err)
+	}
+}
+
+// TestReplaceLargeFileOnAFullDisk: records of more than one file of the ballast, beside a neighbour that takes whatever becomes free. What
+// cannot be written beside such a neighbour leaves the record before.
+func TestReplaceLargeFileOnAFullDisk(t *testing.T) {
+	for _, greedy := range []bool{false, true} {
+		for _, size := range []int{100 << 10, 300 << 10, 600 << 10} {
+			t.Run(fmt.Sprintf("%d KiB, neighbour: %v", size>>10, greedy), func(t *testing.T) {
+				b, root := newBallast(t)
+				dir, err := linux.OpenDir(root)
+				must(t, err)
+				defer dir.Close()
+				record := func(i int) string { return strings.Repeat(strconv.Itoa(i%10), size) }
+				must(t, b.ReplaceFile(dir, "record", []byte(record(0)), true))
+				wantMissing(t, b, 0)
+				must(t, drivertest.FillUp(filepath.Join(root, "filler")))
+				if greedy {
+					file, err := os.OpenFile(filepath.Join(root, "filler"), os.O_WRONLY|os.O_APPEND, 0)
+					must(t, err)
+					done := make(chan struct{})
+					var group sync.WaitGroup
+					group.Go(func() {
+						defer file.Close()
+						for {
+							select {
+							case <-done:
+								return
+							default:
+								_, _ = file.Write(make([]byte, 4096))
+							}
+						}
+					})
+					defer group.Wait()
+					defer close(done)
+				}
+				failed := 0
+				last := record(0)
+				for i := range 40 {
+					if err := b.ReplaceFile(dir, "record", []byte(record(i)), true); err != nil {
+						failed++
+					} else {
+						last = record(i)
+					}
+					if got, err := os.ReadFile(filepath.Join(root, "record")); err != nil || string(got) != last {
+						t.Fatalf("%d bytes, want %d: %v", len(got), len(last), err)
+					}
+				}
+				missing, _ := b.Missing()
+				t.Logf("%d of 40 failed, %d files are missing", failed, missing)
+				if failed > 0 && !greedy {
+					t.Errorf("%d of 40 records could not be written", failed)
+				}
+			})
+		}
 	}
 }
