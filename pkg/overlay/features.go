@@ -13,6 +13,8 @@ type Features struct {
 	StatMount     bool
 	DetachedLayer bool
 	IDMappedUpper bool
+	// NoNamespaces is set if it is not known whether the kernel has IDMappedUpper: the node allowed no user namespace to try it.
+	NoNamespaces bool
 }
 
 // Feature describes a kernel feature.
@@ -90,7 +92,11 @@ func FeatureNames() []string {
 func (f Features) Fallbacks() []string {
 	var fallbacks []string
 	for _, feature := range kernelFeatures {
-		if !*feature.field(&f) {
+		switch {
+		case *feature.field(&f):
+		case f.NoNamespaces && feature.field(&f) == &f.IDMappedUpper:
+			fallbacks = append(fallbacks, fmt.Sprintf("no %s (%s and start the driver again): %s", feature.Name, errNoNamespace, feature.Fallback))
+		default:
 			fallbacks = append(fallbacks, fmt.Sprintf("no %s: %s", feature.Name, feature.Fallback))
 		}
 	}

@@ -117,11 +117,19 @@ func (n *namespaces) open(maps idMaps) (*os.File, error) {
 
 func newNamespace(maps idMaps) (*os.File, error) {
 	namespace, err := mount.GetUsernsFD(maps.users, maps.groups)
-	if err != nil {
-		return nil, fmt.Errorf("make a user namespace for ID-mapped mounts (sysctl user.max_user_namespaces): %w", err)
+	switch {
+	case errors.Is(err, syscall.ENOSPC):
+		// Without the number, which is that of a full disk.
+		return nil, fmt.Errorf("%w: %w (%s)", errdefs.ErrFailedPrecondition, errNoNamespace, err.Error())
+	case err != nil:
+		return nil, fmt.Errorf("make a user namespace for ID-mapped mounts: %w", err)
 	}
 	return namespace, nil
 }
+
+// errNoNamespace says that the kernel allows no other user namespace, which says nothing of what it can do.
+var errNoNamespace = errors.New("the node allows no other user namespace, which ID-mapped mounts need; raise the sysctl " +
+	"user.max_user_namespaces")
 
 func (n *namespaces) close() {
 	n.mu.Lock()

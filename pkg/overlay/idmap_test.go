@@ -1,11 +1,18 @@
 package overlay
 
 import (
+	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
 func TestMapping(t *testing.T) {
@@ -64,6 +71,39 @@ func TestUpperGroups(t *testing.T) {
 				t.Errorf("the upper is in use: %v, %v", inUse, err)
 			}
 		})
+	}
+}
+
+// exhaustedEnv is set in the process that TestNoUserNamespaces runs where there may be no user namespace.
+const exhaustedEnv = "OVERLAY_CSI_TEST_NO_NAMESPACES"
+
+// TestNoUserNamespaces: the kernel's limit of user namespaces has the number of a full disk, and is not what an old kernel says.
+func TestNoUserNamespaces(t *testing.T) {
+	if os.Getenv(exhaustedEnv) == "" {
+		needs.Root(t)
+		again := exec.Command(os.Args[0], "-test.run=^TestNoUserNamespaces$", "-test.v")
+		again.Env = append(os.Environ(), exhaustedEnv+"=1")
+		all := []syscall.SysProcIDMap{{Size: 65536}}
+		// A limit of its own, which others do not have.
+		again.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNS, UidMappings: all, GidMappings: all}
+		if output, err := again.CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, output)
+		}
+		return
+	}
+	check(t, os.WriteFile("/proc/sys/user/max_user_namespaces", []byte("0"), 0))
+	_, err := newNamespace(idMaps{mapping(), mapping(Swap{0, 1})})
+	if !errdefs.IsFailedPrecondition(err) || errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "user.max_user_namespaces") {
+		t.Errorf("no namespace: %v; want FailedPrecondition with the name of the sysctl, and not ENOSPC", err)
+	}
+	features, err := Probe(t.TempDir())
+	check(t, err)
+	if text := strings.Join(features.Fallbacks(), "\n"); features.IDMappedUpper || !strings.Contains(text, "user.max_user_namespaces") {
+		t.Errorf("fallbacks: %s; want the sysctl in them", text)
+	}
+	m := &Mounter{features: Features{IDMappedUpper: true}}
+	if maps, err := m.MapsGroups(open(t, t.TempDir()), []Swap{{1, 2}}); maps || err != nil {
+		t.Errorf("an upper can be mapped: %v, %v; want that its files are gone over", maps, err)
 	}
 }
 

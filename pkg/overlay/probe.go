@@ -29,7 +29,9 @@ func Probe(dir string) (Features, error) {
 	var features Features
 	for _, feature := range slices.Backward(kernelFeatures) {
 		if features.has(feature.Needs) {
-			*feature.field(&features) = feature.probe(p) == nil
+			err := feature.probe(p)
+			*feature.field(&features) = err == nil
+			features.NoNamespaces = features.NoNamespaces || errors.Is(err, errNoNamespace)
 		}
 	}
 	return features, nil

@@ -16,7 +16,7 @@ func (m *Mounter) MapsGroups(upper *os.File, swaps []Swap) (bool, error) {
 		return false, nil
 	}
 	base, err := m.mapBase(upper, swaps)
-	if errors.Is(err, errNotMappable) {
+	if errors.Is(err, errNotMappable) || errors.Is(err, errNoNamespace) {
 		return false, nil
 	}
 	if err != nil {
