@@ -84,6 +84,9 @@ func FindLoop(path, mountPoint string) (*os.File, error) {
 			}
 		}
 	}
+	if isOpenNowhere(path) {
+		return nil, &os.PathError{Op: "find loop device", Path: path, Err: fs.ErrNotExist}
+	}
 	resolved, err := filepath.EvalSymlinks(path)
 	if err != nil {
 		return nil, err
@@ -106,6 +109,23 @@ func FindLoop(path, mountPoint string) (*os.File, error) {
 		}
 	}
 	return nil, &os.PathError{Op: "find loop device", Path: path, Err: fs.ErrNotExist}
+}
+
+// isOpenNowhere reports whether a file is open nowhere for writing, so that it is not bound to a loop device that could write to it: a
+// write lease is given for no other file (F_SETLEASE, fcntl(2)). It is given back at once. False says nothing.
+func isOpenNowhere(path string) bool {
+	file, err := Open(nil, path, os.O_RDWR|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return false
+	}
+	defer file.Close()
+	return call("F_SETLEASE", file, func(fd int) error {
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+			return err
+		}
+		_, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_UNLCK)
+		return err
+	}) == nil
 }
 
 // mayBeBoundTo reports whether the file of a loop device can be the one at path. The kernel knows the file's name and its directory's as
@@ -180,6 +200,9 @@ func KeepLoopBlocks(loop *os.File) error {
 	}
 	return os.WriteFile(discardLimit(name), []byte("0"), 0)
 }
+
+// RefusesDiscards reports whether a loop device refuses discards.
+func RefusesDiscards(loop *os.File) bool { return refusesDiscards(filepath.Base(loop.Name())) }
 
 func discardLimit(name string) string {
 	return filepath.Join("/sys/block", name, "queue/discard_max_bytes")

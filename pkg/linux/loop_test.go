@@ -137,6 +137,26 @@ func opensOf(t *testing.T, watch, pid int) (opened int) {
 	}
 }
 
+// BenchmarkFindNoLoop looks for an image that has no device, as each publish of one that is at rest does.
+func BenchmarkFindNoLoop(b *testing.B) {
+	needs.Root(b)
+	for _, others := range []int{10, 300} {
+		b.Run(fmt.Sprint("others=", others), func(b *testing.B) {
+			dir := b.TempDir()
+			attachImages(b, dir, others)
+			path := filepath.Join(dir, "disk.img")
+			if err := os.WriteFile(path, nil, 0o600); err != nil {
+				b.Fatal(err)
+			}
+			for b.Loop() {
+				if _, err := FindLoop(path, dir); !errors.Is(err, fs.ErrNotExist) {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
 // BenchmarkFindLoop looks for one of a hundred images.
 func BenchmarkFindLoop(b *testing.B) {
 	needs.Root(b)

@@ -153,10 +153,14 @@ func (d diskImage) attach(ctx context.Context, made bool) (*os.File, error) {
 			return nil, err
 		}
 	}
-	if d.sparse {
-		removeFreeLoops()
-	}
 	loop, err := linux.AttachLoop(image)
+	if err == nil && d.sparse && linux.RefusesDiscards(loop) {
+		// It is one that another image left.
+		loop.Close()
+		removeLoop(loop.Name())
+		removeFreeLoops()
+		loop, err = linux.AttachLoop(image)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("attach the disk image %s to a loop device: %w", d.file(), err)
 	}
@@ -254,8 +258,8 @@ func removeLoop(name string) {
 }
 
 // removeFreeLoops removes the loop devices that could not be removed when their images were released, or that a crash or a failed mount
-// left: whoever got one of them could not discard there. It is done when another image is released, before a device is wanted that takes
-// discards, and at start.
+// left: whoever got one of them could not discard there. It is done when another image is released, when a device is wanted that takes
+// discards and is given one that does not, and at start.
 func removeFreeLoops() {
 	free, err := linux.FreeLoopsWithoutDiscards()
 	if err != nil {
