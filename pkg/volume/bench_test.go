@@ -1,6 +1,7 @@
 package volume_test
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/go-logr/logr"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 	mount "k8s.io/mount-utils"
 	"k8s.io/utils/exec"
@@ -67,10 +69,43 @@ func BenchmarkPublishImage(b *testing.B) {
 	}
 }
 
+// BenchmarkReconcile is one round of the loop with so many views, without an upper in another volume and with one.
+func BenchmarkReconcile(b *testing.B) {
+	for name, counts := range map[string][]int{"data-root": {100, 1000, 5000}, "pod-volume": {100, 500}} {
+		for _, count := range counts {
+			b.Run(fmt.Sprint(name, "/views=", count), func(b *testing.B) {
+				n := newBenchNode(b)
+				made := n.dirs(3)
+				if name == "pod-volume" {
+					made = n.parseKeys(map[string]string{"layers": "dir://r/layer-0", "upper": "volume://scratch"})
+				}
+				for i := range count {
+					n.keep(i, made)
+				}
+				before := cpuTime(b)
+				for b.Loop() {
+					n.reconcile()
+				}
+				each := float64(b.N) * float64(count)
+				b.ReportMetric(float64((cpuTime(b)-before).Microseconds())/each, "cpu-µs/view")
+			})
+		}
+	}
+}
+
+func cpuTime(b *testing.B) time.Duration {
+	var usage unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &usage); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+}
+
 // benchNode is a manager with all that it needs.
 type benchNode struct {
 	b       *testing.B
 	dir     string
+	config  volume.Config
 	manager *volume.Manager
 	certs   string
 	count   int
@@ -121,10 +156,51 @@ func newBenchNode(b *testing.B) *benchNode {
 		Mounter: mounter, InUse: volume.UpperInUse(records),
 	})
 	klog.SetLogger(logr.Discard())
-	return &benchNode{b: b, dir: dir, certs: certs, manager: volume.NewManager(volume.Config{
+	config := volume.Config{
 		Node: "n", BootID: "b", ReconcileInterval: time.Hour, Overcommit: 1, Root: root, Records: records, Mounter: mounter,
 		Layers: layer.NewResolver(roots, podVolumes, images), PodVolumes: podVolumes, Pods: kubeletDir, Backends: backends,
-	})}
+	}
+	return &benchNode{b: b, dir: dir, certs: certs, config: config, manager: volume.NewManager(config)}
+}
+
+// keep publishes a volume in a pod of its own, which has a tmpfs for another volume, until the benchmark ends.
+func (n *benchNode) keep(i int, made spec.Spec) {
+	uid := fmt.Sprintf("00000000-0000-0000-0000-%012d", i)
+	volumes := filepath.Join(n.dir, "kubelet/pods", uid, "volumes")
+	scratch, target := filepath.Join(volumes, "kubernetes.io~empty-dir/scratch"), filepath.Join(volumes, "kubernetes.io~csi/v/mount")
+	check := func(err error) {
+		if err != nil {
+			n.b.Helper()
+			n.b.Fatal(err)
+		}
+	}
+	check(os.MkdirAll(filepath.Dir(target), 0o755))
+	if made.UpperRef != nil {
+		check(os.MkdirAll(scratch, 0o755))
+		check(unix.Mount("tmpfs", scratch, "tmpfs", 0, "size=1m"))
+		// So kubelet says that it is mounted.
+		ready := filepath.Join(n.dir, "kubelet/pods", uid, "plugins/kubernetes.io~empty-dir/scratch")
+		check(os.MkdirAll(ready, 0o755))
+		check(os.WriteFile(filepath.Join(ready, "ready"), nil, 0o600))
+		n.b.Cleanup(func() { check(unix.Unmount(scratch, unix.MNT_DETACH)) })
+	}
+	id := fmt.Sprint("kept-", i)
+	check(n.manager.Publish(n.b.Context(), volume.PublishRequest{
+		VolumeID: id, Target: target, Spec: made, Inline: true, Pod: kubelet.Pod{UID: uid},
+		Attributes: overlay.Attributes{NoSUID: true, NoDev: true},
+	}))
+	n.b.Cleanup(func() { check(n.manager.Unpublish(context.Background(), id, target)) })
+}
+
+// reconcile has another manager of the node reconcile once.
+func (n *benchNode) reconcile() {
+	ctx, stop := context.WithCancel(n.b.Context())
+	defer stop()
+	manager := volume.NewManager(n.config)
+	go manager.Run(ctx)
+	for !manager.Ready() {
+		time.Sleep(time.Millisecond)
+	}
 }
 
 // dirs is a volume of so many directories.
@@ -170,7 +246,11 @@ func (n *benchNode) image(count int) spec.Spec {
 }
 
 func (n *benchNode) parse(layers string) spec.Spec {
-	parsed, err := spec.Parse(map[string]string{"layers": layers}, spec.Scope{Inline: true})
+	return n.parseKeys(map[string]string{"layers": layers})
+}
+
+func (n *benchNode) parseKeys(keys map[string]string) spec.Spec {
+	parsed, err := spec.Parse(keys, spec.Scope{Inline: true})
 	if err != nil {
 		n.b.Fatal(err)
 	}

@@ -18,8 +18,9 @@ import (
 
 // bench is a node of one scenario.
 type bench struct {
-	node   *drivertest.Node
-	layers string
+	node     *drivertest.Node
+	layers   string
+	follower *follower
 }
 
 // view is a volume of a pod.
@@ -29,7 +30,7 @@ type view struct {
 }
 
 // newBench starts a driver in a directory of its own, with three small layers.
-func newBench(ctx context.Context, dir, name, binary string, args ...string) (*bench, error) {
+func newBench(ctx context.Context, follower *follower, dir, name, binary string, args ...string) (*bench, error) {
 	node, err := drivertest.NewNode(filepath.Join(dir, name), binary, args...)
 	if err != nil {
 		return nil, err
@@ -43,7 +44,7 @@ func newBench(ctx context.Context, dir, name, binary string, args ...string) (*b
 			return nil, errors.Join(err, node.Kill())
 		}
 	}
-	return &bench{node: node, layers: drivertest.Layers(names...)}, nil
+	return &bench{node: node, layers: drivertest.Layers(names...), follower: follower}, nil
 }
 
 // close ends the driver, and gives back the disk that the scenario took.

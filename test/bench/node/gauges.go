@@ -24,11 +24,13 @@ type gauges struct {
 	files, threads                   int
 	mounts, loops, entries           int
 	readMounts, driverCPU, systemCPU time.Duration
+	followerCPU                      time.Duration
+	followerReads                    int64
 }
 
 // read reads what the driver has and takes now.
 func (b *bench) read(name string) (gauges, error) {
-	g, err := readSystem(name)
+	g, err := b.readSystem(name)
 	if err != nil {
 		return g, err
 	}
@@ -61,7 +63,7 @@ func (b *bench) read(name string) (gauges, error) {
 }
 
 // readSystem reads what does not depend on the driver.
-func readSystem(name string) (gauges, error) {
+func (b *bench) readSystem(name string) (gauges, error) {
 	g := gauges{name: name}
 	begin := time.Now()
 	table, err := os.ReadFile("/proc/self/mountinfo")
@@ -69,6 +71,7 @@ func readSystem(name string) (gauges, error) {
 		return g, err
 	}
 	g.readMounts, g.mounts = time.Since(begin), bytes.Count(table, []byte("\n"))
+	g.followerCPU, g.followerReads = time.Duration(b.follower.cpu.Load()), b.follower.reads.Load()
 	g.systemCPU, err = processorTime("/proc/1")
 	return g, err
 }
@@ -162,6 +165,9 @@ func printGauges(all ...gauges) {
 	ofDriver("files and directories of the driver", func(g gauges) string { return strconv.Itoa(g.entries) })
 	row("mounts", func(g gauges) string { return strconv.Itoa(g.mounts) })
 	row("one read of the mount table", func(g gauges) string { return durations.Milliseconds(g.readMounts) })
+	row("CPU time of a process that follows the mount table as systemd does, and its reads", func(g gauges) string {
+		return fmt.Sprintf("%s, %d", seconds(g.followerCPU-all[0].followerCPU), g.followerReads-all[0].followerReads)
+	})
 	row("CPU time of process 1", func(g gauges) string {
 		if !isSystemd() {
 			return "not systemd"

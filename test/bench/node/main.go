@@ -33,7 +33,7 @@ func main() {
 	flag.BoolVar(&o.reserve, "reserve", false, "reserve the disk of these disk images, as without --overcommit; they are sparse otherwise")
 	flag.IntVar(&o.pods, "pods", 110, "pods that start at once")
 	flag.IntVar(&o.rate, "rate", 30, "claims in a second that are made, published, unpublished and deleted")
-	flag.DurationVar(&o.churn, "churn", time.Hour, "how long claims are made and deleted")
+	flag.DurationVar(&o.churn, "churn", 3*time.Minute, "how long claims are made and deleted")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -53,6 +53,8 @@ func run(ctx context.Context, o options) (err error) {
 	if err != nil {
 		return err
 	}
+	follower, stop := follow()
+	defer func() { err = errors.Join(err, stop()) }()
 	fmt.Printf("%s, %d CPUs\n", runtime.Version(), runtime.NumCPU())
 	for _, scenario := range []struct {
 		name string
@@ -69,7 +71,7 @@ func run(ctx context.Context, o options) (err error) {
 		if scenario.size == 0 {
 			continue
 		}
-		b, err := newBench(ctx, dir, scenario.name, binary, scenario.args...)
+		b, err := newBench(ctx, follower, dir, scenario.name, binary, scenario.args...)
 		if err == nil {
 			err = errors.Join(scenario.run(ctx, b, o), b.close())
 		}

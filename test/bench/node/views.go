@@ -21,7 +21,7 @@ func manyViews(ctx context.Context, b *bench, o options) error {
 	if err != nil {
 		return err
 	}
-	bound, err := bindMounts(filepath.Join(b.node.Dir, "bound"), o.views)
+	bound, err := b.bindMounts(filepath.Join(b.node.Dir, "bound"), o.views)
 	if err != nil {
 		return err
 	}
@@ -125,12 +125,12 @@ func (b *bench) each(ctx context.Context, name string, views []view, do func(con
 }
 
 // bindMounts makes and removes plain bind mounts, as subPath mounts of a container are, and returns what the node has with them.
-func bindMounts(dir string, n int) ([]gauges, error) {
+func (b *bench) bindMounts(dir string, n int) ([]gauges, error) {
 	source := filepath.Join(dir, "source")
 	if err := os.MkdirAll(source, 0o755); err != nil {
 		return nil, err
 	}
-	before, err := readSystem("before binds")
+	before, err := b.readSystem("before binds")
 	if err != nil {
 		return nil, err
 	}
@@ -145,7 +145,7 @@ func bindMounts(dir string, n int) ([]gauges, error) {
 		}
 	}
 	mounted.print("mount --bind")
-	full, err := readSystem(fmt.Sprintf("%d binds", n))
+	full, err := b.readSystem(fmt.Sprintf("%d binds", n))
 	if err != nil {
 		return nil, err
 	}
@@ -155,5 +155,6 @@ func bindMounts(dir string, n int) ([]gauges, error) {
 		}
 	}
 	unmounted.print("umount of a bind mount")
-	return []gauges{before, full}, nil
+	after, err := b.readSystem("binds unmounted")
+	return []gauges{before, full, after}, err
 }
