@@ -76,16 +76,15 @@ func (l *ledger) choose(r *record.Record) (upper.Backend, error) {
 	return l.uppers.backends.Choose(need)
 }
 
-// reserve saves the record of a new volume, if the node has room for it.
+// reserve saves the record of a new volume with one upper, if the node has room for it. Others do not wait until the record is on the
+// disk.
 func (l *ledger) reserve(ctx context.Context, r *record.Record) error {
-	if err := l.turn.Acquire(ctx, 1); err != nil {
-		return err
-	}
-	defer l.turn.Release(1)
 	if reserves(r) {
-		if err := l.check(ctx, r.Size); err != nil {
+		release, err := l.reserveMore(ctx, r, r.Size)
+		if err != nil {
 			return err
 		}
+		defer release()
 	}
 	return l.save(r)
 }
@@ -110,7 +109,7 @@ func (l *ledger) grow(ctx context.Context, r *record.Record, more int64, used []
 	return release, nil
 }
 
-// reserveMore reserves bytes for a volume that grows until release is called.
+// reserveMore reserves bytes for a volume that is made or grows, until release is called.
 func (l *ledger) reserveMore(ctx context.Context, r *record.Record, bytes int64) (release func(), err error) {
 	if bytes == 0 || !reserves(r) {
 		return func() {}, nil

@@ -81,6 +81,13 @@ func TestReservingEndsWithTheRequest(t *testing.T) {
 	if exists(n.records.Dir("v")) {
 		t.Error("a volume was made")
 	}
+	// One that reserves nothing does not wait.
+	none := parsed(t, rwo, spec.KeySizeLimit, "8Mi", spec.KeySizeEnforcement, "none")
+	ctx, cancel = context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := n.manager.Create(ctx, CreateRequest{Name: "none", Spec: none, Access: rwo.Access}); err != nil {
+		t.Errorf("a volume that reserves nothing: %v", err)
+	}
 	n.manager.ledger.turn.Release(1)
 	n.create(spec.KeySizeLimit, "8Mi")
 }

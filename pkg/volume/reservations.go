@@ -27,8 +27,8 @@ type reservations struct {
 	volumes map[string]*reservation
 	// reserved is what they reserve together, and allocated how much of that they took of the disk when it was measured.
 	reserved, allocated int64
-	// growing has the new size of each volume that is growing, which its record does not say before it is done. What it takes of the disk
-	// meanwhile is taken of that size.
+	// growing has the new size of each volume that is made or is growing, which its record does not say before it is done. What it takes
+	// of the disk meanwhile is taken of that size.
 	growing map[string]int64
 	// available is what was free on the disk when allocated was measured, which is good enough until the time in valid.
 	available int64
@@ -237,7 +237,10 @@ func (v *reservations) state(ctx context.Context, exact bool) (usable, reserved 
 func (v *reservations) reservedNow() int64 {
 	sum := v.reserved
 	for id, size := range v.growing {
-		if r := v.volumes[id]; r != nil && size > r.size {
+		switch r := v.volumes[id]; {
+		case r == nil:
+			sum += size
+		case size > r.size:
 			sum += (size - r.size) * int64(len(r.uppers))
 		}
 	}
