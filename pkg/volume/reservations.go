@@ -227,7 +227,7 @@ func (v *reservations) state(ctx context.Context, exact bool) (usable, reserved 
 	}
 	v.available = min(before, after)
 	v.valid = time.Time{}
-	if len(measured) >= manyVolumes {
+	if len(measured) >= manyVolumes && ctx.Err() == nil {
 		v.valid = time.Now().Add(measureFactor * time.Since(began))
 	}
 	return v.available + v.allocated, v.reservedNow(), nil
