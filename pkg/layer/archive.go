@@ -14,17 +14,13 @@ import (
 
 // openArchiveInTime is openArchive where the file system answers. It returns ErrDoesNotAnswer where it does not.
 func (r *Roots) openArchiveInTime(ctx context.Context, ref reference.Reference) (*os.File, error) {
-	question, err := r.questions.begin("layer root "+ref.Name(), ref.Path(), patience)
-	if err != nil {
-		return nil, err
-	}
-	return question.open(ctx, func() (*os.File, error) { return r.openArchive(ref) })
+	return r.questions.askOne(ctx, patience, rootName(ref.Name()), ref.Path(), func() (*os.File, error) { return r.openArchive(ref) })
 }
 
 // openArchive opens the file, or the directory of an OCI layout, that an archive:// reference names, for reading. Its errors are those
 // of openDir.
 func (r *Roots) openArchive(ref reference.Reference) (*os.File, error) {
-	opened := newOpenedRoots()
+	opened := openedRoots{}
 	defer opened.close()
 	at, err := r.openRootOf(ref, opened)
 	if err != nil {

@@ -34,73 +34,96 @@ type questions struct {
 	overdue map[string]map[string]time.Time
 }
 
-// question is one that may be asked: to open what is at a path beneath a root.
+// question is what one caller asks file systems for, one thing after the other.
 type question struct {
-	all        *questions
+	all   *questions
+	files []*os.File
+
+	// root and path are what is asked for, and began is when that began. They are protected by all.mu.
 	root, path string
-	patience   time.Duration
+	began      time.Time
+	// answered is set when nothing more is asked for, and left when nobody waits for the answer. They are protected by all.mu.
+	answered, left bool
 }
 
-// begin returns a question. It returns ErrDoesNotAnswer if the answer to an earlier one is overdue.
-func (q *questions) begin(root, path string, patience time.Duration) (question, error) {
-	return question{q, root, path, patience}, q.refuse(root, path)
-}
-
-// open calls do, which opens the file, and has the file system answer for the file. It returns ErrDoesNotAnswer if that takes too long,
-// and waits for a second at most when ctx has ended. What do returns later is closed.
-func (q question) open(ctx context.Context, do func() (*os.File, error)) (*os.File, error) {
-	type answer struct {
-		file *os.File
-		err  error
-	}
-	began := time.Now()
-	answered, left := make(chan answer), make(chan struct{})
+// ask calls do, which opens files with question.open, and returns these files. It returns ErrDoesNotAnswer if one of them takes longer
+// than patience, and waits for a second at most when ctx has ended. What is opened later is closed.
+func (q *questions) ask(ctx context.Context, patience time.Duration, do func(*question) error) ([]*os.File, error) {
+	asked := &question{all: q, began: time.Now()}
+	answer := make(chan error, 1)
 	go func() {
-		file, err := do()
-		if err == nil {
-			// What was opened may have been remembered of a server that is away. The mount would wait for it.
-			err = linux.Revalidate(file)
+		err := do(asked)
+		if left := asked.end(); err != nil || left {
+			closeAll(asked.files)
 		}
-		select {
-		case answered <- answer{file, err}:
-			return
-		case <-left:
-			q.all.end(q.root, q.path)
-		}
-		if file != nil {
-			file.Close()
-		}
+		answer <- err
 	}()
-	timer := time.NewTimer(q.patience)
+	timer := time.NewTimer(patience)
 	defer timer.Stop()
 	ended := ctx.Done()
-	for waiting := true; waiting; {
+	for {
 		select {
-		case a := <-answered:
-			if a.err != nil && a.file != nil {
-				a.file.Close()
+		case err := <-answer:
+			if err != nil {
+				return nil, err
 			}
-			return a.file, a.err
+			return asked.files, nil
 		case <-ended:
-			ended = nil
+			ended, patience = nil, 0
 			timer.Reset(endsWithin)
 		case <-timer.C:
-			waiting = false
+			left, err := asked.leave(patience)
+			if err != nil && ctx.Err() != nil {
+				return nil, fmt.Errorf("wait for %s: %w", asked.root, context.Cause(ctx))
+			}
+			if err != nil {
+				return nil, err
+			}
+			timer.Reset(left)
 		}
 	}
-	q.all.setOverdue(q.root, q.path, began)
-	close(left)
-	if ctx.Err() != nil {
-		return nil, fmt.Errorf("wait for %s: %w", q.root, context.Cause(ctx))
-	}
-	return nil, noAnswer(q.root, q.path, began)
 }
 
-// refuse returns an error if a question must not be asked now.
-func (q *questions) refuse(root, path string) error {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	overdue := q.overdue[root]
+// askOne is ask for one file.
+func (q *questions) askOne(
+	ctx context.Context, patience time.Duration, root, path string, do func() (*os.File, error),
+) (*os.File, error) {
+	files, err := q.ask(ctx, patience, func(asked *question) error { return asked.open(root, path, do) })
+	if err != nil {
+		return nil, err
+	}
+	return files[0], nil
+}
+
+// open calls do, which opens what is at a path beneath a root, and has the file system answer for it. It returns ErrDoesNotAnswer, and
+// does not call do, if an answer is overdue.
+func (q *question) open(root, path string, do func() (*os.File, error)) error {
+	if err := q.begin(root, path); err != nil {
+		return err
+	}
+	file, err := do()
+	if err != nil {
+		return err
+	}
+	q.files = append(q.files, file)
+	// What was opened may have been remembered of a server that is away. The mount would wait for it.
+	return linux.Revalidate(file)
+}
+
+func closeAll(files []*os.File) {
+	for _, file := range files {
+		file.Close()
+	}
+}
+
+// begin is called before something is asked for. The error says why it must not be.
+func (q *question) begin(root, path string) error {
+	q.all.mu.Lock()
+	defer q.all.mu.Unlock()
+	if q.left {
+		return noAnswer(q.root, q.path, q.began)
+	}
+	overdue := q.all.overdue[root]
 	if began, ok := overdue[path]; ok {
 		return noAnswer(root, path, began)
 	}
@@ -109,28 +132,41 @@ func (q *questions) refuse(root, path string) error {
 			return noAnswer(root, other, began)
 		}
 	}
+	q.root, q.path, q.began = root, path, time.Now()
 	return nil
 }
 
-func (q *questions) setOverdue(root, path string, began time.Time) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.overdue == nil {
-		q.overdue = map[string]map[string]time.Time{}
+// end is called when nothing more is asked for. It reports whether nobody waits for the answer.
+func (q *question) end() (left bool) {
+	q.all.mu.Lock()
+	defer q.all.mu.Unlock()
+	q.answered = true
+	if q.left {
+		delete(q.all.overdue[q.root], q.path)
+		if len(q.all.overdue[q.root]) == 0 {
+			delete(q.all.overdue, q.root)
+		}
 	}
-	if q.overdue[root] == nil {
-		q.overdue[root] = map[string]time.Time{}
-	}
-	q.overdue[root][path] = began
+	return q.left
 }
 
-func (q *questions) end(root, path string) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	delete(q.overdue[root], path)
-	if len(q.overdue[root]) == 0 {
-		delete(q.overdue, root)
+// leave ends the waiting if what is asked for was begun that long ago, and returns ErrDoesNotAnswer. Otherwise it returns how long is
+// left.
+func (q *question) leave(patience time.Duration) (time.Duration, error) {
+	q.all.mu.Lock()
+	defer q.all.mu.Unlock()
+	if left := patience - time.Since(q.began); left > 0 || q.answered {
+		return max(left, time.Millisecond), nil
 	}
+	q.left = true
+	if q.all.overdue == nil {
+		q.all.overdue = map[string]map[string]time.Time{}
+	}
+	if q.all.overdue[q.root] == nil {
+		q.all.overdue[q.root] = map[string]time.Time{}
+	}
+	q.all.overdue[q.root][q.path] = q.began
+	return 0, noAnswer(q.root, q.path, q.began)
 }
 
 func noAnswer(root, path string, began time.Time) error {

@@ -33,11 +33,7 @@ func testFileSystemThatDoesNotAnswer(t *testing.T) {
 	}
 	ask := func(ctx context.Context, root, path string, do func() (*os.File, error)) (time.Duration, error) {
 		began := time.Now()
-		question, err := q.begin(root, path, patience)
-		if err != nil {
-			return time.Since(began), err
-		}
-		file, err := question.open(ctx, do)
+		file, err := q.askOne(ctx, patience, root, path, do)
 		if err == nil {
 			file.Close()
 		}
@@ -99,5 +95,75 @@ func testFileSystemThatDoesNotAnswer(t *testing.T) {
 	}
 	if took, err := ask(t.Context(), "layer root a", "0", hangs); err != nil || took != 0 || len(q.overdue) > 0 {
 		t.Errorf("after the answer: after %s: %v, overdue: %v", took, err, q.overdue)
+	}
+}
+
+// TestFileSystemsAskedInTurn: each file system has the same time for its answer, and only the one that does not answer is not asked
+// again.
+func TestFileSystemsAskedInTurn(t *testing.T) {
+	synctest.Test(t, testFileSystemsAskedInTurn)
+}
+
+func testFileSystemsAskedInTurn(t *testing.T) {
+	var q questions
+	hung := make(chan struct{})
+	opened := make(chan *os.File, 10)
+	after := func(wait time.Duration, hung <-chan struct{}) func() (*os.File, error) {
+		return func() (*os.File, error) {
+			time.Sleep(wait)
+			if hung != nil {
+				<-hung
+			}
+			file, err := os.Open("/")
+			opened <- file
+			return file, err
+		}
+	}
+	ask := func(ctx context.Context, second <-chan struct{}) (files []*os.File, took time.Duration, err error) {
+		began := time.Now()
+		files, err = q.ask(ctx, patience, func(asked *question) error {
+			return errors.Join(
+				asked.open("layer root a", "first", after(patience-time.Second, nil)),
+				asked.open("layer root a", "second", after(patience-time.Second, second)),
+				asked.open("layer root b", "", after(patience-time.Second, nil)))
+		})
+		return files, time.Since(began), err
+	}
+	files, took, err := ask(t.Context(), nil)
+	if err != nil || len(files) != 3 || took != 3*(patience-time.Second) {
+		t.Errorf("slow file systems: after %s: %d files, %v", took, len(files), err)
+	}
+	closeAll(files)
+	_, took, err = ask(t.Context(), hung)
+	if !errors.Is(err, ErrDoesNotAnswer) || !strings.Contains(err.Error(), "second") || took != 2*patience-time.Second {
+		t.Errorf("the second does not answer: after %s: %v", took, err)
+	}
+	for path, want := range map[string]error{"first": nil, "second": ErrDoesNotAnswer} {
+		file, err := q.askOne(t.Context(), patience, "layer root a", path, func() (*os.File, error) { return os.Open("/") })
+		if !errors.Is(err, want) {
+			t.Errorf("ask the %s: %v", path, err)
+		}
+		file.Close()
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if _, took, err = ask(ctx, nil); !errors.Is(err, context.DeadlineExceeded) || took != time.Second+endsWithin {
+		t.Errorf("the request ended: after %s: %v", took, err)
+	}
+	close(hung)
+	time.Sleep(time.Minute)
+	synctest.Wait()
+	if len(q.overdue) > 0 {
+		t.Errorf("after the answers, overdue: %v", q.overdue)
+	}
+	// The third was not asked after the second, and for the request that had ended only the first was.
+	if n := len(opened); n != 3+2+1 {
+		t.Errorf("%d were opened", n)
+	}
+	for len(opened) > 0 {
+		file := <-opened
+		if _, err := file.Stat(); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("what was opened late is open: %v", err)
+		}
 	}
 }

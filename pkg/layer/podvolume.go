@@ -38,12 +38,8 @@ func (v *PodVolumes) Root(ctx context.Context, ref reference.Reference, pod kube
 func (v *PodVolumes) openInTime(ctx context.Context, ref reference.Reference, pod kubelet.Pod,
 	open func(ctx context.Context, ref reference.Reference, pod kubelet.Pod) (*os.File, error),
 ) (*os.File, error) {
-	question, err := v.questions.begin(fmt.Sprintf("volume %s of pod %s (%s)", ref.Name(), pod, pod.UID), ref.Path(),
-		v.volumes.Wait()+patience)
-	if err != nil {
-		return nil, err
-	}
-	return question.open(ctx, func() (*os.File, error) { return open(ctx, ref, pod) })
+	root := fmt.Sprintf("volume %s of pod %s (%s)", ref.Name(), pod, pod.UID)
+	return v.questions.askOne(ctx, v.volumes.Wait()+patience, root, ref.Path(), func() (*os.File, error) { return open(ctx, ref, pod) })
 }
 
 func (v *PodVolumes) open(ctx context.Context, ref reference.Reference, pod kubelet.Pod) (*os.File, error) {

@@ -33,9 +33,7 @@ func newResolvedLayers() *ResolvedLayers {
 
 // Close closes the directories and releases the leases on stored layers.
 func (l *ResolvedLayers) Close() {
-	for _, dir := range l.owned {
-		dir.Close()
-	}
+	closeAll(l.owned)
 	for _, lease := range l.leases {
 		lease.Release()
 	}

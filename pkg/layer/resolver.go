@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"os"
 	"slices"
 
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
@@ -43,10 +42,12 @@ func (r *Resolver) Resolve(ctx context.Context, refs []reference.Reference, req 
 	}
 	credentials = credentials.InNamespace(req.Pod.Namespace)
 	resolved := newResolvedLayers()
-	opened := newOpenedRoots()
-	defer opened.close()
-	for _, ref := range refs {
-		if err := r.resolve(ctx, ref, req, credentials, opened, resolved); err != nil {
+	for len(refs) > 0 {
+		var next []reference.Reference
+		if next, refs = splitDirs(refs); len(next) == 0 {
+			next, refs = refs[:1], refs[1:]
+		}
+		if err := r.resolve(ctx, next, req, credentials, resolved); err != nil {
 			resolved.Close()
 			return nil, err
 		}
@@ -54,17 +55,27 @@ func (r *Resolver) Resolve(ctx context.Context, refs []reference.Reference, req 
 	return resolved, nil
 }
 
-// resolve opens the directories of one reference and adds them to resolved.
+// splitDirs splits the references before the first that is not dir://.
+func splitDirs(refs []reference.Reference) (dirs, rest []reference.Reference) {
+	n := slices.IndexFunc(refs, func(ref reference.Reference) bool { return ref.Scheme() != reference.Dir })
+	if n < 0 {
+		n = len(refs)
+	}
+	return refs[:n], refs[n:]
+}
+
+// resolve opens the directories of one reference, or of several dir:// references, and adds them to resolved.
 func (r *Resolver) resolve(
-	ctx context.Context, ref reference.Reference, req Request, credentials registry.Credentials, opened *openedRoots, resolved *ResolvedLayers,
+	ctx context.Context, refs []reference.Reference, req Request, credentials registry.Credentials, resolved *ResolvedLayers,
 ) error {
+	ref := refs[0]
 	switch ref.Scheme() {
 	case reference.Dir:
-		dir, err := r.roots.openDirInTime(ctx, ref, opened)
-		if err != nil {
-			return err
+		dirs, err := r.roots.openDirsInTime(ctx, refs)
+		for _, dir := range dirs {
+			err = errors.Join(err, resolved.addDir(dir, false))
 		}
-		return resolved.addDir(dir, false)
+		return err
 	case reference.Volume:
 		dir, err := r.podVolumes.Open(ctx, ref, req.Pod)
 		if err != nil {
@@ -103,23 +114,22 @@ func (r *Resolver) Check(refs []reference.Reference) error {
 // CheckPresent returns the error of the first dir:// or archive:// reference that cannot be opened on this node, which is
 // ErrDoesNotAnswer where its file system does not answer. It does not check images, which can be pulled, and volumes of pods.
 func (r *Resolver) CheckPresent(ctx context.Context, refs []reference.Reference) error {
-	opened := newOpenedRoots()
-	defer opened.close()
-	for _, ref := range refs {
-		var file *os.File
-		var err error
+	for i, ref := range refs {
 		switch ref.Scheme() {
 		case reference.Dir:
-			file, err = r.roots.openDirInTime(ctx, ref, opened)
+			dirs, err := r.roots.openDirsInTime(ctx, refs[i:i+1])
+			if err != nil {
+				return err
+			}
+			closeAll(dirs)
 		case reference.Archive:
-			file, err = r.roots.openArchiveInTime(ctx, ref)
-		default:
-			continue
+			archive, err := r.roots.openArchiveInTime(ctx, ref)
+			if err != nil {
+				return err
+			}
+			archive.Close()
+		case reference.OCI, reference.Volume:
 		}
-		if err != nil {
-			return err
-		}
-		file.Close()
 	}
 	return nil
 }

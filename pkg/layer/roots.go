@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"syscall"
 
 	"github.com/containerd/errdefs"
@@ -87,26 +86,11 @@ func (o openedRoot) close() {
 	}
 }
 
-// openedRoots are the roots that one resolution has opened. Each root is opened once for all layers beneath it.
-type openedRoots struct {
-	byName map[string]openedRoot
-	// users are the resolution, and a question of it that has not been answered. Only one of them works with the roots at a time: the
-	// resolution ends with a question that it does not wait for.
-	users atomic.Int32
-}
+// openedRoots are layer roots that are open, by name. Each is opened once for all layers beneath it.
+type openedRoots map[string]openedRoot
 
-func newOpenedRoots() *openedRoots {
-	o := &openedRoots{byName: map[string]openedRoot{}}
-	o.users.Store(1)
-	return o
-}
-
-// close closes the roots for one user, the last one for all.
-func (o *openedRoots) close() {
-	if o.users.Add(-1) > 0 {
-		return
-	}
-	for _, root := range o.byName {
+func (o openedRoots) close() {
+	for _, root := range o {
 		root.close()
 	}
 }
@@ -124,18 +108,17 @@ func (r *Roots) openRoot(root Root) (openedRoot, error) {
 	return opened, nil
 }
 
+// rootName is what a layer root is called in errors.
+func rootName(name string) string { return "layer root " + name }
+
 // openRootInTime opens the directory of a layer root where the file system answers. It returns ErrDoesNotAnswer where it does not.
 func (r *Roots) openRootInTime(ctx context.Context, name string) (*os.File, error) {
-	question, err := r.questions.begin("layer root "+name, "", patience)
-	if err != nil {
-		return nil, err
-	}
-	return question.open(ctx, func() (*os.File, error) { return linux.OpenDir(r.roots[name].Path) })
+	return r.questions.askOne(ctx, patience, rootName(name), "", func() (*os.File, error) { return linux.OpenDir(r.roots[name].Path) })
 }
 
 // openRootOf opens the layer root of a reference, unless it is in opened already, and adds it there.
-func (r *Roots) openRootOf(ref reference.Reference, opened *openedRoots) (openedRoot, error) {
-	if at, ok := opened.byName[ref.Name()]; ok {
+func (r *Roots) openRootOf(ref reference.Reference, opened openedRoots) (openedRoot, error) {
+	if at, ok := opened[ref.Name()]; ok {
 		return at, nil
 	}
 	root, err := r.find(ref)
@@ -146,26 +129,29 @@ func (r *Roots) openRootOf(ref reference.Reference, opened *openedRoots) (opened
 	if err != nil {
 		return openedRoot{}, fmt.Errorf("%w: layer %s: layer root %s: %w", errdefs.ErrUnavailable, ref, ref.Name(), err)
 	}
-	opened.byName[ref.Name()] = at
+	opened[ref.Name()] = at
 	return at, nil
 }
 
-// openDirInTime is openDir where the file system answers. It returns ErrDoesNotAnswer where it does not.
-func (r *Roots) openDirInTime(ctx context.Context, ref reference.Reference, opened *openedRoots) (*os.File, error) {
-	question, err := r.questions.begin("layer root "+ref.Name(), ref.Path(), patience)
-	if err != nil {
-		return nil, err
-	}
-	opened.users.Add(1)
-	return question.open(ctx, func() (*os.File, error) {
+// openDirsInTime opens the directories of dir:// references in their order, where the file systems answer. It returns ErrDoesNotAnswer
+// where one does not. They are asked by one goroutine: one for each of the layers would take longer than what they are asked.
+func (r *Roots) openDirsInTime(ctx context.Context, refs []reference.Reference) ([]*os.File, error) {
+	return r.questions.ask(ctx, patience, func(asked *question) error {
+		opened := openedRoots{}
 		defer opened.close()
-		return r.openDir(ref, opened)
+		for _, ref := range refs {
+			err := asked.open(rootName(ref.Name()), ref.Path(), func() (*os.File, error) { return r.openDir(ref, opened) })
+			if err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 }
 
 // openDir opens the directory of a dir:// reference (O_PATH). It returns ErrNotFound if there is none, and ErrInvalidArgument if the
 // path leaves the root.
-func (r *Roots) openDir(ref reference.Reference, opened *openedRoots) (*os.File, error) {
+func (r *Roots) openDir(ref reference.Reference, opened openedRoots) (*os.File, error) {
 	at, err := r.openRootOf(ref, opened)
 	if err != nil {
 		return nil, err
