@@ -32,7 +32,7 @@ func (r *Roots) openArchive(ref reference.Reference) (*os.File, error) {
 		return nil, err
 	}
 	defer handle.Close()
-	if err := r.checkArchive(at.dir, handle); err != nil {
+	if err := r.checkArchive(at.id, handle); err != nil {
 		return nil, fmt.Errorf("layer %s: %w", ref, err)
 	}
 	file, err := linux.Reopen(handle, os.O_RDONLY)
@@ -43,13 +43,13 @@ func (r *Roots) openArchive(ref reference.Reference) (*os.File, error) {
 }
 
 // checkArchive returns ErrInvalidArgument if what was opened beneath root is neither a file nor a directory, or is in the data root.
-func (r *Roots) checkArchive(root, handle *os.File) error {
+func (r *Roots) checkArchive(root linux.FileID, handle *os.File) error {
 	stat, err := linux.StatFile(handle)
 	switch {
 	case err != nil:
 		return err
 	case stat.IsDir():
-		return r.protected.check(root, handle)
+		return r.protected.check(root, handle, stat.ID())
 	case !stat.IsRegular():
 		return fmt.Errorf("%w: it is neither a file nor a directory", errdefs.ErrInvalidArgument)
 	}
@@ -66,5 +66,9 @@ func (r *Roots) checkArchive(root, handle *os.File) error {
 	if entry, err := linux.Fstatat(dir, filepath.Base(path)); err != nil || entry.ID() != stat.ID() {
 		return fmt.Errorf("%w: the archive was moved or replaced while it was opened", errdefs.ErrUnavailable)
 	}
-	return r.protected.check(root, dir)
+	dirStat, err := linux.StatFile(dir)
+	if err != nil {
+		return err
+	}
+	return r.protected.check(root, dir, dirStat.ID())
 }

@@ -36,8 +36,8 @@ type questions struct {
 
 // question is what one caller asks file systems for, one thing after the other.
 type question struct {
-	all   *questions
-	files []*os.File
+	all     *questions
+	answers []answer
 
 	// root and path are what is asked for, and began is when that began. They are protected by all.mu.
 	root, path string
@@ -46,28 +46,35 @@ type question struct {
 	answered, left bool
 }
 
+// answer is an open file, and what its file system said of it.
+type answer struct {
+	file        *os.File
+	id          linux.FileID
+	fingerprint linux.Fingerprint
+}
+
 // ask calls do, which opens files with question.open, and returns these files. It returns ErrDoesNotAnswer if one of them takes longer
 // than patience, and waits for a second at most when ctx has ended. What is opened later is closed.
-func (q *questions) ask(ctx context.Context, patience time.Duration, do func(*question) error) ([]*os.File, error) {
+func (q *questions) ask(ctx context.Context, patience time.Duration, do func(*question) error) ([]answer, error) {
 	asked := &question{all: q, began: time.Now()}
-	answer := make(chan error, 1)
+	answered := make(chan error, 1)
 	go func() {
 		err := do(asked)
 		if left := asked.end(); err != nil || left {
-			closeAll(asked.files)
+			asked.close()
 		}
-		answer <- err
+		answered <- err
 	}()
 	timer := time.NewTimer(patience)
 	defer timer.Stop()
 	ended := ctx.Done()
 	for {
 		select {
-		case err := <-answer:
+		case err := <-answered:
 			if err != nil {
 				return nil, err
 			}
-			return asked.files, nil
+			return asked.answers, nil
 		case <-ended:
 			ended, patience = nil, 0
 			timer.Reset(endsWithin)
@@ -88,31 +95,36 @@ func (q *questions) ask(ctx context.Context, patience time.Duration, do func(*qu
 func (q *questions) askOne(
 	ctx context.Context, patience time.Duration, root, path string, do func() (*os.File, error),
 ) (*os.File, error) {
-	files, err := q.ask(ctx, patience, func(asked *question) error { return asked.open(root, path, do) })
+	answers, err := q.ask(ctx, patience, func(asked *question) error {
+		_, err := asked.open(root, path, do)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
-	return files[0], nil
+	return answers[0].file, nil
 }
 
 // open calls do, which opens what is at a path beneath a root, and has the file system answer for it. It returns ErrDoesNotAnswer, and
 // does not call do, if an answer is overdue.
-func (q *question) open(root, path string, do func() (*os.File, error)) error {
+func (q *question) open(root, path string, do func() (*os.File, error)) (answer, error) {
 	if err := q.begin(root, path); err != nil {
-		return err
+		return answer{}, err
 	}
 	file, err := do()
 	if err != nil {
-		return err
+		return answer{}, err
 	}
-	q.files = append(q.files, file)
 	// What was opened may have been remembered of a server that is away. The mount would wait for it.
-	return linux.Revalidate(file)
+	id, fingerprint, err := linux.Revalidate(file)
+	opened := answer{file, id, fingerprint}
+	q.answers = append(q.answers, opened)
+	return opened, err
 }
 
-func closeAll(files []*os.File) {
-	for _, file := range files {
-		file.Close()
+func (q *question) close() {
+	for _, opened := range q.answers {
+		opened.file.Close()
 	}
 }
 

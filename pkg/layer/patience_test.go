@@ -119,21 +119,23 @@ func testFileSystemsAskedInTurn(t *testing.T) {
 			return file, err
 		}
 	}
-	ask := func(ctx context.Context, second <-chan struct{}) (files []*os.File, took time.Duration, err error) {
+	ask := func(ctx context.Context, second <-chan struct{}) (answers []answer, took time.Duration, err error) {
 		began := time.Now()
-		files, err = q.ask(ctx, patience, func(asked *question) error {
-			return errors.Join(
-				asked.open("layer root a", "first", after(patience-time.Second, nil)),
-				asked.open("layer root a", "second", after(patience-time.Second, second)),
-				asked.open("layer root b", "", after(patience-time.Second, nil)))
+		answers, err = q.ask(ctx, patience, func(asked *question) error {
+			_, firstErr := asked.open("layer root a", "first", after(patience-time.Second, nil))
+			_, secondErr := asked.open("layer root a", "second", after(patience-time.Second, second))
+			_, thirdErr := asked.open("layer root b", "", after(patience-time.Second, nil))
+			return errors.Join(firstErr, secondErr, thirdErr)
 		})
-		return files, time.Since(began), err
+		return answers, time.Since(began), err
 	}
-	files, took, err := ask(t.Context(), nil)
-	if err != nil || len(files) != 3 || took != 3*(patience-time.Second) {
-		t.Errorf("slow file systems: after %s: %d files, %v", took, len(files), err)
+	answers, took, err := ask(t.Context(), nil)
+	if err != nil || len(answers) != 3 || took != 3*(patience-time.Second) {
+		t.Errorf("slow file systems: after %s: %d files, %v", took, len(answers), err)
 	}
-	closeAll(files)
+	for _, opened := range answers {
+		opened.file.Close()
+	}
 	_, took, err = ask(t.Context(), hung)
 	if !errors.Is(err, ErrDoesNotAnswer) || !strings.Contains(err.Error(), "second") || took != 2*patience-time.Second {
 		t.Errorf("the second does not answer: after %s: %v", took, err)

@@ -52,11 +52,23 @@ func (v *PodVolumes) open(ctx context.Context, ref reference.Reference, pod kube
 	if err != nil {
 		return nil, err
 	}
-	if err := v.protected.check(root, dir); err != nil {
+	if err := v.check(root, dir); err != nil {
 		dir.Close()
 		return nil, fmt.Errorf("layer %s: %w", ref, err)
 	}
 	return dir, nil
+}
+
+func (v *PodVolumes) check(root, dir *os.File) error {
+	rootStat, err := linux.StatFile(root)
+	if err != nil {
+		return err
+	}
+	stat, err := linux.StatFile(dir)
+	if err != nil {
+		return err
+	}
+	return v.protected.check(rootStat.ID(), dir, stat.ID())
 }
 
 func (v *PodVolumes) root(ctx context.Context, ref reference.Reference, pod kubelet.Pod) (*os.File, error) {

@@ -43,26 +43,18 @@ func NewProtectedDir(path string) (ProtectedDir, error) {
 	}
 }
 
-// check returns ErrInvalidArgument if a directory that was opened beneath root is in the protected directory or contains it. It walks
-// up by "..", which the kernel resolves from where the directory is, whatever links led to it.
-func (p ProtectedDir) check(root, dir *os.File) error {
-	rootStat, err := linux.StatFile(root)
-	if err != nil {
-		return err
-	}
-	stat, err := linux.StatFile(dir)
-	if err != nil {
-		return err
-	}
-	if p.above[stat.ID()] {
+// check returns ErrInvalidArgument if a directory, whose ID is id, and which was opened beneath root, is in the protected directory or
+// contains it. It walks up by "..", which the kernel resolves from where the directory is, whatever links led to it.
+func (p ProtectedDir) check(root linux.FileID, dir *os.File, id linux.FileID) error {
+	if p.above[id] {
 		return fmt.Errorf("%w: the directory contains the driver's data root %s", errdefs.ErrInvalidArgument, p.path)
 	}
 	up := ""
-	for at, below := stat.ID(), (linux.FileID{}); at != below; {
+	for at, below := id, (linux.FileID{}); at != below; {
 		if at == p.self {
 			return fmt.Errorf("%w: the directory is in the driver's data root %s", errdefs.ErrInvalidArgument, p.path)
 		}
-		if at == rootStat.ID() {
+		if at == root {
 			return nil
 		}
 		below = at

@@ -33,7 +33,9 @@ func newResolvedLayers() *ResolvedLayers {
 
 // Close closes the directories and releases the leases on stored layers.
 func (l *ResolvedLayers) Close() {
-	closeAll(l.owned)
+	for _, dir := range l.owned {
+		dir.Close()
+	}
 	for _, lease := range l.leases {
 		lease.Release()
 	}
@@ -48,14 +50,10 @@ func (l *ResolvedLayers) Paths() []string {
 	return paths
 }
 
-// addDir adds a directory below the others and takes it over. One that may change gets no fingerprint.
-func (l *ResolvedLayers) addDir(dir *os.File, mayChange bool) error {
+// addDir adds a directory below the others and takes it over.
+func (l *ResolvedLayers) addDir(dir *os.File, fingerprint linux.Fingerprint) {
 	l.owned = append(l.owned, dir)
-	if mayChange {
-		l.Dirs, l.Fingerprints = append(l.Dirs, dir), append(l.Fingerprints, "")
-		return nil
-	}
-	return l.add(dir)
+	l.Dirs, l.Fingerprints = append(l.Dirs, dir), append(l.Fingerprints, fingerprint)
 }
 
 // addImage adds the layers of an image below the others and takes over the lease. A layer that is there already, because two images
@@ -71,15 +69,11 @@ func (l *ResolvedLayers) addImage(ref reference.Reference, lease *store.Lease) e
 			continue
 		}
 		l.seen[dir.Name()] = true
-		if err := l.add(dir); err != nil {
+		fingerprint, err := linux.FingerprintOf(dir)
+		if err != nil {
 			return err
 		}
+		l.Dirs, l.Fingerprints = append(l.Dirs, dir), append(l.Fingerprints, fingerprint)
 	}
 	return nil
-}
-
-func (l *ResolvedLayers) add(dir *os.File) error {
-	fingerprint, err := linux.FingerprintOf(dir)
-	l.Dirs, l.Fingerprints = append(l.Dirs, dir), append(l.Fingerprints, fingerprint)
-	return err
 }

@@ -73,7 +73,7 @@ func (r *Resolver) resolve(
 	case reference.Dir:
 		dirs, err := r.roots.openDirsInTime(ctx, refs)
 		for _, dir := range dirs {
-			err = errors.Join(err, resolved.addDir(dir, false))
+			resolved.addDir(dir.file, dir.fingerprint)
 		}
 		return err
 	case reference.Volume:
@@ -81,7 +81,9 @@ func (r *Resolver) resolve(
 		if err != nil {
 			return err
 		}
-		return resolved.addDir(dir, true)
+		// It may change.
+		resolved.addDir(dir, "")
+		return nil
 	case reference.OCI:
 		lease, err := r.leaseImage(ctx, ref, credentials, req.Digests)
 		if err != nil {
@@ -121,7 +123,7 @@ func (r *Resolver) CheckPresent(ctx context.Context, refs []reference.Reference)
 			if err != nil {
 				return err
 			}
-			closeAll(dirs)
+			dirs[0].file.Close()
 		case reference.Archive:
 			archive, err := r.roots.openArchiveInTime(ctx, ref)
 			if err != nil {

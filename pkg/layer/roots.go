@@ -73,6 +73,7 @@ func (r *Roots) find(ref reference.Reference) (Root, error) {
 // openedRoot is an open layer root.
 type openedRoot struct {
 	dir *os.File
+	id  linux.FileID
 	// detached is the same directory on the mount that is better for layers, nil if there is none.
 	detached *os.File
 	// resolve has the flags for paths beneath the root, besides those that keep a path beneath it.
@@ -101,7 +102,12 @@ func (r *Roots) openRoot(root Root) (openedRoot, error) {
 	if err != nil {
 		return openedRoot{}, err
 	}
-	opened := openedRoot{dir: dir, detached: r.reopener.Reopen(dir)}
+	stat, err := linux.StatFile(dir)
+	if err != nil {
+		dir.Close()
+		return openedRoot{}, err
+	}
+	opened := openedRoot{dir: dir, id: stat.ID(), detached: r.reopener.Reopen(dir)}
 	if !root.AllowSubmounts {
 		opened.resolve = linux.ResolveNoXdev
 	}
@@ -133,15 +139,15 @@ func (r *Roots) openRootOf(ref reference.Reference, opened openedRoots) (openedR
 	return at, nil
 }
 
-// openDirsInTime opens the directories of dir:// references in their order, where the file systems answer. It returns ErrDoesNotAnswer
-// where one does not. They are asked by one goroutine: one for each of the layers would take longer than what they are asked.
-func (r *Roots) openDirsInTime(ctx context.Context, refs []reference.Reference) ([]*os.File, error) {
+// openDirsInTime opens the directories of dir:// references in their order (O_PATH), where the file systems answer. It returns
+// ErrNotFound if there is no such directory, ErrInvalidArgument if a path leaves its root, and ErrDoesNotAnswer where a file system
+// does not answer. One goroutine asks for all of them: what they are asked takes less time than to start one for each.
+func (r *Roots) openDirsInTime(ctx context.Context, refs []reference.Reference) ([]answer, error) {
 	return r.questions.ask(ctx, patience, func(asked *question) error {
 		opened := openedRoots{}
 		defer opened.close()
 		for _, ref := range refs {
-			err := asked.open(rootName(ref.Name()), ref.Path(), func() (*os.File, error) { return r.openDir(ref, opened) })
-			if err != nil {
+			if err := r.openDir(asked, ref, opened); err != nil {
 				return err
 			}
 		}
@@ -149,22 +155,26 @@ func (r *Roots) openDirsInTime(ctx context.Context, refs []reference.Reference) 
 	})
 }
 
-// openDir opens the directory of a dir:// reference (O_PATH). It returns ErrNotFound if there is none, and ErrInvalidArgument if the
-// path leaves the root.
-func (r *Roots) openDir(ref reference.Reference, opened openedRoots) (*os.File, error) {
-	at, err := r.openRootOf(ref, opened)
+func (r *Roots) openDir(asked *question, ref reference.Reference, opened openedRoots) error {
+	var at openedRoot
+	dir, err := asked.open(rootName(ref.Name()), ref.Path(), func() (*os.File, error) {
+		var err error
+		if at, err = r.openRootOf(ref, opened); err != nil {
+			return nil, err
+		}
+		dir, err := openBeneath(at.dir, ref, linux.O_PATH|linux.O_DIRECTORY, at.resolve)
+		if err != nil {
+			return nil, err
+		}
+		return at.reopenDetached(dir, ref), nil
+	})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	dir, err := openBeneath(at.dir, ref, linux.O_PATH|linux.O_DIRECTORY, at.resolve)
-	if err != nil {
-		return nil, err
+	if err := r.protected.check(at.id, dir.file, dir.id); err != nil {
+		return fmt.Errorf("layer %s: %w", ref, err)
 	}
-	if err := r.protected.check(at.dir, dir); err != nil {
-		dir.Close()
-		return nil, fmt.Errorf("layer %s: %w", ref, err)
-	}
-	return at.reopenDetached(dir, ref), nil
+	return nil
 }
 
 // reopenDetached returns the layer's directory on the detached mount, and closes dir. It returns dir if there is no detached mount, or

@@ -208,3 +208,22 @@ func TestFlockHolderAmongManyLocks(t *testing.T) {
 		t.Errorf("%d bytes of memory for %d locks", took, locks)
 	}
 }
+
+// TestRevalidate: what the file system answers is what stat(2) returns.
+func TestRevalidate(t *testing.T) {
+	for _, path := range []string{t.TempDir(), "/", "/dev", "/proc/self"} {
+		dir, err := OpenDir(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer dir.Close()
+		stat, err := StatFile(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		id, fingerprint, err := Revalidate(dir)
+		if err != nil || id != stat.ID() || fingerprint != stat.Fingerprint() {
+			t.Errorf("%s: %v, %s, %v, and fstat says %v, %s", path, id, fingerprint, err, stat.ID(), stat.Fingerprint())
+		}
+	}
+}

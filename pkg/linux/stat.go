@@ -3,6 +3,7 @@ package linux
 import (
 	"fmt"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -59,12 +60,14 @@ func StatPath(path string) (Stat, error) {
 }
 
 // Revalidate has the file system answer for an open file. One of a server asks the server, whatever it remembers of the file (statx(2),
-// AT_STATX_FORCE_SYNC).
-func Revalidate(file *os.File) error {
+// AT_STATX_FORCE_SYNC). The fingerprint is that of a directory.
+func Revalidate(file *os.File) (FileID, Fingerprint, error) {
 	var stat unix.Statx_t
-	return call("statx", file, func(fd int) error {
+	err := call("statx", file, func(fd int) error {
 		return unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_FORCE_SYNC, unix.STATX_BASIC_STATS, &stat)
 	})
+	id := FileID{Dev: unix.Mkdev(stat.Dev_major, stat.Dev_minor), Ino: stat.Ino}
+	return id, fingerprint(id, stat.Mtime.Sec*int64(time.Second)+int64(stat.Mtime.Nsec)), err
 }
 
 // SameFile reports whether two handles are of the same file.
@@ -91,6 +94,9 @@ func FingerprintOf(dir *os.File) (Fingerprint, error) {
 }
 
 // Fingerprint returns the fingerprint of the directory that was stat'ed.
-func (s Stat) Fingerprint() Fingerprint {
-	return Fingerprint(fmt.Sprintf("%x:%x:%x", s.Dev, s.Ino, s.Mtim.Nano()))
+func (s Stat) Fingerprint() Fingerprint { return fingerprint(s.ID(), s.Mtim.Nano()) }
+
+// fingerprint returns the fingerprint of a directory that was changed so many nanoseconds after 1970.
+func fingerprint(id FileID, changed int64) Fingerprint {
+	return Fingerprint(fmt.Sprintf("%x:%x:%x", id.Dev, id.Ino, changed))
 }
