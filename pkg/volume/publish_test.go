@@ -159,7 +159,7 @@ func wantPublished(t *testing.T, n *fakeNode, req PublishRequest) {
 // TestPublishCalls has each call that a publish makes fail, where no step is replaced.
 func TestPublishCalls(t *testing.T) {
 	for _, row := range []struct{ volume, call string }{
-		{"inline", "at"}, {"inline", "resolve"}, {"inline", "choose"}, {"inline", "prepare"}, {"inline", "overlay"},
+		{"inline, unmounted by hand", "at"}, {"inline", "resolve"}, {"inline", "choose"}, {"inline", "prepare"}, {"inline", "overlay"},
 		{"inline, unmounted by hand", "upper in use"}, {"inline, unmounted by hand", "clear work"},
 		{"inline, in another volume", "pod volume"}, {"inline, in another volume", "prepare"}, {"inline, read-only", "overlay"},
 		{"provisioned claim, next pod", "upper in use"}, {"claim, pods that share", "bind"},
@@ -245,8 +245,13 @@ func TestPublishRefuses(t *testing.T) {
 			n.busyUpper = true
 		}, errdefs.ErrUnavailable},
 		"something else at the target": {"inline", func(n *fakeNode, req *PublishRequest) {
+			check(n.t, os.Mkdir(req.Target, 0o750))
 			n.mounts[req.Target] = overlay.Other
 		}, errdefs.ErrFailedPrecondition},
+		"what is at the target is not known": {"inline", func(n *fakeNode, req *PublishRequest) {
+			check(n.t, os.Mkdir(req.Target, 0o750))
+			n.fail["at"] = errForced
+		}, errForced},
 		"no directory for the target": {"inline", func(n *fakeNode, req *PublishRequest) {
 			req.Target = filepath.Join(n.dir, "pods", "absent", "mount")
 		}, errdefs.ErrFailedPrecondition},

@@ -124,7 +124,8 @@ func (p *publishing) resolveLayers(ctx context.Context) error {
 func (p *publishing) openTarget(context.Context) error {
 	var err error
 	p.target, p.madeTarget, err = openTarget(p.req.Target)
-	if err != nil {
+	if err != nil || p.madeTarget {
+		// Nothing is mounted on a new directory.
 		return err
 	}
 	mounted, err := p.m.views.At(p.req.Target)
