@@ -104,24 +104,25 @@ func (s *Store) write(r *Record) error {
 		return err
 	}
 	defer dir.Close()
-	_, statErr := linux.Fstatat(dir, dataroot.Record)
+	write, isFirst := linux.WriteFileAtomic, false
 	if r.Spec.Persistent() {
+		_, err := linux.Fstatat(dir, dataroot.Record)
+		if isFirst = err != nil; !isFirst {
+			// What is new may wait for room.
+			write = s.ballast.ReplaceFile
+		}
 		if err := linux.Mknodat(dir, dataroot.PersistentMark, syscall.S_IFREG|0o600, 0); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
 	}
-	write := linux.WriteFileAtomic
-	if statErr == nil && r.Spec.Persistent() {
-		// What is new may wait for room.
-		write = s.ballast.ReplaceFile
-	}
 	if err := write(dir, dataroot.Record, data, r.Spec.Persistent()); err != nil {
 		return err
 	}
-	if statErr == nil || !r.Spec.Persistent() {
+	if !isFirst {
 		return nil
 	}
-	// The first record: its name, that of the mark, and that of the directory, which may be of a process that was killed before it came here.
+	// The first record of a persistent volume: its name, that of the mark, and that of the directory, which may be of a process that was
+	// killed before it came here.
 	return errors.Join(linux.SyncDir(dir), s.Sync())
 }
 
