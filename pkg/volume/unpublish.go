@@ -22,10 +22,7 @@ func (m *Manager) Unpublish(ctx context.Context, id, target string) error {
 		return err
 	}
 	defer unlock()
-	if err := m.views.unmount(target); err != nil {
-		return fmt.Errorf("unpublish volume %s: %w", id, err)
-	}
-	if err := removeTarget(target); err != nil {
+	if err := m.views.unmountAndRemove(target); err != nil {
 		return fmt.Errorf("unpublish volume %s: %w", id, err)
 	}
 	r, err := m.records.Load(id)

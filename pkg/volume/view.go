@@ -48,25 +48,52 @@ func (v views) firstLive(r *record.Record, target string) (*record.Publication, 
 // overlay, because the driver did not mount that.
 func (v views) unmount(target string) error {
 	for range maxStacked {
-		mounted, err := v.At(target)
-		switch {
-		case err != nil:
-			return fmt.Errorf("query the mount at %s: %w", target, err)
-		case mounted == overlay.Nothing:
-			return nil
-		case mounted == overlay.Other:
-			return fmt.Errorf("%w: the mount at %s is not an overlay, and not of this driver; unmount it by hand",
-				errdefs.ErrFailedPrecondition, target)
-		}
-		err = v.Unmount(target)
-		if errors.Is(err, syscall.EBUSY) {
-			return fmt.Errorf("%w: unmount %s: %w; a container of the pod or a process on the node has files open in it",
-				errdefs.ErrUnavailable, target, err)
-		}
-		if err != nil && !errors.Is(err, syscall.EINVAL) {
-			return fmt.Errorf("unmount: %w", err)
+		if mounted, err := v.unmountTop(target); err != nil || !mounted {
+			return err
 		}
 	}
+	return stillMounted(target)
+}
+
+// unmountAndRemove unmounts the views at a target, and removes the directory. It does not ask once more what is mounted there: a mount
+// point cannot be removed.
+func (v views) unmountAndRemove(target string) error {
+	for range maxStacked {
+		mounted, err := v.unmountTop(target)
+		if err != nil {
+			return err
+		}
+		if err := removeTarget(target); !mounted || !errors.Is(err, syscall.EBUSY) {
+			return err
+		}
+	}
+	return stillMounted(target)
+}
+
+// unmountTop unmounts the view at a target, and reports whether there was one.
+func (v views) unmountTop(target string) (mounted bool, err error) {
+	at, err := v.At(target)
+	switch {
+	case err != nil:
+		return false, fmt.Errorf("query the mount at %s: %w", target, err)
+	case at == overlay.Nothing:
+		return false, nil
+	case at == overlay.Other:
+		return false, fmt.Errorf("%w: the mount at %s is not an overlay, and not of this driver; unmount it by hand",
+			errdefs.ErrFailedPrecondition, target)
+	}
+	err = v.Unmount(target)
+	if errors.Is(err, syscall.EBUSY) {
+		return false, fmt.Errorf("%w: unmount %s: %w; a container of the pod or a process on the node has files open in it",
+			errdefs.ErrUnavailable, target, err)
+	}
+	if err != nil && !errors.Is(err, syscall.EINVAL) {
+		return false, fmt.Errorf("unmount: %w", err)
+	}
+	return true, nil
+}
+
+func stillMounted(target string) error {
 	return fmt.Errorf("%w: %s is still a mount point after %d unmounts; find out what mounts there",
 		errdefs.ErrFailedPrecondition, target, maxStacked)
 }
