@@ -155,6 +155,35 @@ func TestPrefetchedIsNotCollected(t *testing.T) {
 	}
 }
 
+// TestPrefetchedNameStays: what pods pull does not make the node forget what the operator prefetched.
+func TestPrefetchedNameStays(t *testing.T) {
+	n := newNode(t)
+	r := n.startRegistry(registrytest.Options{User: "u", Password: "p"})
+	credentials, err := registry.ParseCredentials(map[string]string{".dockerconfigjson": r.DockerConfig("u", "p")})
+	must(t, err)
+	n.registry.CredentialsFile = filepath.Join(n.dir, "config.json")
+	must(t, os.WriteFile(n.registry.CredentialsFile, []byte(r.DockerConfig("u", "p")), 0o600))
+	img := image(t, layer(t, registrytest.File("f", "kept")))
+	pinned := push(t, r, "team/kept:1", img)
+	n.config.Prefetch = []string{r.Host + "/team/kept:1"}
+	n.restart()
+	eventually(t, func() bool { return len(n.Images()) == 1 && len(n.Images()[0].Prefetched) == 1 })
+	for i := range 20 {
+		lease, err := n.pull(push(t, r, fmt.Sprintf("others/%d:1", i), img), "", credentials)
+		must(t, err)
+		lease.Release()
+	}
+	r.Close()
+	// Pods have had so many other images accepted that this is forgotten.
+	must(t, os.Remove(filepath.Join(n.dir, "access")))
+	n.restart()
+	n.collectGarbage(store.GCRequest{All: true})
+	if images := n.Images(); len(images) != 1 {
+		t.Errorf("%d images are left", len(images))
+	}
+	n.pullUnused(pinned)
+}
+
 // TestPrefetchedNameWithADigest: the digest says which image a name stands for, whatever its tag is.
 func TestPrefetchedNameWithADigest(t *testing.T) {
 	n := newNode(t)

@@ -49,6 +49,8 @@ type Image struct {
 	Platform string        `json:"platform,omitempty"`
 	// Names are the references that the image was pulled by.
 	Names []string `json:"names"`
+	// Prefetched are the names of Config.Prefetch that the image was prefetched by. They are apart from Names, which pods choose.
+	Prefetched []string `json:"prefetched,omitempty"`
 	// Layers are the layers in the order of the manifest, the lowest first. A layer of attributes may follow (addAttributes).
 	Layers []ImageLayer `json:"layers"`
 	// Archive identifies the archive that the image was read from. It is nil for an image from a registry.

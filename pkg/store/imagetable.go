@@ -167,9 +167,40 @@ func (c *catalogue) saveImage(image Image) (*Image, error) {
 			image.Archive = before.Archive
 		}
 		image.addNames(before.Names)
+		image.Prefetched = before.Prefetched
 	}
 	slices.Sort(image.Names)
 	image.Version, image.Pulled = formatVersion, time.Now().UTC().Truncate(time.Second)
+	return c.writeImage(image)
+}
+
+// addPrefetched adds the name that an image was prefetched by to its record, which loses those that the operator has removed from the
+// configuration.
+func (c *catalogue) addPrefetched(id digest.Digest, name prefetchedName) error {
+	c.saveMu.Lock()
+	defer c.saveMu.Unlock()
+	c.mu.Lock()
+	before := c.images.images[id]
+	c.mu.Unlock()
+	if before == nil {
+		return fmt.Errorf("%w: image %s was forgotten after its pull", errdefs.ErrUnavailable, id)
+	}
+	image := *before
+	image.Prefetched = nil
+	for _, configured := range c.prefetch {
+		if configured.text == name.text || configured.hasPrefetched(before) {
+			image.Prefetched = append(image.Prefetched, configured.named.String())
+		}
+	}
+	if slices.Equal(image.Prefetched, before.Prefetched) {
+		return nil
+	}
+	_, err := c.writeImage(image)
+	return err
+}
+
+// writeImage writes the record of an image. The caller holds saveMu.
+func (c *catalogue) writeImage(image Image) (*Image, error) {
 	data, err := json.Marshal(image)
 	if err != nil {
 		return nil, fmt.Errorf("write image %s: %w", image.Digest, err)
@@ -228,7 +259,17 @@ func (c *catalogue) forgetLocked(id digest.Digest) error {
 	return nil
 }
 
-// isPrefetched reports whether an image was prefetched.
+// isPrefetched reports whether an image was prefetched, or is to be.
 func (c *catalogue) isPrefetched(image *Image) bool {
 	return slices.ContainsFunc(c.prefetch, func(name prefetchedName) bool { return name.isOf(image) })
+}
+
+// isPreloaded reports whether the operator has an image prefetched from a repository.
+func (c *catalogue) isPreloaded(id digest.Digest, repository string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	image, ok := c.images.images[id]
+	return ok && slices.ContainsFunc(c.prefetch, func(name prefetchedName) bool {
+		return name.named.Name() == repository && name.hasPrefetched(image)
+	})
 }

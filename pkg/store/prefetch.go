@@ -11,7 +11,6 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
-	"github.com/overlay-csi/overlay-csi/pkg/store/access"
 )
 
 // prefetchRetry is the pause after a failed prefetch.
@@ -21,30 +20,33 @@ const prefetchRetry = time.Minute
 type prefetchedName struct {
 	text  string
 	named reference.Named
-	// access knows which images the operator preloaded.
-	access *access.Verifier
 }
 
 // parsePrefetchedNames parses the names of images to prefetch.
-func parsePrefetchedNames(names []string, access *access.Verifier) ([]prefetchedName, error) {
+func parsePrefetchedNames(names []string) ([]prefetchedName, error) {
 	parsed := make([]prefetchedName, len(names))
 	for i, name := range names {
 		named, err := registry.ParseName(name)
 		if err != nil {
 			return nil, err
 		}
-		parsed[i] = prefetchedName{name, named, access}
+		parsed[i] = prefetchedName{name, named}
 	}
 	return parsed, nil
 }
 
-// isOf reports whether an image was prefetched by the name. A digest in the name decides alone. That a pod has pulled an image by the tag
+// isOf reports whether the name stands for an image. A digest in the name decides alone. That a pod has pulled an image by the tag
 // is not enough: the pod may have written another digest beside it.
 func (n prefetchedName) isOf(image *Image) bool {
 	if canonical, ok := n.named.(reference.Canonical); ok {
 		return image.Digest == canonical.Digest()
 	}
-	return slices.Contains(image.Names, registry.DisplayName(n.named)) && n.access.IsPreloaded(image.Digest, n.named.Name())
+	return n.hasPrefetched(image)
+}
+
+// hasPrefetched reports whether an image was prefetched by the name.
+func (n prefetchedName) hasPrefetched(image *Image) bool {
+	return slices.Contains(image.Prefetched, n.named.String())
 }
 
 // prefetcher pulls images at start, and protects their layers from garbage collection.
@@ -86,7 +88,7 @@ func (p *prefetcher) prefetch(ctx context.Context, store *Store, name prefetched
 		return err
 	}
 	defer lease.Release()
-	if err := store.access.Preload(id, name.named.Name()); err != nil {
+	if err := p.catalogue.addPrefetched(id, name); err != nil {
 		return err
 	}
 	klog.FromContext(ctx).Info("Image prefetched", keyImage, name.text, keyDigest, id)

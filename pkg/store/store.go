@@ -84,7 +84,7 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 		return nil, fmt.Errorf("open the layer store: %w", err)
 	}
 	verifier := access.NewVerifier(layout.accessPath(), config.Access)
-	prefetch, err := parsePrefetchedNames(config.Prefetch, verifier)
+	prefetch, err := parsePrefetchedNames(config.Prefetch)
 	if err != nil {
 		return nil, fmt.Errorf("open the layer store: %w", err)
 	}
@@ -179,7 +179,7 @@ func (s *Store) Pull(ctx context.Context, named reference.Canonical, credentials
 	repository := s.registries.Repository(named, credentials)
 	key := pullKey{named.Digest(), named.Name(), repository.CredentialsID()}
 	present := func() (*Image, error) {
-		if !s.access.MayUseImage(named.Digest(), tenantOf(repository)) {
+		if !s.access.MayUseImage(named.Digest(), tenantOf(repository), s.catalogue.isPreloaded(named.Digest(), named.Name())) {
 			return nil, fmt.Errorf("%w: accepted credentials for image %s", errdefs.ErrNotFound, named)
 		}
 		return s.catalogue.acquireManifest(named.Digest())

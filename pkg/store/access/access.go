@@ -88,17 +88,17 @@ type Tenant struct {
 	Logins []string
 }
 
-// MayUseImage reports whether a tenant may use an image on the node under the name of its repository.
-func (v *Verifier) MayUseImage(image digest.Digest, tenant Tenant) bool {
-	if v.config.Policy == NeverVerify {
+// MayUseImage reports whether a tenant may use an image on the node under the name of its repository. isPreloaded says whether the operator
+// preloaded it from there.
+func (v *Verifier) MayUseImage(image digest.Digest, tenant Tenant, isPreloaded bool) bool {
+	isFree := v.config.Policy == NeverVerifyPreloadedImages ||
+		v.config.Policy == NeverVerifyAllowlistedImages && v.config.allows(tenant.Repository)
+	if v.config.Policy == NeverVerify || isPreloaded && isFree {
 		return true
 	}
 	ids := []ID{v.imageID(image, tenant.Repository, Anonymous)}
 	for _, login := range tenant.Logins {
 		ids = append(ids, v.imageID(image, tenant.Repository, login))
-	}
-	if v.config.Policy == NeverVerifyPreloadedImages || v.config.Policy == NeverVerifyAllowlistedImages && v.config.allows(tenant.Repository) {
-		ids = append(ids, v.preloadedID(image, tenant.Repository))
 	}
 	return v.table.has(ids...)
 }
@@ -108,22 +108,8 @@ func (v *Verifier) AcceptImage(image digest.Digest, repository, login string) er
 	return v.table.add(v.imageID(image, repository, login))
 }
 
-// Preload remembers that the operator preloaded an image.
-func (v *Verifier) Preload(image digest.Digest, repository string) error {
-	return v.table.add(v.preloadedID(image, repository))
-}
-
-// IsPreloaded reports whether the operator preloaded an image from a repository.
-func (v *Verifier) IsPreloaded(image digest.Digest, repository string) bool {
-	return v.table.has(v.preloadedID(image, repository))
-}
-
 func (v *Verifier) imageID(image digest.Digest, repository, login string) ID {
 	return v.table.hash("image", image.String(), repository, login)
-}
-
-func (v *Verifier) preloadedID(image digest.Digest, repository string) ID {
-	return v.table.hash("preloaded", image.String(), repository)
 }
 
 // MayUseLayer reports whether a tenant may use a layer on the node with these holders. It may if anybody may, if the layer came from the

@@ -32,8 +32,9 @@ func TestPolicies(t *testing.T) {
 	} {
 		t.Run(string(policy), func(t *testing.T) {
 			v := NewVerifier(path, Config{Policy: policy, Allowlist: []string{"host/team/*"}})
-			must(t, v.Preload(preloaded, "host/team/a"))
-			must(t, v.Preload(preloaded, "host/other/a"))
+			isPreloaded := func(image digest.Digest, repository string) bool {
+				return image == preloaded && (repository == "host/team/a" || repository == "host/other/a")
+			}
 			must(t, v.AcceptImage(private, "host/team/a", "login"))
 			must(t, v.AcceptImage(public, "host/team/a", Anonymous))
 			never := policy == NeverVerify
@@ -56,7 +57,7 @@ func TestPolicies(t *testing.T) {
 				"unknown":                    {image, "host/team/a", []string{"login"}, never},
 			} {
 				t.Run(name, func(t *testing.T) {
-					if got := v.MayUseImage(c.image, Tenant{"host", c.repository, c.logins}); got != c.want {
+					if got := v.MayUseImage(c.image, Tenant{"host", c.repository, c.logins}, isPreloaded(c.image, c.repository)); got != c.want {
 						t.Errorf("MayUseImage is %t", got)
 					}
 				})
@@ -119,7 +120,7 @@ func TestTableOnDisk(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "access")
 	config, tenant := Config{Policy: AlwaysVerify}, Tenant{"host", "host/a", []string{"secret"}}
 	accept := func() { must(t, NewVerifier(path, config).AcceptImage(image, tenant.Repository, "secret")) }
-	may := func() bool { return NewVerifier(path, config).MayUseImage(image, tenant) }
+	may := func() bool { return NewVerifier(path, config).MayUseImage(image, tenant, false) }
 	accept()
 	if !may() {
 		t.Error("it is forgotten")
@@ -173,12 +174,12 @@ func TestTableOnAReadOnlyDisk(t *testing.T) {
 	path := filepath.Join(dir, "access")
 	config, tenant := Config{Policy: AlwaysVerify}, Tenant{"host", "host/a", []string{"secret"}}
 	v := NewVerifier(path, config)
-	if err := v.AcceptImage(image, tenant.Repository, "secret"); !errors.Is(err, unix.EROFS) || !v.MayUseImage(image, tenant) {
-		t.Errorf("the error is %v; the image may be used: %t", err, v.MayUseImage(image, tenant))
+	if err := v.AcceptImage(image, tenant.Repository, "secret"); !errors.Is(err, unix.EROFS) || !v.MayUseImage(image, tenant, false) {
+		t.Errorf("the error is %v; the image may be used: %t", err, v.MayUseImage(image, tenant, false))
 	}
 	must(t, unix.Mount("", dir, "", unix.MS_REMOUNT, ""))
 	must(t, v.AcceptImage(image, "host/b", "secret"))
-	if !NewVerifier(path, config).MayUseImage(image, tenant) {
+	if !NewVerifier(path, config).MayUseImage(image, tenant, false) {
 		t.Error("what was accepted while the disk was read-only is forgotten")
 	}
 }
