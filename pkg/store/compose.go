@@ -15,7 +15,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 	"github.com/overlay-csi/overlay-csi/pkg/store/access"
@@ -30,7 +29,16 @@ const attributesMediaType = "application/vnd.overlay-csi.layer.attributes.v1.tar
 // directory without an entry, for which a lower layer has an entry (package merged). It is a layer like any other. The pull holds
 // references on the layers.
 func (p *puller) addAttributes(ctx context.Context, current *pull, img *Image, from origin) error {
-	attributes := &attributesOrigin{origin: from, image: *img, builder: p.builder, workDirs: p.collector.workDirs, memory: p.composing}
+	attributes := &attributesOrigin{origin: from, image: *img, builder: p.builder, workDirs: p.collector.workDirs}
+	visible := p.catalogue.visible(img.diffIDs())
+	// An image without such directories, as most are, waits for no other one.
+	if len(visible) > 1 && slices.ContainsFunc(visible, p.builder.listsImplied) {
+		turn, err := p.composing.acquire(ctx, from.source().host, slotTurn, func() int64 { return 0 }, nil)
+		if err != nil {
+			return err
+		}
+		defer turn.release()
+	}
 	hash := sha256.New()
 	size := &countingWriter{to: hash}
 	entries, err := attributes.write(ctx, size)
@@ -68,8 +76,6 @@ type attributesOrigin struct {
 	image    Image
 	builder  *builder
 	workDirs *workDirs
-	// memory bounds how many lists of directories are in memory at the same time.
-	memory *semaphore.Weighted
 }
 
 // holders returns who may have the layer: those who may have the others. What it contains is from these.
@@ -105,13 +111,6 @@ func (o *attributesOrigin) write(ctx context.Context, to io.Writer) (int, error)
 	visible := o.builder.catalogue.visible(o.image.diffIDs())
 	if len(visible) == 1 {
 		return 0, nil
-	}
-	// An image without such directories, as most are, waits for no other one.
-	if slices.ContainsFunc(visible, o.builder.listsImplied) {
-		if err := o.memory.Acquire(ctx, 1); err != nil {
-			return 0, context.Cause(ctx)
-		}
-		defer o.memory.Release(1)
 	}
 	var trees []*os.File
 	defer func() { closeAll(trees) }()

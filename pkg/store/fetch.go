@@ -155,6 +155,10 @@ func (f *fetcher) cancelOthersLocked(blob blobKey) {
 
 // fetchInSlot fetches a layer when a slot is free. A fetch that loses its slot waits for another one and goes on.
 func (f *fetcher) fetchInSlot(current *fetch, key fetchKey, blob image.LayerBlob, from origin) (Layer, error) {
+	if _, ok := from.(*attributesOrigin); ok {
+		// It is not downloaded, and has a turn of its own (addAttributes).
+		return from.fetch(current.ctx, blob, key.workDirName(), &current.received)
+	}
 	for turn := slotTurn; ; {
 		layer, err := f.fetchUntilLost(current, key, blob, from, turn)
 		if !errors.Is(err, errSlotLost) {
@@ -174,8 +178,8 @@ func (f *fetcher) fetchUntilLost(
 	ctx, cancel := context.WithCancelCause(current.ctx)
 	defer cancel(nil)
 	var lose func()
-	// The unpacking of an archive would begin again, and so would the search for attributes, for which no registry is asked.
-	if _, ok := from.(*attributesOrigin); key.from.host != "" && !ok {
+	// The unpacking of an archive would begin again.
+	if key.from.host != "" {
 		lose = func() { cancel(errSlotLost) }
 	}
 	remaining := func() int64 { return blob.Descriptor.Size - current.received.load() }

@@ -10,7 +10,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sync/semaphore"
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
@@ -28,8 +27,9 @@ type puller struct {
 	fetcher   *fetcher
 	collector *collector
 	builder   *builder
-	// composing bounds how many layers of attributes are made at the same time: the names of directories take memory.
-	composing *semaphore.Weighted
+	// composing has one layer of attributes made at a time: the names of directories take memory. Registries take turns. It is not one of
+	// the slots of downloads, which would wait with it.
+	composing *slots
 	// parallel is the maximum number of layers of one image in progress.
 	parallel int
 	// abandonAfter is the time after which a pull that nobody waits for ends.

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
@@ -21,7 +22,8 @@ var errSlotLost = errors.New("another layer gets the slot of this slow download"
 // slots bounds the number of layers that are downloaded and unpacked at the same time, and shares them fairly:
 //
 //   - No registry has all of the slots, if there is more than one. Archives count as one registry.
-//   - A free slot goes to the registry that has the fewest, and there to the fetch that has waited longest.
+//   - A free slot goes to the registry that has the fewest. Of those that have as few, each has its turn, however many fetches of the
+//     others wait. In a registry it goes to the fetch that has waited longest.
 //   - When a fetch has waited for slotTurn, the slowest download gives its slot up and waits again.
 //   - A download that begins again whenever it is continued keeps its slot for longer each time, until it is complete. Only one
 //     does at a time, whatever registries answer.
@@ -29,6 +31,8 @@ type slots struct {
 	total int
 
 	mu sync.Mutex
+	// round is that of the slot that was granted last.
+	round int
 	// held and waiting are in the order in which they began.
 	held    []*slot
 	waiting []*slot
@@ -39,6 +43,8 @@ type slot struct {
 	slots *slots
 	// host is the registry of the fetch.
 	host string
+	// round orders the slots of registries that have equally many. Each registry has one slot in a round.
+	round int
 	// turn is the time after which the slot may be lost.
 	turn time.Duration
 	// remaining returns the number of bytes left to download.
@@ -62,6 +68,12 @@ func (s *slots) acquire(
 ) (*slot, error) {
 	wanted := &slot{slots: s, host: host, turn: turn, remaining: remaining, lose: lose, granted: make(chan struct{})}
 	s.mu.Lock()
+	wanted.round = s.round
+	for _, other := range slices.Concat(s.held, s.waiting) {
+		if other.host == host {
+			wanted.round = max(wanted.round, other.round+1)
+		}
+	}
 	s.waiting = append(s.waiting, wanted)
 	s.grantLocked()
 	s.mu.Unlock()
@@ -95,7 +107,7 @@ func (s *slots) grantLocked() {
 	for len(s.held) < s.total {
 		var next *slot
 		for _, candidate := range s.waiting {
-			if s.mayHaveLocked(candidate.host) && (next == nil || s.countLocked(candidate.host) < s.countLocked(next.host)) {
+			if s.mayHaveLocked(candidate.host) && (next == nil || s.compareLocked(candidate, next) < 0) {
 				next = candidate
 			}
 		}
@@ -107,9 +119,15 @@ func (s *slots) grantLocked() {
 			next.turn = slotTurn
 		}
 		s.held = append(s.held, next)
+		s.round = max(s.round, next.round)
 		next.since, next.before = time.Now(), next.remaining()
 		close(next.granted)
 	}
+}
+
+// compareLocked compares fetches that wait. The lower one gets a free slot first, and the one that began first if they are equal.
+func (s *slots) compareLocked(a, b *slot) int {
+	return cmp.Or(cmp.Compare(s.countLocked(a.host), s.countLocked(b.host)), cmp.Compare(a.round, b.round))
 }
 
 // mayHaveLocked reports whether a registry may have another slot.

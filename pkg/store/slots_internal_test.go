@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -71,6 +72,38 @@ func TestSlotOfRegistryWithoutRanges(t *testing.T) {
 		if longest > maxSlotTurn+slotTurn {
 			t.Errorf("another registry waited for %s", longest)
 		}
+	})
+}
+
+// TestSlotsTakeTurns: a registry with many fetches makes another one wait for one of them, whenever that begins.
+func TestSlotsTakeTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSlots(1)
+		ctx, stop := context.WithCancel(t.Context())
+		var order []string
+		begin := func(host, name string) {
+			go func() {
+				held, err := s.acquire(ctx, host, slotTurn, func() int64 { return 0 }, nil)
+				if err == nil {
+					order = append(order, name)
+					time.Sleep(time.Second)
+					held.release()
+				}
+			}()
+			synctest.Wait()
+		}
+		for _, name := range []string{"e1", "e2", "e3", "e4", "e5"} {
+			begin("evil", name)
+		}
+		begin("good", "g1")
+		begin("good", "g2")
+		time.Sleep(2500 * time.Millisecond)
+		begin("other", "o1")
+		time.Sleep(time.Minute)
+		if want := []string{"e1", "g1", "e2", "g2", "o1", "e3", "e4", "e5"}; !slices.Equal(order, want) {
+			t.Errorf("the order is %q, want %q", order, want)
+		}
+		stop()
 	})
 }
 

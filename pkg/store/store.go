@@ -109,7 +109,7 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 	}
 	s.puller = &puller{
 		catalogue: catalogue, fetcher: newFetcher(s.collector, config.MaxConcurrentLayerPulls), collector: s.collector,
-		builder: s.builder, composing: semaphore.NewWeighted(1),
+		builder: s.builder, composing: newSlots(1),
 		parallel: config.MaxConcurrentLayerPulls, minFreePercent: config.MinFreeDiskPercent, maxLayerBytes: config.MaxLayerBytes,
 		abandonAfter: cmp.Or(config.AbandonAfter, abandonAfter),
 		ctx:          ctx, work: &s.work, pulls: map[pullKey]*pull{},
