@@ -3,10 +3,15 @@ package store_test
 import (
 	"context"
 	"fmt"
+	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
 
@@ -34,5 +39,40 @@ func TestAttributesNeedNoSlot(t *testing.T) {
 	defer lease.Release()
 	if len(lease.Image.Layers) != 3 {
 		t.Errorf("the image has %d layers", len(lease.Image.Layers))
+	}
+}
+
+// TestAttributesOfAPublishedImage: a repository that wanted a login becomes public. The layers of its image are public, because others
+// pulled them from elsewhere, but nobody has pulled the image without the login before.
+func TestAttributesOfAPublishedImage(t *testing.T) {
+	n := newNode(t)
+	r := n.startRegistry(registrytest.Options{})
+	pinned := push(t, r, "team/data:1", image(t, privateLayers(t)...))
+	r.SetFault(func(w http.ResponseWriter, request *http.Request) bool {
+		_, _, ok := request.BasicAuth()
+		if isPrivate := strings.HasPrefix(request.URL.Path, "/v2/team/"); ok || !isPrivate {
+			return false
+		}
+		w.Header().Set("WWW-Authenticate", `Basic realm="test"`)
+		http.Error(w, "", http.StatusUnauthorized)
+		return true
+	})
+	credentials, err := registry.ParseCredentials(map[string]string{".dockerconfigjson": r.DockerConfig("u", "p")})
+	must(t, err)
+	lease, err := n.pull(pinned, "", credentials)
+	must(t, err)
+	defer lease.Release()
+	for i, l := range privateLayers(t) {
+		n.pullUnused(push(t, r, fmt.Sprintf("public/%d:1", i), image(t, l)))
+	}
+	if _, err := n.pull(pinned, "", registry.Credentials{}); !errdefs.IsUnauthorized(err) {
+		t.Errorf("before it is public: %v", err)
+	}
+	r.SetFault(nil)
+	n.pullUnused(pinned)
+	r.Requests()
+	n.pullUnused(pinned)
+	if requests := r.Requests(); len(requests) > 0 {
+		t.Errorf("the registry is asked again for a public image: %q", requests)
 	}
 }

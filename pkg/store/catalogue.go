@@ -220,9 +220,15 @@ func (c *catalogue) addHolders(id digest.Digest, holders []access.ID) error {
 	defer c.saveMu.Unlock()
 	c.mu.Lock()
 	status := c.layers[id]
-	status.Holders = access.AddHolders(status.Holders, holders)
+	isNew := slices.ContainsFunc(holders, func(holder access.ID) bool { return !slices.Contains(status.Holders, holder) })
+	if isNew {
+		status.Holders = access.AddHolders(status.Holders, holders)
+	}
 	layer := status.Layer
 	c.mu.Unlock()
+	if !isNew {
+		return nil
+	}
 	if err := writeJSON(filepath.Join(c.layerDir(id), layerName), layer); err != nil {
 		return fmt.Errorf("write %s of layer %s: %w", layerName, id, err)
 	}

@@ -54,6 +54,9 @@ func (p *puller) addAttributes(ctx context.Context, current *pull, img *Image, f
 		return err
 	}
 	current.hold(id)
+	if err := p.catalogue.addHolders(id, attributes.holders()); err != nil {
+		return err
+	}
 	img.Layers = append(slices.Clone(img.Layers), ImageLayer{DiffID: id, Digest: id, MediaType: attributesMediaType, Size: size.bytes})
 	return nil
 }
@@ -80,6 +83,10 @@ type attributesOrigin struct {
 
 // holders returns who may have the layer: those who may have the others. What it contains is from these.
 func (o *attributesOrigin) holders() []access.ID { return o.imageHolders(&o.image) }
+
+// mayUse reports whether the layer may be used where it is on the node. Its digest is that of what the node has just made of layers that
+// the image may have.
+func (o *attributesOrigin) mayUse(Layer) bool { return true }
 
 // fetch unpacks the layer.
 func (o *attributesOrigin) fetch(ctx context.Context, blob image.LayerBlob, dirName string, progress *progressCounter) (Layer, error) {
