@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -74,5 +75,27 @@ func TestAttributesOfAPublishedImage(t *testing.T) {
 	n.pullUnused(pinned)
 	if requests := r.Requests(); len(requests) > 0 {
 		t.Errorf("the registry is asked again for a public image: %q", requests)
+	}
+}
+
+// TestTooManyDirectoriesWithoutEntries: a layer that has more of them than can be listed needs no list where nothing is below it.
+func TestTooManyDirectoriesWithoutEntries(t *testing.T) {
+	deep := strings.Repeat(strings.Repeat("n", 39)+"/", 80)
+	var long []registrytest.Entry
+	for i := range 70 {
+		long = append(long, registrytest.File(fmt.Sprint(i, "/", deep, "f"), ""))
+	}
+	many, private := layer(t, long...), privateLayers(t)
+	n := newNode(t)
+	r := n.startRegistry(registrytest.Options{})
+	n.pullUnused(push(t, r, "alone:1", image(t, many)))
+	lease := n.mustPull(push(t, r, "lowest:1", image(t, many, private[0], private[1])))
+	if got := attributesOf(t, filepath.Join(view(t, lease), "lib")); got != privateDir {
+		t.Errorf("the directory is %s, want %s", got, privateDir)
+	}
+	_, err := n.pull(push(t, r, "upper:1", image(t, private[0], many)), "", registry.Credentials{})
+	wantError(t, err, "directories without entries")
+	if !errdefs.IsResourceExhausted(err) {
+		t.Errorf("%v, want ResourceExhausted", err)
 	}
 }

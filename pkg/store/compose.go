@@ -32,7 +32,7 @@ func (p *puller) addAttributes(ctx context.Context, current *pull, img *Image, f
 	attributes := &attributesOrigin{origin: from, image: *img, builder: p.builder, workDirs: p.collector.workDirs}
 	visible := p.catalogue.visible(img.diffIDs())
 	// An image without such directories, as most are, waits for no other one.
-	if len(visible) > 1 && slices.ContainsFunc(visible, p.builder.listsImplied) {
+	if len(visible) > 1 && slices.ContainsFunc(visible[:len(visible)-1], p.builder.listsImplied) {
 		turn, err := p.composing.acquire(ctx, from.source().host, slotTurn, func() int64 { return 0 }, nil)
 		if err != nil {
 			return err
@@ -122,12 +122,16 @@ func (o *attributesOrigin) write(ctx context.Context, to io.Writer) (int, error)
 	var trees []*os.File
 	defer func() { closeAll(trees) }()
 	var names []string
-	for _, id := range visible {
+	for i, id := range visible {
 		tree, err := o.builder.openTree(id)
 		if err != nil {
 			return 0, err
 		}
 		trees = append(trees, tree)
+		if i == len(visible)-1 {
+			// Nothing below it has attributes for its directories.
+			break
+		}
 		implied, err := o.builder.readImplied(id)
 		if err != nil {
 			return 0, err

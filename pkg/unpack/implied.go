@@ -27,13 +27,19 @@ const (
 	// MaxImpliedBytes is the maximum total length of their paths in bytes, each with a byte at its end.
 	MaxImpliedBytes = 8 << 20
 	// ImpliedName is the file in scratch with the paths of the implied directories (Result.Implied). Each ends with a zero byte. They are
-	// not in memory because a layer chooses how many there are.
+	// not in memory because a layer chooses how many there are. If there are too many to list, the file has tooMany in their place.
 	ImpliedName = "implied"
+	// tooMany is an empty path.
+	tooMany = "\x00"
 	// madeName is the file in scratch with the paths of all directories that were made without an entry, in the same format.
 	madeName = "made"
 )
 
-// ReadImplied returns the paths in a file that Tar wrote as ImpliedName.
+// errTooMany is the error for more implied directories than a layer, or an image, may have where they matter.
+var errTooMany = fmt.Errorf("%w: the layer has more than %d directories without entries, or their paths have more than %d bytes; "+
+	"rebuild the image so that the layer has an entry for each directory", errdefs.ErrResourceExhausted, MaxImplied, MaxImpliedBytes)
+
+// ReadImplied returns the paths in a file that Tar wrote as ImpliedName. It returns errdefs.ErrResourceExhausted if there are too many.
 func ReadImplied(path string) ([]string, error) {
 	file, err := os.Open(path)
 	if err != nil {
@@ -48,6 +54,9 @@ func ReadImplied(path string) ([]string, error) {
 	content.Grow(int(min(info.Size(), MaxImpliedBytes)))
 	if _, err := io.Copy(&content, io.LimitReader(file, MaxImpliedBytes)); err != nil {
 		return nil, err
+	}
+	if content.String() == tooMany {
+		return nil, errTooMany
 	}
 	names := strings.Split(content.String(), "\x00")
 	// Nothing follows the last zero byte.
@@ -133,6 +142,7 @@ func (u *unpacker) addImplied(made *os.File) error {
 }
 
 // listImplied lists the directories that no later entry gave attributes to, or replaced. It returns their number. A path may occur twice.
+// More than a list may have are no error: they matter only above other layers.
 func (u *unpacker) listImplied(ctx context.Context) (int, error) {
 	file, out, err := createIn(u.scratch, ImpliedName)
 	if err != nil {
@@ -140,7 +150,11 @@ func (u *unpacker) listImplied(ctx context.Context) (int, error) {
 	}
 	defer file.Close()
 	count, err := u.writeImplied(ctx, out)
-	return count, errors.Join(err, out.Flush())
+	err = errors.Join(err, out.Flush())
+	if errors.Is(err, errTooMany) {
+		err = os.WriteFile(file.Name(), []byte(tooMany), 0o600)
+	}
+	return count, err
 }
 
 func (u *unpacker) writeImplied(ctx context.Context, out *bufio.Writer) (count int, _ error) {
@@ -176,8 +190,7 @@ func (u *unpacker) writeImplied(ctx context.Context, out *bufio.Writer) (count i
 		count++
 		size += len(line)
 		if count > MaxImplied || size > MaxImpliedBytes {
-			return 0, fmt.Errorf("%w: the layer has more than %d directories without entries, or their paths have more than %d bytes; "+
-				"rebuild the image so that the layer has an entry for each directory", errdefs.ErrResourceExhausted, MaxImplied, MaxImpliedBytes)
+			return count, errTooMany
 		}
 	}
 }

@@ -125,7 +125,10 @@ func TestImpliedLimits(t *testing.T) {
 			if name == "number" && testing.Short() {
 				t.Skip("65536 directories take half a minute on a busy machine")
 			}
-			_, listed, err := unpackListing(t, mustTar(t, c.entries...), filepath.Join(workDir(t), "tree"), c.limits)
+			result, listed, err := unpackListing(t, mustTar(t, c.entries...), filepath.Join(workDir(t), "tree"), c.limits)
+			if isUnpacked := result.Entries > 0; isUnpacked != (c.limits == unpack.Limits{}) {
+				t.Errorf("the layer is unpacked: %t", isUnpacked)
+			}
 			if c.refused != "" {
 				wantError(t, err, c.refused)
 				if !errdefs.IsResourceExhausted(err) {

@@ -36,7 +36,7 @@ type Result struct {
 	// the caller must leave out the lower layers itself.
 	Opaque bool
 	// Implied is the number of directories that the tree has without entries in the tar, except for the root (IsImplied). Their paths are
-	// in the file ImpliedName in scratch, and one of them may be there twice.
+	// in the file ImpliedName in scratch, and one of them may be there twice. If they are more than can be listed, it is a lower bound.
 	Implied int
 }
 
