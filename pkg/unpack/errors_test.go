@@ -194,6 +194,51 @@ func TestAttributesTakeSpace(t *testing.T) {
 	}
 }
 
+// TestReserveOfASmallDisk: somebody else fills the disk amid a layer. Of the reserve, next to nothing is taken.
+func TestReserveOfASmallDisk(t *testing.T) {
+	needs.Root(t)
+	const size, reserve = 64 << 20, 16 << 20
+	others := func(dir string) io.Reader {
+		return readerFunc(func([]byte) (int, error) {
+			must(t, os.WriteFile(filepath.Join(dir, "others"), make([]byte, 40<<20), 0o600))
+			return 0, io.EOF
+		})
+	}
+	data := mustTar(t, registrytest.File("f", strings.Repeat("x", 24<<20)))
+	limits := unpack.Limits{MinFreePercent: 100 * reserve / size}
+	for name, write := range map[string]func(dir string, from io.Reader) error{
+		"layer": func(dir string, from io.Reader) error {
+			must(t, os.Mkdir(filepath.Join(dir, "scratch"), 0o700))
+			_, err := unpack.Tar(t.Context(), from, filepath.Join(dir, "tree"), filepath.Join(dir, "scratch"), limits)
+			return err
+		},
+		"archive": func(dir string, from io.Reader) error {
+			file, err := os.Create(filepath.Join(dir, "archive"))
+			must(t, err)
+			defer file.Close()
+			_, err = limits.CopyToFile(t.Context(), file, from)
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=%d", size)))
+			t.Cleanup(func() { must(t, drivertest.UnmountBeneath(dir)) })
+			err := write(dir, io.MultiReader(bytes.NewReader(data[:4<<20]), others(dir), bytes.NewReader(data[4<<20:])))
+			wantError(t, err, "--min-free-disk-percent")
+			var disk unix.Statfs_t
+			must(t, unix.Statfs(dir, &disk))
+			if left := int64(disk.Bavail) * disk.Bsize; left < reserve/2 {
+				t.Errorf("%d MiB are left of the reserve", left>>20)
+			}
+		})
+	}
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(buffer []byte) (int, error) { return f(buffer) }
+
 // TestReplacedDirectoriesTakeNoMemory: entries may replace one directory any number of times.
 func TestReplacedDirectoriesTakeNoMemory(t *testing.T) {
 	needs.Root(t)

@@ -12,11 +12,9 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
-// checkInterval is the number of bytes that are written between two checks of the free space.
-const checkInterval = 64 << 20
-
-// fileInterval is the number of bytes that CopyToFile writes between two checks of the free space.
-const fileInterval = 16 << 20
+// checkInterval is the number of bytes that are written between two checks of the free space. It is small against the reserve of a small
+// disk.
+const checkInterval = 4 << 20
 
 // Limits bound the resources that one layer may take. A zero field is no limit.
 type Limits struct {
@@ -39,7 +37,7 @@ func (l Limits) CopyToFile(ctx context.Context, file *os.File, from io.Reader) (
 				return size, err
 			}
 		}
-		n, err := io.CopyN(file, content, fileInterval)
+		n, err := io.CopyN(file, content, checkInterval)
 		size += n
 		if err := l.CheckSize(size); err != nil {
 			return size, err
