@@ -57,7 +57,7 @@ func (v *PodVolumes) checkMedium(ctx context.Context, volume *search, root *os.F
 		return nil
 	}
 	if volume.known == nil && volume.mediumErr == nil {
-		known, err := v.api.PodVolume(ctx, volume.pod, volume.name)
+		known, err := v.ask(ctx, volume)
 		if err != nil {
 			volume.mediumErr = err
 		} else {

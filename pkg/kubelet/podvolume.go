@@ -62,6 +62,10 @@ const csiPlugin = "kubernetes.io~csi"
 // errNotMounted means that kubelet has not set up the volume yet.
 var errNotMounted = errors.New("kubelet has not mounted it yet")
 
+// apiWait is how long the API server has for an answer when the wait for kubelet is over. It is shorter than the patience of package layer
+// with the file system of a volume, which would be blamed.
+const apiWait = 2 * time.Second
+
 // pollInterval is the time between two looks into kubelet's directory.
 const pollInterval = 20 * time.Millisecond
 
@@ -76,7 +80,7 @@ func (v *PodVolumes) Open(ctx context.Context, pod Pod, name string) (*os.File, 
 		return nil, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
 	}
 	deadline := time.Now().Add(v.wait)
-	volume := &search{pod: pod, name: name}
+	volume := &search{pod: pod, name: name, deadline: deadline}
 	for {
 		root, err := v.open(ctx, volume)
 		if !errors.Is(err, errNotMounted) {
@@ -98,6 +102,8 @@ func (v *PodVolumes) Open(ctx context.Context, pod Pod, name string) (*os.File, 
 type search struct {
 	pod  Pod
 	name string
+	// deadline is when the wait for kubelet ends.
+	deadline time.Time
 	// known is the API server's answer, nil as long as it is not final.
 	known *Volume
 	// mediumErr is why the API server does not say what medium an emptyDir has.
@@ -121,7 +127,7 @@ func (v *PodVolumes) open(ctx context.Context, volume *search) (*os.File, error)
 		return v.openPlugin(pod, csiPlugin, name)
 	}
 	if volume.known == nil {
-		known, err := v.api.PodVolume(ctx, pod, name)
+		known, err := v.ask(ctx, volume)
 		if errors.Is(err, ErrNoAPIServer) {
 			// It may still be a volume that is found by its own name, so this alone is no reason to give up.
 			return nil, fmt.Errorf("%w (%v)", errNotMounted, err)
@@ -142,6 +148,19 @@ func (v *PodVolumes) open(ctx context.Context, volume *search) (*os.File, error)
 		specName = volume.known.PersistentVolume
 	}
 	return v.openAnyPlugin(pod, specName)
+}
+
+// ask asks the API server for the volume. It returns ErrUnavailable if there is no answer in time.
+func (v *PodVolumes) ask(ctx context.Context, volume *search) (Volume, error) {
+	began := time.Now()
+	inTime, cancel := context.WithDeadline(ctx, volume.deadline.Add(apiWait))
+	defer cancel()
+	known, err := v.api.PodVolume(inTime, volume.pod, volume.name)
+	if err != nil && inTime.Err() != nil && ctx.Err() == nil {
+		return known, fmt.Errorf("%w: the API server has not answered for %s, and kubelet will retry: %v",
+			errdefs.ErrUnavailable, time.Since(began).Round(time.Second), err)
+	}
+	return known, err
 }
 
 // openAnyPlugin opens the volume of that name whatever plugin it belongs to. The name comes from the API server.

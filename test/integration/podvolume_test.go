@@ -7,6 +7,8 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -220,6 +222,29 @@ func TestVolumesOfClaimsAreFoundThroughTheAPIServer(t *testing.T) {
 		})
 	}
 	wantNoViews(t, node)
+}
+
+// TestSlowAPIServer: an API server that does not answer is not taken for a file system that does not.
+func TestSlowAPIServer(t *testing.T) {
+	var asked atomic.Int32
+	server := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, request *http.Request) {
+		asked.Add(1)
+		<-request.Context().Done()
+	}))
+	t.Cleanup(server.Close)
+	node := startNode(t, "--kubeconfig="+kubeconfigOf(t, server.URL), "--pod-volume-wait=10ms")
+	pod := newPod(t, node, "pod")
+	v := inline("layers", "volume://data")
+	for range 2 {
+		_, err := pod.Publish(timeout(t), v)
+		wantCode(t, err, codes.Unavailable, "API server")
+		if strings.Contains(err.Error(), "file system") {
+			t.Errorf("the error blames a file system: %v", err)
+		}
+	}
+	if n := asked.Load(); n != 2 {
+		t.Errorf("the API server was asked %d times", n)
+	}
 }
 
 // TestEmptyDirInMemoryAfterAReboot: a reboot leaves kubelet's file "ready" and the directory, but not the tmpfs on it.
