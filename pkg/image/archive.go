@@ -71,6 +71,8 @@ type Archive struct {
 type archiveFiles interface {
 	// open opens a file and returns its size in bytes.
 	open(name string) (content io.ReadCloser, size int64, err error)
+	// size returns the size of a file in bytes.
+	size(name string) (int64, error)
 	has(name string) bool
 	close()
 }

@@ -45,11 +45,10 @@ func (a *Archive) describeDocker(ctx context.Context) error {
 	}
 	for i, id := range config.RootFS.DiffIDs.items {
 		name := manifest.Layers.items[i]
-		blob, size, err := a.files.open(name)
+		size, err := a.files.size(name)
 		if err != nil {
 			return err
 		}
-		blob.Close()
 		a.Layers = append(a.Layers, LayerBlob{Descriptor: ocispec.Descriptor{Digest: id, Size: size}, DiffID: id, DigestUnknown: true})
 		a.names[id] = name
 	}

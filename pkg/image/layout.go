@@ -50,6 +50,14 @@ func (l layoutDir) open(name string) (io.ReadCloser, int64, error) {
 	return file, info.Size(), nil
 }
 
+func (l layoutDir) size(name string) (int64, error) {
+	file, size, err := l.open(name)
+	if err != nil {
+		return 0, err
+	}
+	return size, file.Close()
+}
+
 // openFile opens a file of the layout. It does not follow links.
 func (l layoutDir) openFile(name string) (*os.File, error) {
 	file, err := linux.Open(l.dir, name, os.O_RDONLY|linux.O_NOFOLLOW|linux.O_NONBLOCK, linux.ResolveBeneath|linux.ResolveNoSymlinks)

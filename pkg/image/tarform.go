@@ -17,6 +17,8 @@ import (
 type tarForm struct {
 	// documents bounds the memory for reading a manifest.json.
 	documents *Documents
+	// manifestBytes is the total size of its manifest.json, of which there may be many, in bytes.
+	manifestBytes int64
 	// describesImage reports whether the tar has a manifest.json that names the files of an image.
 	describesImage bool
 	// hasManifest reports whether it has a manifest.json or index.json, whatever that says.
@@ -37,6 +39,10 @@ var imageNames = regexp.MustCompile(`^(|oci-layout|index\.json|manifest\.json|re
 // oldLayerName matches the name of a layer that docker save wrote before Docker 25.
 var oldLayerName = regexp.MustCompile(`^[0-9a-f]{64}/layer\.tar$`)
 
+// maxManifestBytes is the maximum total size in bytes of what is read as manifest.json. A later entry replaces an earlier one of its name,
+// and a sparse one takes next to nothing in the tar.
+const maxManifestBytes = 4 * MaxDocumentSize
+
 // maxImageName is an upper bound of the length of these names in bytes.
 const maxImageName = 256
 
@@ -47,6 +53,10 @@ func (f *tarForm) add(ctx context.Context, name string, header *tar.Header, cont
 	case dockerManifestFile:
 		f.hasManifest = true
 		size := min(header.Size, MaxDocumentSize)
+		if f.manifestBytes += size; f.manifestBytes > maxManifestBytes {
+			return fmt.Errorf("%w: its entries %s have more than %d bytes altogether",
+				errdefs.ErrInvalidArgument, dockerManifestFile, maxManifestBytes)
+		}
 		return f.documents.read(ctx, ocispec.Descriptor{Size: size}, func(context.Context, ocispec.Descriptor) ([]byte, error) {
 			return io.ReadAll(io.LimitReader(content, size))
 		}, func(data []byte) error {

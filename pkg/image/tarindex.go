@@ -7,6 +7,7 @@ import (
 	"io"
 	"path"
 	"strings"
+	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 
@@ -18,6 +19,9 @@ const (
 	maxArchiveFiles = 100_000
 	// maxArchiveNames is the maximum total length of the names in an archive and of the targets of its links in bytes.
 	maxArchiveNames = 16 << 20
+	// maxSparseHeaders is the maximum number of headers that are read to find sparse files. It is more than 500 layers need in an archive with
+	// three files for each.
+	maxSparseHeaders = 1 << 19
 	// maxArchiveLinks is the maximum number of links that are followed to a file in an archive.
 	maxArchiveLinks = 16
 )
@@ -76,6 +80,8 @@ type tarIndex struct {
 	files  map[string]section
 	links  map[string]string
 	closer io.Closer
+	// sparseHeaders is the number of headers that were read to find sparse files.
+	sparseHeaders atomic.Int64
 }
 
 // section is the content of a file in a tar, in bytes.
@@ -168,13 +174,31 @@ func (t *tarIndex) has(name string) bool { _, ok := t.find(name); return ok }
 
 func (t *tarIndex) close() { t.closer.Close() }
 
-func (t *tarIndex) open(name string) (io.ReadCloser, int64, error) {
+func (t *tarIndex) size(name string) (int64, error) {
+	at, err := t.mustFind(name)
+	return at.size, err
+}
+
+// mustFind is find with an error.
+func (t *tarIndex) mustFind(name string) (section, error) {
 	at, ok := t.find(name)
 	if !ok {
-		return nil, 0, fmt.Errorf("%w: the archive has no file %q", errdefs.ErrInvalidArgument, truncate(name))
+		return section{}, fmt.Errorf("%w: the archive has no file %q", errdefs.ErrInvalidArgument, truncate(name))
+	}
+	return at, nil
+}
+
+func (t *tarIndex) open(name string) (io.ReadCloser, int64, error) {
+	at, err := t.mustFind(name)
+	if err != nil {
+		return nil, 0, err
 	}
 	if at.entry == 0 {
 		return io.NopCloser(io.NewSectionReader(t.from, at.offset, at.size)), at.size, nil
+	}
+	if t.sparseHeaders.Add(int64(at.entry)) > maxSparseHeaders {
+		return nil, 0, fmt.Errorf("%w: the archive has too many sparse files behind too many others; write it without --sparse",
+			errdefs.ErrInvalidArgument)
 	}
 	// Only the tar reader knows where the holes are.
 	reader := tar.NewReader(contextSection{io.NewSectionReader(t.from, 0, t.from.Size()), t.ctx})
