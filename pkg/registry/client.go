@@ -28,7 +28,8 @@ type Config struct {
 	UserAgent string
 	// StallTimeout is the time after which a request that receives less than 1 KiB/s is retried.
 	StallTimeout time.Duration
-	// Backoff is the pause after the first failed request of a download. It doubles after each further failure.
+	// Backoff is the pause after the first failed request of a download. It doubles after each further failure. It is also the pause before
+	// a request that continues a body that was cut off, or that a registry was too busy to answer.
 	Backoff time.Duration
 }
 
@@ -76,7 +77,7 @@ func (c *Client) hosts(host string, credentials func(host string) (string, strin
 				// A hosts.toml with headers alone has the client of the host updated twice.
 				return nil
 			}
-			client.Transport = countRepeated(acceptIdentity(answerHead(keepSecrets(client.Transport))))
+			client.Transport = pauseBeforeRepeats(c.config.Backoff, countRepeated(acceptIdentity(answerHead(keepSecrets(client.Transport)))))
 			return nil
 		},
 	}

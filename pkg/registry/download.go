@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net/http"
 	"sync/atomic"
 	"time"
@@ -94,10 +93,8 @@ func (d *download) run(ctx context.Context) error {
 		}
 		klog.FromContext(ctx).Info("Retrying download",
 			keyLayer, d.descriptor.Digest, keyReceived, d.into.Len(), keySize, d.descriptor.Size, keyReason, err.Error())
-		select {
-		case <-ctx.Done():
-			return d.repository.wrap(fetchOp(d.descriptor), context.Cause(ctx))
-		case <-time.After(pause + rand.N(pause/4+1)):
+		if err := sleep(ctx, pause); err != nil {
+			return d.repository.wrap(fetchOp(d.descriptor), err)
 		}
 		pause *= 2
 	}
