@@ -28,7 +28,7 @@ type GCConfig struct {
 	Interval time.Duration
 }
 
-// GCRequest is a request for garbage collection. If All and Bytes are zero, the request removes layers only if disk usage is
+// GCRequest is a request for garbage collection. If All, Bytes and Inodes are zero, the request removes layers only if disk usage is
 // above the high threshold, and stops at the low threshold.
 type GCRequest struct {
 	// DryRun reports the layers without removing them.
@@ -37,6 +37,8 @@ type GCRequest struct {
 	All bool
 	// Bytes is the number of bytes to remove.
 	Bytes int64
+	// Inodes is the number of files to remove.
+	Inodes int64
 }
 
 // amount is an amount of disk space.
@@ -115,8 +117,8 @@ func (c *collector) target(request GCRequest) (amount, error) {
 	if request.All {
 		return amount{math.MaxInt64, math.MaxInt64}, nil
 	}
-	if request.Bytes > 0 {
-		return amount{bytes: request.Bytes}, nil
+	if request.Bytes > 0 || request.Inodes > 0 {
+		return amount{request.Bytes, request.Inodes}, nil
 	}
 	usage, err := linux.FileSystemUsage(c.catalogue.root)
 	return amount{c.above(usage.Bytes), c.above(usage.Inodes)}, err

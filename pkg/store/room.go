@@ -23,6 +23,10 @@ const (
 	maxRoomTries = 2
 	// usualRatio is the ratio of the sizes of most layers, unpacked and compressed, and of what else is needed to unpack them.
 	usualRatio = 4
+	// mostRatio is what is made room for at most when that was not enough. A small blob may unpack to more than the disk has.
+	mostRatio = 16
+	// tarBlock is the size of the header of a file in a tar in bytes.
+	tarBlock = 512
 	// trashWait is the maximum time that a pull waits until what was discarded is deleted.
 	trashWait = time.Minute
 )
@@ -190,17 +194,32 @@ func (c *collector) withRoom(ctx context.Context, size int64, do func() error) e
 		if !isNoRoom(err) || tries == maxRoomTries {
 			return err
 		}
-		bytes := int64(math.MaxInt64)
-		if tries == 0 {
-			bytes = min(max(size, 1), math.MaxInt64/usualRatio) * usualRatio
+		ratio := int64(usualRatio)
+		if tries > 0 {
+			ratio = mostRatio
+		}
+		request, failed := c.requestFor(min(max(size, 1), math.MaxInt64/ratio) * ratio)
+		if failed != nil {
+			return errors.Join(err, failed)
 		}
 		klog.FromContext(ctx).Info("Removing unused layers for what is unpacked", keyReason, err.Error())
-		collected, failed := c.collect(ctx, GCRequest{Bytes: bytes})
+		collected, failed := c.collect(ctx, request)
 		if failed != nil || (collected.Bytes == 0 && collected.Downloads == 0) {
 			return errors.Join(err, failed)
 		}
 		c.awaitTrash(ctx)
 	}
+}
+
+// requestFor returns the request to make room for a tar of size bytes, or for the files that it may have if the disk is shorter of inodes.
+func (c *collector) requestFor(size int64) (GCRequest, error) {
+	usage, err := linux.FileSystemUsage(c.catalogue.root)
+	free := func(space linux.Space) float64 { return float64(space.Available) / float64(max(space.Total, 1)) }
+	// Some file systems have no limit of inodes: both numbers are 0.
+	if usage.Inodes.Total > 0 && free(usage.Inodes) < free(usage.Bytes) {
+		return GCRequest{Inodes: size/tarBlock + 1}, err
+	}
+	return GCRequest{Bytes: size}, err
 }
 
 // makeRoom removes abandoned downloads and unused layers of the given size, and waits until they are deleted. It removes nothing if

@@ -220,6 +220,28 @@ func TestUnpackingMakesRoom(t *testing.T) {
 	}
 }
 
+// TestBombCollectsLittle: a small blob that unpacks to more than the disk has must not cost others all of their layers.
+func TestBombCollectsLittle(t *testing.T) {
+	const unused = 8
+	n := newNodeIn(t, newDisk(t, "size=64m"))
+	r := n.startRegistry(registrytest.Options{})
+	for i := range unused {
+		img, _ := random(t, fmt.Sprint(i), 4<<20)
+		n.pullUnused(push(t, r, fmt.Sprintf("unused/%d:1", i), img))
+	}
+	bomb := layer(t, registrytest.File("big", strings.Repeat(incompressible(1000).Content, 80_000)))
+	size := mustSize(t, bomb)
+	_, err := n.pull(push(t, r, "bomb:1", image(t, bomb)), "", registry.Credentials{})
+	if err == nil {
+		t.Fatal("the layer fits")
+	}
+	// Both times, a part of a layer more than was asked for.
+	most := 2 + int(20*size>>22)
+	if left := len(n.Layers()); left < unused-most {
+		t.Errorf("%d of %d layers are left after a blob of %d bytes: %v", left, unused, size, err)
+	}
+}
+
 // TestCompressedArchiveMakesRoom: a compressed archive is decompressed to the disk before anything is known of its layers.
 func TestCompressedArchiveMakesRoom(t *testing.T) {
 	n := newNodeIn(t, newDisk(t, "size=128m"), func(n *node) { n.config.MinFreeDiskPercent = 10 })
