@@ -75,8 +75,8 @@ type pull struct {
 	blobs   []image.LayerBlob
 	// onDisk are the numbers of bytes that earlier pulls have downloaded.
 	onDisk map[fetchKey]int64
-	// reserved reports whether the disk space for the missing layers is reserved.
-	reserved bool
+	// reserved is the disk space that is reserved for the missing layers, nil before it is.
+	reserved *reservation
 	ended    bool
 
 	heldMu sync.Mutex

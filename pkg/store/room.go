@@ -19,6 +19,10 @@ import (
 )
 
 const (
+	// reserveFor is how long a pull reserves what it will take, however slow it is.
+	reserveFor = 2 * time.Minute
+	// reserveAhead is the time for which a pull reserves then what it will take in it, at the speed that it has had.
+	reserveAhead = time.Hour
 	// maxRoomTries is the number of times that a layer is fetched again after it ran out of disk space.
 	maxRoomTries = 2
 	// usualRatio is the ratio of the sizes of most layers, unpacked and compressed, and of what else is needed to unpack them.
@@ -97,12 +101,19 @@ func (p *puller) tryReserve(current *pull) (missing int64, _ error) {
 	defer p.mu.Unlock()
 	pulls := []*pull{current}
 	own := p.outstandingLocked(pulls)
+	var ofSlow int64
 	for _, other := range p.pulls {
-		if other.reserved && other != current {
-			pulls = append(pulls, other)
+		if other.reserved == nil || other == current {
+			continue
 		}
+		left := p.outstandingLocked([]*pull{other})
+		if ahead := other.reserved.ahead(left); ahead < left {
+			ofSlow += ahead
+			continue
+		}
+		pulls = append(pulls, other)
 	}
-	outstanding := p.outstandingLocked(pulls)
+	outstanding := p.outstandingLocked(pulls) + ofSlow
 	// The usage is read last: what the other pulls write before that counts twice, and not as free.
 	usage, err := linux.FileSystemUsage(p.catalogue.root)
 	if err != nil {
@@ -112,8 +123,24 @@ func (p *puller) tryReserve(current *pull) (missing int64, _ error) {
 	if missing := outstanding - available; missing > 0 && own > 0 {
 		return missing, nil
 	}
-	current.reserved = true
+	current.reserved = &reservation{time.Now(), own}
 	return 0, nil
+}
+
+// reservation is the disk space that a pull reserves, in bytes, and when it was reserved.
+type reservation struct {
+	at    time.Time
+	bytes int64
+}
+
+// ahead returns how many of the bytes that a pull has left it may keep from others: all of them if it has just begun, and then what it will
+// take in the next hour. A registry that declares much and sends little keeps little.
+func (r *reservation) ahead(left int64) int64 {
+	took := time.Since(r.at)
+	if took < reserveFor {
+		return left
+	}
+	return min(left, int64(float64(max(r.bytes-left, 0))/took.Seconds()*reserveAhead.Seconds()))
 }
 
 func (p *puller) outstanding(current *pull) int64 {

@@ -1,0 +1,71 @@
+package store
+
+import (
+	"os"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/overlay-csi/overlay-csi/pkg/image"
+	"github.com/overlay-csi/overlay-csi/test/needs"
+)
+
+// TestSlowPullsReserveLittle: a pull from a registry that sends next to nothing does not keep the disk from others.
+func TestSlowPullsReserveLittle(t *testing.T) {
+	needs.Root(t)
+	const size = 20 << 20
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, 0) })
+	for name, c := range map[string]struct {
+		// after is the time after which the other pull comes, and rate what was received in each second until then.
+		after time.Duration
+		rate  int64
+		fits  bool
+	}{
+		"just begun":       {time.Minute, 0, false},
+		"slow":             {10 * time.Minute, 100, true},
+		"nothing received": {10 * time.Minute, 0, true},
+		"fast enough":      {10 * time.Minute, 16 << 10, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			root, err := os.Open(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer root.Close()
+			synctest.Test(t, func(t *testing.T) {
+				catalogue := &catalogue{layout: layout{root: root, path: dir}}
+				p := &puller{
+					catalogue: catalogue, parallel: 4, pulls: map[pullKey]*pull{},
+					fetcher: &fetcher{catalogue: catalogue, fetches: map[fetchKey]*fetch{}},
+				}
+				begin := func(host string) *pull {
+					blob := image.LayerBlob{Descriptor: ocispec.Descriptor{Digest: digest.FromString(host), Size: size}}
+					begun := &pull{blobs: []image.LayerBlob{blob}, from: source{host: host}, mayUse: anyLayer}
+					p.pulls[pullKey{repository: host}] = begun
+					p.fetcher.fetches[fetchKeyOf(blob, begun.from)] = &fetch{}
+					return begun
+				}
+				slow := begin("slow")
+				if missing, err := p.tryReserve(slow); err != nil || missing > 0 {
+					t.Fatalf("%d bytes are missing for the first pull: %v", missing, err)
+				}
+				time.Sleep(c.after)
+				for _, current := range p.fetcher.fetches {
+					current.received.Received.Store(c.rate * int64(c.after.Seconds()))
+				}
+				missing, err := p.tryReserve(begin("other"))
+				if err != nil || (missing <= 0) != c.fits {
+					t.Errorf("%d bytes are missing for the second pull: %v", missing, err)
+				}
+			})
+		})
+	}
+}
