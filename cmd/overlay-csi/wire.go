@@ -185,7 +185,9 @@ func newStore(ctx context.Context, root *dataroot.Root, records *record.Store, o
 			return nil, fmt.Errorf("--registry-config: %w", err)
 		}
 	}
-	return store.New(ctx, root, records, registry.NewClient(opts.registry), opts.store)
+	config := opts.registry
+	config.SpoolDir = root.Path()
+	return store.New(ctx, root, records, registry.NewClient(config), opts.store)
 }
 
 // newAPI returns a reader of the API server. Outside of a cluster and without --kubeconfig it is kubeapi.None.

@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"fmt"
+	"io"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
@@ -23,8 +24,9 @@ type Description struct {
 	Layers []LayerBlob
 }
 
-// Fetch is a function that returns the verified content of a manifest, an index or a configuration.
-type Fetch func(ctx context.Context, descriptor ocispec.Descriptor) ([]byte, error)
+// Fetch is a function that opens a manifest, an index or a configuration. Its content is verified when it was read to the end. If it is
+// larger than SmallDocument, it is not in memory.
+type Fetch func(ctx context.Context, descriptor ocispec.Descriptor) (io.ReadCloser, error)
 
 // maxIndexes is the maximum depth of nested indexes.
 const maxIndexes = 4

@@ -19,8 +19,8 @@ const (
 	// documentCost is the memory that a document takes while it is read and parsed, for each of its bytes: the text, the buffer of the
 	// JSON decoder, which doubles, and the strings.
 	documentCost = 6
-	// smallDocument is the maximum size of a small document in bytes. Nearly all documents are small.
-	smallDocument = 64 << 10
+	// SmallDocument is the maximum size of a small document in bytes. Nearly all documents are small.
+	SmallDocument = 64 << 10
 	// smallMemory and largeMemory are the memory for all small and all other documents in bytes. The first has room for 42 of the largest
 	// small documents at a time, and the second for one of MaxDocumentSize.
 	smallMemory = 16 << 20
@@ -36,37 +36,29 @@ func NewDocuments() *Documents {
 	return &Documents{semaphore.NewWeighted(smallMemory), semaphore.NewWeighted(largeMemory)}
 }
 
-// read fetches a document and parses it. It waits until there is memory, or ctx is done: for a small document to parse it, so that a
-// registry that sends slowly delays nobody else, and for a large one to fetch it too. What parse keeps is not accounted for any more when
-// read returns. fetch must not take without end.
+// read fetches a document and parses it. It waits until there is memory to parse it, or ctx is done. A registry that sends slowly delays
+// nobody else. What parse keeps is not accounted for any more when read returns.
 func (d *Documents) read(ctx context.Context, descriptor ocispec.Descriptor, fetch Fetch, parse func(data []byte) error) error {
 	if descriptor.Size < 0 || descriptor.Size > MaxDocumentSize {
 		return fmt.Errorf("%w: document %s has %d bytes; the maximum is %d",
 			errdefs.ErrInvalidArgument, truncate(string(descriptor.Digest)), descriptor.Size, MaxDocumentSize)
 	}
-	cost := descriptor.Size * documentCost
-	acquire := func(memory *semaphore.Weighted) error {
-		if err := memory.Acquire(ctx, cost); err != nil {
-			return fmt.Errorf("%w: wait for other images to be read: %w", errdefs.ErrUnavailable, err)
-		}
-		return nil
-	}
-	isSmall := descriptor.Size <= smallDocument
-	if !isSmall {
-		if err := acquire(d.large); err != nil {
-			return err
-		}
-		defer d.large.Release(cost)
-	}
-	data, err := fetch(ctx, descriptor)
+	content, err := fetch(ctx, descriptor)
 	if err != nil {
 		return err
 	}
-	if isSmall {
-		if err := acquire(d.small); err != nil {
-			return err
-		}
-		defer d.small.Release(cost)
+	defer content.Close()
+	memory, cost := d.large, descriptor.Size*documentCost
+	if descriptor.Size <= SmallDocument {
+		memory = d.small
+	}
+	if err := memory.Acquire(ctx, cost); err != nil {
+		return fmt.Errorf("%w: wait for other images to be read: %w", errdefs.ErrUnavailable, err)
+	}
+	defer memory.Release(cost)
+	data, err := ReadDocument(content, descriptor.Size)
+	if err != nil {
+		return err
 	}
 	// encoding/json makes three bytes of each invalid one.
 	if !utf8.Valid(data) {

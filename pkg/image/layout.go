@@ -98,22 +98,34 @@ func (a *Archive) describeLayout(ctx context.Context, index manifestOrIndex, pla
 	if err != nil {
 		return err
 	}
-	a.Description, err = Describe(ctx, root, platform, a.documents, func(_ context.Context, descriptor ocispec.Descriptor) ([]byte, error) {
+	fetch := func(_ context.Context, descriptor ocispec.Descriptor) (io.ReadCloser, error) {
 		content, _, err := a.files.open(blobPath(descriptor.Digest))
 		if err != nil {
 			return nil, err
 		}
-		defer content.Close()
-		data, err := ReadDocument(content, descriptor.Size)
-		if err == nil {
-			err = Verify(descriptor, descriptor.Digest.Algorithm().FromBytes(data), int64(len(data)))
-		}
-		return data, err
-	})
+		return verifiedAtEnd{content, NewVerifyingReader(LayerBlob{Descriptor: descriptor}, content)}, nil
+	}
+	a.Description, err = Describe(ctx, root, platform, a.documents, fetch)
 	for _, blob := range a.Layers {
 		a.names[blob.Descriptor.Digest] = blobPath(blob.Descriptor.Digest)
 	}
 	return err
+}
+
+// verifiedAtEnd is a document that returns ErrContentMismatch at its end, and where it is too long.
+type verifiedAtEnd struct {
+	io.Closer
+	content *VerifyingReader
+}
+
+func (v verifiedAtEnd) Read(buffer []byte) (int, error) {
+	n, err := v.content.Read(buffer)
+	if isTooLong := v.content.size > v.content.blob.Descriptor.Size; isTooLong || errors.Is(err, io.EOF) {
+		if mismatch := v.content.Verify(); mismatch != nil {
+			return n, mismatch
+		}
+	}
+	return n, err
 }
 
 // blobPath returns the path of a blob in a layout.

@@ -1,9 +1,11 @@
 package image
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
 	"testing"
@@ -31,7 +33,9 @@ func describeDocument(t *testing.T, document any) (Description, error) {
 		t.Fatal(err)
 	}
 	root := ocispec.Descriptor{Digest: digest.FromBytes(data), Size: int64(len(data))}
-	fetch := func(context.Context, ocispec.Descriptor) ([]byte, error) { return data, nil }
+	fetch := func(context.Context, ocispec.Descriptor) (io.ReadCloser, error) {
+		return io.NopCloser(bytes.NewReader(data)), nil
+	}
 	return Describe(t.Context(), root, platforms.Default(), NewDocuments(), fetch)
 }
 
@@ -120,14 +124,15 @@ func TestOllama(t *testing.T) {
 		configData, err := json.Marshal(config)
 		must(t, err)
 		image := ocispec.Manifest{Config: blobOf("application/vnd.docker.container.image.v1+json", nil), Layers: layers}
+		image.Config.Size = int64(len(configData))
 		manifest, err := json.Marshal(image)
 		must(t, err)
-		root := ocispec.Descriptor{Digest: digest.FromBytes(manifest)}
-		fetch := func(_ context.Context, descriptor ocispec.Descriptor) ([]byte, error) {
+		root := ocispec.Descriptor{Digest: digest.FromBytes(manifest), Size: int64(len(manifest))}
+		fetch := func(_ context.Context, descriptor ocispec.Descriptor) (io.ReadCloser, error) {
 			if descriptor.Digest == root.Digest {
-				return manifest, nil
+				return io.NopCloser(bytes.NewReader(manifest)), nil
 			}
-			return configData, nil
+			return io.NopCloser(bytes.NewReader(configData)), nil
 		}
 		return Describe(t.Context(), root, platforms.Default(), NewDocuments(), fetch)
 	}
@@ -172,8 +177,8 @@ func TestManifestKeepsOnlyWhatHasABound(t *testing.T) {
 	if left := fmt.Sprintf("%+v %+v", got, *got.Config); len(left) > 1<<10 || got.Layers.items[0].Annotations.Title != "f" {
 		t.Errorf("%d bytes are kept", len(left))
 	}
-	err = NewDocuments().read(t.Context(), ocispec.Descriptor{Size: 3}, func(context.Context, ocispec.Descriptor) ([]byte, error) {
-		return []byte{'"', 0xff, '"'}, nil
+	err = NewDocuments().read(t.Context(), ocispec.Descriptor{Size: 3}, func(context.Context, ocispec.Descriptor) (io.ReadCloser, error) {
+		return io.NopCloser(strings.NewReader("\"\xff\"")), nil
 	}, func([]byte) error { return nil })
 	if !errdefs.IsInvalidArgument(err) {
 		t.Errorf("a document that is not UTF-8: %v", err)

@@ -24,6 +24,8 @@ type Config struct {
 	CredentialsFile string
 	// CredentialsNamespaces are the namespaces whose volumes may use the node's credentials. AllNamespaces stands for all of them.
 	CredentialsNamespaces []string
+	// SpoolDir is the directory whose file system has large manifests while they are read. It is that of temporary files by default.
+	SpoolDir string
 	// UserAgent is the User-Agent header of all requests.
 	UserAgent string
 	// StallTimeout is the time after which a request that receives less than 1 KiB/s is retried.

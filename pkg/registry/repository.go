@@ -120,8 +120,9 @@ func (r *Repository) Resolve(ctx context.Context) (ocispec.Descriptor, error) {
 	return descriptor, nil
 }
 
-// Fetch returns the content of a manifest, an index or a configuration. It verifies the digest.
-func (r *Repository) Fetch(ctx context.Context, descriptor ocispec.Descriptor) ([]byte, error) {
+// Fetch returns the content of a manifest, an index or a configuration. It verifies the digest. The content of a large one is in a file
+// without a name, so that it takes no memory while the registry sends it.
+func (r *Repository) Fetch(ctx context.Context, descriptor ocispec.Descriptor) (io.ReadCloser, error) {
 	op := fetchOp(descriptor)
 	if descriptor.Size < 0 || descriptor.Size > image.MaxDocumentSize {
 		return nil, r.wrap(op, fmt.Errorf("%w: the document has %d bytes; the maximum is %d",
@@ -135,17 +136,27 @@ func (r *Repository) Fetch(ctx context.Context, descriptor ocispec.Descriptor) (
 		return nil, r.wrap(op, stallCause(ctx, err))
 	}
 	defer body.Close()
-	data, err := image.ReadDocument(body, descriptor.Size)
+	document, err := r.newDocument(descriptor.Size)
+	if err != nil {
+		return nil, err
+	}
+	digester := descriptor.Digest.Algorithm().Digester()
+	// One byte more proves that it is too long.
+	size, err := io.Copy(io.MultiWriter(document, digester.Hash()), io.LimitReader(body, descriptor.Size+1))
 	switch {
-	case errdefs.IsFailedPrecondition(err), int64(len(data)) > descriptor.Size:
+	case errdefs.IsFailedPrecondition(err), size > descriptor.Size:
 		err = errTooLong(descriptor)
 	case err == nil:
-		err = image.Verify(descriptor, descriptor.Digest.Algorithm().FromBytes(data), int64(len(data)))
+		err = image.Verify(descriptor, digester.Digest(), size)
+	}
+	if err == nil {
+		err = document.rewind()
 	}
 	if err != nil {
+		document.Close()
 		return nil, r.wrap(op, stallCause(ctx, err))
 	}
-	return data, nil
+	return document, nil
 }
 
 // documentTimeouts is the maximum time for a document, in stall timeouts.
