@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"slices"
 
 	"github.com/containerd/errdefs"
 	dockerref "github.com/distribution/reference"
@@ -17,70 +16,17 @@ import (
 
 // images is the layer store.
 type images interface {
-	Resolve(ctx context.Context, named dockerref.Named, credentials registry.Credentials) (digest.Digest, error)
-	ResolvePlatform(ctx context.Context, named dockerref.Named, platform string, credentials registry.Credentials) (digest.Digest, error)
+	registries
 	Acquire(id digest.Digest, path string) (*store.Lease, error)
 	Pull(ctx context.Context, named dockerref.Canonical, credentials registry.Credentials, path string) (*store.Lease, error)
 	Import(ctx context.Context, name string, file *os.File, wanted digest.Digest) (*store.Lease, error)
-}
-
-// withDigest returns the image of an oci:// reference with its digest, which is that of a manifest if the reference has a platform. It asks
-// the registry for the digest if neither the reference nor digests have it.
-func (r *Resolver) withDigest(
-	ctx context.Context, ref reference.Reference, credentials registry.Credentials, digests reference.Digests,
-) (dockerref.Canonical, error) {
-	named, err := dockerref.ParseNormalizedNamed(ref.Name())
-	if err != nil {
-		return nil, fmt.Errorf("%w: layer %s: %w", errdefs.ErrInvalidArgument, ref, err)
-	}
-	if canonical, ok := named.(dockerref.Canonical); ok && ref.Platform() == "" {
-		return canonical, nil
-	}
-	id, ok := digests[ref.String()]
-	switch {
-	case ok:
-	case ref.Platform() != "":
-		id, err = r.images.ResolvePlatform(ctx, named, ref.Platform(), credentials)
-	default:
-		id, err = r.images.Resolve(ctx, named, credentials)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("layer %s: %w", ref, err)
-	}
-	return dockerref.WithDigest(named, id)
-}
-
-// ResolveTags replaces the tags of oci:// references by the digests that they have now, so that the references name the same images
-// whenever and wherever they are resolved. secrets and namespace are those of the volume.
-func (r *Resolver) ResolveTags(
-	ctx context.Context, refs []reference.Reference, secrets map[string]string, namespace string,
-) ([]reference.Reference, error) {
-	credentials, err := registry.ParseCredentials(secrets)
-	if err != nil {
-		return nil, err
-	}
-	credentials = credentials.InNamespace(namespace)
-	resolved := slices.Clone(refs)
-	for i, ref := range refs {
-		if ref.Scheme() != reference.OCI {
-			continue
-		}
-		named, err := r.withDigest(ctx, ref, credentials, nil)
-		if err != nil {
-			return nil, err
-		}
-		if resolved[i], err = ref.WithDigest(named.Digest()); err != nil {
-			return nil, err
-		}
-	}
-	return resolved, nil
 }
 
 // leaseImage leases the layers of an oci:// reference.
 func (r *Resolver) leaseImage(
 	ctx context.Context, ref reference.Reference, credentials registry.Credentials, digests reference.Digests,
 ) (*store.Lease, error) {
-	named, err := r.withDigest(ctx, ref, credentials, digests)
+	named, err := r.tags.withDigest(ctx, ref, credentials, digests)
 	if err != nil {
 		return nil, err
 	}

@@ -26,11 +26,12 @@ type Resolver struct {
 	roots      *Roots
 	podVolumes *PodVolumes
 	images     images
+	tags       *Tags
 }
 
 // NewResolver returns a resolver of dir:// and archive:// beneath roots, volume:// in podVolumes, and oci:// in images.
 func NewResolver(roots *Roots, podVolumes *PodVolumes, images images) *Resolver {
-	return &Resolver{roots: roots, podVolumes: podVolumes, images: images}
+	return &Resolver{roots: roots, podVolumes: podVolumes, images: images, tags: NewTags(images)}
 }
 
 // Resolve opens the directories of the references in their order. It pulls images that are not on the node. The caller closes the
@@ -98,6 +99,13 @@ func (r *Resolver) resolve(
 		return resolved.addImage(ref, lease)
 	}
 	panic(fmt.Sprintf("layer %s: scheme %q", ref, ref.Scheme()))
+}
+
+// ResolveTags is [Tags.ResolveTags].
+func (r *Resolver) ResolveTags(
+	ctx context.Context, refs []reference.Reference, secrets map[string]string, namespace string,
+) ([]reference.Reference, error) {
+	return r.tags.ResolveTags(ctx, refs, secrets, namespace)
 }
 
 // Check returns ErrInvalidArgument if a reference cannot be resolved on any node for any pod: if it names an unknown layer root.

@@ -46,6 +46,7 @@ const maxImports = 2
 
 // Store is the layer store of one node. Only one process may use it at a time.
 type Store struct {
+	*registry.Tags
 	catalogue  *catalogue
 	workDirs   *workDirs
 	builder    *builder
@@ -98,9 +99,11 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 	}
 	limits := unpack.Limits{MaxBytes: config.MaxLayerBytes, MaxEntries: config.MaxLayerEntries, MinFreePercent: config.MinFreeDiskPercent}
 	ctx, stop := context.WithCancel(ctx)
+	documents := image.NewDocuments()
 	s := &Store{
+		Tags:      registry.NewTags(registries, documents),
 		catalogue: catalogue, workDirs: workDirs, registries: registries, access: verifier, platform: platforms.Default(),
-		documents: image.NewDocuments(), imports: semaphore.NewWeighted(maxImports), stop: stop,
+		documents: documents, imports: semaphore.NewWeighted(maxImports), stop: stop,
 		builder:    &builder{layout: layout, catalogue: catalogue, limits: limits, syncer: newSyncer(root.Dir())},
 		prefetcher: &prefetcher{catalogue: catalogue, names: prefetch, resolved: map[string]digest.Digest{}},
 	}
@@ -132,32 +135,6 @@ func (s *Store) Run(ctx context.Context) {
 func (s *Store) Close() {
 	s.stop()
 	s.work.Wait()
-}
-
-// Resolve returns the digest that the registry currently has for a reference.
-func (s *Store) Resolve(ctx context.Context, named reference.Named, credentials registry.Credentials) (digest.Digest, error) {
-	descriptor, err := s.registries.Repository(named, credentials).Resolve(ctx)
-	return descriptor.Digest, err
-}
-
-// ResolvePlatform returns the digest of the manifest that an image in a registry has for a platform, such as "linux/arm64".
-func (s *Store) ResolvePlatform(
-	ctx context.Context, named reference.Named, platform string, credentials registry.Credentials,
-) (digest.Digest, error) {
-	parsed, err := platforms.Parse(platform)
-	if err != nil {
-		return "", fmt.Errorf("%w: platform %q: %w", errdefs.ErrInvalidArgument, platform, err)
-	}
-	repository := s.registries.Repository(named, credentials)
-	descriptor, err := repository.Resolve(ctx)
-	if err != nil {
-		return "", err
-	}
-	description, err := image.Describe(ctx, descriptor, platforms.Only(parsed), s.documents, repository.Fetch)
-	if err != nil {
-		return "", fmt.Errorf("image %s for %s: %w", named, platform, err)
-	}
-	return description.Manifest, nil
 }
 
 // Acquire leases an image without accessing a registry, and without a look at credentials. path is the path of a directory in the
