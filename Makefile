@@ -114,7 +114,8 @@ bench-once: ## Run each benchmark once, so that none stops working (root)
 
 .PHONY: docs
 docs: ## Write docs/flags.md and the kernel features in docs/operations.md from the code
-	@{ printf '# Flags of overlay-csi\n\nMade from `overlay-csi --help` by `make docs`.\n\n```\n'; go run ./cmd/overlay-csi --help 2>&1; printf '```\n'; } > docs/flags.md
+	@{ printf '# Flags of overlay-csi\n\nMade from `overlay-csi --help` and `overlay-csi controller --help` by `make docs`.\n\n```\n'; \
+	  go run ./cmd/overlay-csi --help 2>&1; printf '```\n\n```\n'; go run ./cmd/overlay-csi controller --help 2>&1; printf '```\n'; } > docs/flags.md
 	@go test -count=1 ./test -run TestKernelFeaturesAreDocumented -update
 
 .PHONY: e2e

@@ -19,16 +19,15 @@ import (
 
 // TestFlagsAreDocumented: docs/flags.md has what --help says.
 func TestFlagsAreDocumented(t *testing.T) {
-	help, err := exec.Command("go", "run", "../cmd/overlay-csi", "--help").CombinedOutput()
-	if err != nil {
-		t.Fatalf("%v\n%s", err, help)
-	}
-	docs, err := os.ReadFile("../docs/flags.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !strings.Contains(string(docs), string(help)) {
-		t.Error("docs/flags.md is not what --help says: run make docs")
+	docs := read(t, "docs/flags.md")
+	for _, args := range [][]string{{"--help"}, {"controller", "--help"}} {
+		help, err := exec.Command("go", append([]string{"run", "../cmd/overlay-csi"}, args...)...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v\n%s", err, help)
+		}
+		if !strings.Contains(docs, string(help)) {
+			t.Errorf("docs/flags.md is not what %s says: run make docs", args)
+		}
 	}
 }
 

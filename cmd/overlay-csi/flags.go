@@ -45,8 +45,9 @@ type options struct {
 	podVolumeWait       time.Duration
 	reconcile           time.Duration
 	disabledFeatures    []string
-	logFormat           string
-	verbosity           int
+	overlayNodes        string
+	capacityReport      time.Duration
+	log                 logOptions
 	printVersion        bool
 }
 
@@ -57,10 +58,10 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 	flags.SetOutput(output)
 	flags.SortFlags = false
 	flags.Usage = func() {
-		fmt.Fprintf(output, "%s\n\nUsage:\n  overlay-csi [flags]\n\nFlags:\n%s",
-			"overlay-csi is the node plugin of a CSI driver for overlay volumes.", flags.FlagUsagesWrapped(120))
+		fmt.Fprintf(output, "%s\n\nUsage:\n  overlay-csi [flags]\n  overlay-csi controller [flags]\n\nFlags:\n%s",
+			"overlay-csi is the node plugin of a CSI driver for overlay volumes, and its central controller.", flags.FlagUsagesWrapped(120))
 	}
-	flags.StringVar(&opts.driverName, "driver-name", "overlay-csi.github.io", "`name` of the CSI driver, and prefix of its topology key")
+	addDriverName(flags, &opts.driverName)
 	flags.StringVar(&opts.nodeID, "node-id", "", "`name` of this node in the cluster (default: the host name)")
 	flags.StringVar(&opts.endpoint, "endpoint", "", "CSI `socket`, unix:///path (default <kubelet-dir>/plugins/<driver-name>/csi.sock)")
 	flags.StringVar(&opts.kubeletDir, "kubelet-dir", "/var/lib/kubelet",
@@ -78,6 +79,10 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 		"`factor` by which the sizes of all volumes together may exceed the data root's disk")
 	flags.StringSliceVar(&opts.allowedMountOptions, "allow-mount-option", nil,
 		"mount `options` that volumes may set although they give untrusted layers more rights: "+strings.Join(overlay.LooseningOptions(), ", "))
+	flags.StringVar(&opts.overlayNodes, "overlay-node-namespace", "",
+		"`namespace` of the OverlayNode by which a central controller reaches this node; empty: there is none")
+	flags.DurationVar(&opts.capacityReport, "capacity-report-interval", time.Minute,
+		"time between two looks at the disk, for the capacity in the OverlayNode")
 	flags.DurationVar(&opts.podVolumeWait, "pod-volume-wait", 10*time.Second,
 		"how long a publish waits until kubelet has mounted a volume named by volume://")
 	flags.DurationVar(&opts.reconcile, "reconcile-interval", time.Minute, "time between two cleanups of what deleted pods left")
@@ -91,9 +96,7 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 	flags.StringVar(&opts.adminSocket, "admin-socket", "", "`socket` for overlayctl (default <data-root>/overlayctl.sock)")
 	flags.StringSliceVar(&opts.disabledFeatures, "disable-kernel-features", nil,
 		"kernel `features` to treat as missing, to test the fallbacks: "+strings.Join(overlay.FeatureNames(), ", "))
-	flags.StringVar(&opts.logFormat, "log-format", "text", "`format` of the log: text or json")
-	flags.IntVarP(&opts.verbosity, "v", "v", 0,
-		"`level` of the log: 4 adds read-only RPCs, 6 the text of all requests, without their secrets")
+	addLogFlags(flags, &opts.log)
 	flags.BoolVar(&opts.printVersion, "version", false, "print the version and exit")
 	if err := flags.Parse(args); err != nil {
 		return options{}, err
@@ -114,12 +117,7 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 // addStoreFlags adds the flags of the layer store.
 func addStoreFlags(flags *pflag.FlagSet, opts *options, maxLayerSize *string) {
 	config := &opts.store
-	flags.StringVar(&opts.registry.CertsDir, "certs-dir", "",
-		"`directory` with <host>/hosts.toml, containerd's configuration of registries: mirrors, CAs, plain HTTP")
-	flags.StringVar(&opts.registry.CredentialsFile, "registry-config", "",
-		"Docker config.json `file` with registry credentials, for images that a volume's own secret does not cover")
-	flags.StringSliceVar(&opts.registry.CredentialsNamespaces, "registry-config-namespaces", []string{registry.AllNamespaces},
-		"`namespaces` whose pods and claims may use --registry-config; *: all; empty: only --prefetch and overlayctl use it")
+	addRegistryFlags(flags, &opts.registry)
 	flags.StringVar((*string)(&config.Access.Policy), "image-pull-credentials-verification-policy", string(access.NeverVerifyPreloadedImages),
 		fmt.Sprintf("`policy` of verifying credentials for images on the node, as kubelet's: %q; preloaded are those of --prefetch",
 			access.Policies()))
@@ -129,8 +127,6 @@ func addStoreFlags(flags *pflag.FlagSet, opts *options, maxLayerSize *string) {
 		"`image` (registry/repository:tag) to pull at start and not to collect; repeatable")
 	flags.IntVar(&config.MaxConcurrentLayerPulls, "max-concurrent-layer-pulls", 4,
 		"`number` of layers that are downloaded and unpacked at the same time")
-	flags.DurationVar(&opts.registry.StallTimeout, "pull-stall-timeout", 30*time.Second,
-		"how long a registry may send almost nothing before the request is retried")
 	flags.StringVar(maxLayerSize, "max-layer-size", "1Ti", "maximum `size` of one unpacked layer; 0: unlimited")
 	flags.Int64Var(&config.MaxLayerEntries, "max-layer-entries", 10_000_000,
 		"maximum `number` of files, directories and links in one layer; 0: unlimited")
@@ -141,7 +137,50 @@ func addStoreFlags(flags *pflag.FlagSet, opts *options, maxLayerSize *string) {
 	flags.IntVar(&config.GC.LowThreshold, "layer-gc-low-threshold", 80, "disk usage in `percent` at which garbage collection stops")
 	flags.DurationVar(&config.GC.MinAge, "layer-gc-min-age", 2*time.Minute, "how long a layer must be unused before it is collected")
 	flags.DurationVar(&config.GC.Interval, "layer-gc-interval", 5*time.Minute, "time between two checks of the disk usage")
-	opts.registry.Backoff, opts.registry.UserAgent = 500*time.Millisecond, "overlay-csi/"+version
+}
+
+// addRegistryFlags adds the flags of access to registries.
+func addRegistryFlags(flags *pflag.FlagSet, config *registry.Config) {
+	flags.StringVar(&config.CertsDir, "certs-dir", "",
+		"`directory` with <host>/hosts.toml, containerd's configuration of registries: mirrors, CAs, plain HTTP")
+	flags.StringVar(&config.CredentialsFile, "registry-config", "",
+		"Docker config.json `file` with registry credentials, for images that a volume's own secret does not cover")
+	flags.StringSliceVar(&config.CredentialsNamespaces, "registry-config-namespaces", []string{registry.AllNamespaces},
+		"`namespaces` whose pods and claims may use --registry-config; *: all; empty: only --prefetch and overlayctl use it")
+	flags.DurationVar(&config.StallTimeout, "pull-stall-timeout", 30*time.Second,
+		"how long a registry may send almost nothing before the request is retried")
+	config.Backoff, config.UserAgent = 500*time.Millisecond, "overlay-csi/"+version
+}
+
+// checkRegistry checks the flags of access to registries.
+func checkRegistry(config registry.Config) error {
+	if config.StallTimeout < time.Second {
+		return fmt.Errorf("--pull-stall-timeout %s: must be at least 1s", config.StallTimeout)
+	}
+	return nil
+}
+
+func addDriverName(flags *pflag.FlagSet, name *string) {
+	flags.StringVar(name, "driver-name", "overlay-csi.github.io", "`name` of the CSI driver, and prefix of its topology key")
+}
+
+// logOptions say how to log.
+type logOptions struct {
+	format    string
+	verbosity int
+}
+
+func addLogFlags(flags *pflag.FlagSet, opts *logOptions) {
+	flags.StringVar(&opts.format, "log-format", "text", "`format` of the log: text or json")
+	flags.IntVarP(&opts.verbosity, "v", "v", 0,
+		"`level` of the log: 4 adds read-only RPCs, 6 the text of all requests, without their secrets")
+}
+
+func (o logOptions) check() error {
+	if o.format != "text" && o.format != "json" {
+		return fmt.Errorf("--log-format %q: must be text or json", o.format)
+	}
+	return nil
 }
 
 // parseSize parses a Kubernetes quantity of bytes.
@@ -178,8 +217,6 @@ func (o *options) completeStore() error {
 		return fmt.Errorf("--min-free-disk-percent %d: must be from 0 to 90", o.store.MinFreeDiskPercent)
 	case o.store.MaxConcurrentLayerPulls < 1:
 		return fmt.Errorf("--max-concurrent-layer-pulls %d: must be at least 1", o.store.MaxConcurrentLayerPulls)
-	case o.registry.StallTimeout < time.Second:
-		return fmt.Errorf("--pull-stall-timeout %s: must be at least 1s", o.registry.StallTimeout)
 	case gc.Interval <= 0:
 		return fmt.Errorf("--layer-gc-interval %s: must be positive", gc.Interval)
 	case gc.MinAge < 0:
@@ -231,10 +268,10 @@ func (o *options) complete() error {
 		return fmt.Errorf("--pod-volume-wait %s: must not be negative", o.podVolumeWait)
 	case o.reconcile <= 0:
 		return fmt.Errorf("--reconcile-interval %s: must be positive", o.reconcile)
-	case o.logFormat != "text" && o.logFormat != "json":
-		return fmt.Errorf("--log-format %q: must be text or json", o.logFormat)
+	case o.capacityReport <= 0:
+		return fmt.Errorf("--capacity-report-interval %s: must be positive", o.capacityReport)
 	}
-	return nil
+	return errors.Join(checkRegistry(o.registry), o.log.check())
 }
 
 func parseLayerRoots(roots, submounts []string) (map[string]layer.Root, error) {
@@ -258,13 +295,13 @@ func parseLayerRoots(roots, submounts []string) (map[string]layer.Root, error) {
 }
 
 // newLogger configures klog and returns its logger.
-func newLogger(opts options) klog.Logger {
+func newLogger(opts logOptions) klog.Logger {
 	var level klog.Level
 	if err := level.Set(strconv.Itoa(opts.verbosity)); err != nil {
 		// It is a number: the flag was parsed as one.
 		panic(err)
 	}
-	if opts.logFormat == "json" {
+	if opts.format == "json" {
 		// Verbosity 4 of klog is level -4 of slog (package logr).
 		klog.SetSlogLogger(slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: slog.Level(-opts.verbosity)})))
 	}

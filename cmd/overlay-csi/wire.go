@@ -24,6 +24,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/overlaynode"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
@@ -94,7 +95,12 @@ func run(ctx context.Context, opts options) error {
 	if err != nil {
 		return err
 	}
-	server, err := newCSIServer(ctx, opts, manager, api, registrar)
+	controller := newController(opts, manager, api)
+	agent, err := newAgent(ctx, opts, manager, controller)
+	if err != nil {
+		return err
+	}
+	server, err := newCSIServer(ctx, opts, manager, controller, registrar)
 	if err != nil {
 		return err
 	}
@@ -109,6 +115,7 @@ func run(ctx context.Context, opts options) error {
 		group.Go(func() error { return serveHealth(ctx, opts.httpEndpoint, manager, server, registrar) })
 	}
 	group.Go(func() error { return registrar.run(ctx) })
+	group.Go(func() error { agent(ctx); return nil })
 	klog.FromContext(ctx).Info("Started",
 		logVersion, version, logDriver, opts.driverName, logNode, opts.nodeID, logEndpoint, opts.endpoint)
 	return group.Wait()
@@ -247,22 +254,56 @@ func newManager(
 	}), nil
 }
 
+// newController returns the controller service of this node.
+func newController(opts options, manager *volume.Manager, api kubeapi.Reader) *driver.Controller {
+	return driver.NewController(driver.ControllerConfig{
+		DriverName: opts.driverName,
+		NodeID:     opts.nodeID,
+		Volumes:    manager,
+		Claims:     api,
+		Health:     opts.volumeHealth,
+	})
+}
+
+// newAgent returns a function that carries out the requests of a central controller until its context is done. Without
+// --overlay-node-namespace it does nothing.
+func newAgent(
+	ctx context.Context, opts options, manager *volume.Manager, controller *driver.Controller,
+) (run func(context.Context), err error) {
+	if opts.overlayNodes == "" {
+		return func(context.Context) {}, nil
+	}
+	config, err := kubeapi.Config(opts.kubeconfig)
+	if err != nil {
+		return nil, fmt.Errorf("--overlay-node-namespace: %w", err)
+	}
+	client, err := overlaynode.NewClient(config, opts.overlayNodes, opts.driverName)
+	if err != nil {
+		return nil, err
+	}
+	agent, err := overlaynode.NewAgent(overlaynode.AgentConfig{
+		Client:         client,
+		Node:           opts.nodeID,
+		Handle:         driver.ForwardedTo(controller, klog.FromContext(ctx)),
+		Capacity:       manager.Capacity,
+		ReportInterval: opts.capacityReport,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return agent.Run, nil
+}
+
 // newCSIServer returns the server of the CSI socket with its three services.
 func newCSIServer(
-	ctx context.Context, opts options, manager *volume.Manager, api kubeapi.Reader, registrar *registrar,
+	ctx context.Context, opts options, manager *volume.Manager, controller *driver.Controller, registrar *registrar,
 ) (*driver.Server, error) {
 	server, err := driver.NewServer(opts.endpoint, klog.FromContext(ctx))
 	if err != nil {
 		return nil, err
 	}
 	csi.RegisterIdentityServer(server, driver.NewIdentity(opts.driverName, version, manager.Ready))
-	csi.RegisterControllerServer(server, driver.NewController(driver.ControllerConfig{
-		DriverName: opts.driverName,
-		NodeID:     opts.nodeID,
-		Volumes:    manager,
-		Claims:     api,
-		Health:     opts.volumeHealth,
-	}))
+	csi.RegisterControllerServer(server, controller)
 	csi.RegisterNodeServer(server, driver.NewNode(driver.NodeConfig{
 		DriverName:          opts.driverName,
 		NodeID:              opts.nodeID,

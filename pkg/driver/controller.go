@@ -31,11 +31,10 @@ type provisioner interface {
 // external-provisioner's --node-deployment, and creates volumes on that node alone.
 type Controller struct {
 	csi.UnimplementedControllerServer
-	volumes    provisioner
-	claims     claims
-	annotation string
-	topology   *csi.Topology
-	health     bool
+	volumes     provisioner
+	claimLayers claimLayers
+	topology    *csi.Topology
+	health      bool
 }
 
 // ControllerConfig is what a [Controller] consists of.
@@ -48,19 +47,13 @@ type ControllerConfig struct {
 	Health bool
 }
 
-// claims reads claims from the API server.
-type claims interface {
-	ClaimAnnotations(ctx context.Context, namespace, name string) (map[string]string, error)
-}
-
 // NewController returns the service of a node.
 func NewController(config ControllerConfig) *Controller {
 	return &Controller{
-		volumes:    config.Volumes,
-		claims:     config.Claims,
-		annotation: config.DriverName + "/layers",
-		topology:   nodeTopology(config.DriverName, config.NodeID),
-		health:     config.Health,
+		volumes:     config.Volumes,
+		claimLayers: newClaimLayers(config.Claims, config.DriverName),
+		topology:    nodeTopology(config.DriverName, config.NodeID),
+		health:      config.Health,
 	}
 }
 
@@ -76,7 +69,7 @@ func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	}
 	if req.GetParameters()[spec.KeyLayersFrom] == spec.LayersFromClaim {
 		request.ClaimLayers = func(ctx context.Context) ([]reference.Reference, error) {
-			return c.claimLayers(ctx, req.GetParameters()[keyClaimNamespace], req.GetParameters()[keyClaimName])
+			return c.claimLayers.read(ctx, req.GetParameters()[keyClaimNamespace], req.GetParameters()[keyClaimName])
 		}
 	}
 	created, err := c.volumes.Create(ctx, request)
@@ -84,28 +77,6 @@ func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 		return nil, err
 	}
 	return &csi.CreateVolumeResponse{Volume: c.toCSIVolume(created)}, nil
-}
-
-// claimLayers returns the layers that a claim names in its annotation.
-func (c *Controller) claimLayers(ctx context.Context, namespace, name string) ([]reference.Reference, error) {
-	if namespace == "" || name == "" {
-		return nil, fmt.Errorf("%w: key %q: the request does not name the claim; start external-provisioner with --extra-create-metadata",
-			errdefs.ErrFailedPrecondition, spec.KeyLayersFrom)
-	}
-	annotations, err := c.claims.ClaimAnnotations(ctx, namespace, name)
-	if err != nil {
-		return nil, fmt.Errorf("key %q: %w", spec.KeyLayersFrom, err)
-	}
-	text, ok := annotations[c.annotation]
-	if !ok {
-		return nil, fmt.Errorf("%w: claim %s/%s has no annotation %s; its StorageClass requires each claim to name its layers there",
-			errdefs.ErrInvalidArgument, namespace, name, c.annotation)
-	}
-	layers, err := reference.ParseList(text)
-	if err != nil {
-		return nil, fmt.Errorf("annotation %s of claim %s/%s: %w", c.annotation, namespace, name, err)
-	}
-	return layers, nil
 }
 
 // servesTopology reports whether this node meets a volume's topology requirement.
@@ -228,7 +199,6 @@ func (c *Controller) GetCapacity(ctx context.Context, req *csi.GetCapacityReques
 // ControllerGetCapabilities returns the capabilities of the service.
 func (c *Controller) ControllerGetCapabilities(context.Context, *csi.ControllerGetCapabilitiesRequest,
 ) (*csi.ControllerGetCapabilitiesResponse, error) {
-	response := &csi.ControllerGetCapabilitiesResponse{}
 	rpcs := []csi.ControllerServiceCapability_RPC_Type{
 		csi.ControllerServiceCapability_RPC_CREATE_DELETE_VOLUME,
 		csi.ControllerServiceCapability_RPC_LIST_VOLUMES,
@@ -238,10 +208,16 @@ func (c *Controller) ControllerGetCapabilities(context.Context, *csi.ControllerG
 	if c.health {
 		rpcs = append(rpcs, csi.ControllerServiceCapability_RPC_GET_VOLUME_HEALTH, csi.ControllerServiceCapability_RPC_LIST_VOLUME_HEALTH)
 	}
+	return controllerCapabilities(rpcs...), nil
+}
+
+// controllerCapabilities returns an answer with the capabilities of a controller service.
+func controllerCapabilities(rpcs ...csi.ControllerServiceCapability_RPC_Type) *csi.ControllerGetCapabilitiesResponse {
+	response := &csi.ControllerGetCapabilitiesResponse{}
 	for _, rpc := range rpcs {
 		response.Capabilities = append(response.Capabilities, &csi.ControllerServiceCapability{
 			Type: &csi.ControllerServiceCapability_Rpc{Rpc: &csi.ControllerServiceCapability_RPC{Type: rpc}},
 		})
 	}
-	return response, nil
+	return response
 }

@@ -19,6 +19,7 @@ const (
 	logVolume   = "volume"
 	logPod      = "pod"
 	logTarget   = "target"
+	logNode     = "node"
 	logDuration = "duration"
 	logCode     = "code"
 	logRequest  = "request"

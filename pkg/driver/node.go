@@ -157,12 +157,22 @@ func (n *Node) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi.NodeG
 // labelValue matches what Kubernetes accepts as a label's value. A topology segment becomes a label.
 var labelValue = regexp.MustCompile(`^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$`)
 
-// nodeTopology returns the topology of one node. A node ID that is not a valid label value is replaced by its digest.
+// nodeTopology returns the topology of one node.
 func nodeTopology(driverName, nodeID string) *csi.Topology {
-	value := nodeID
-	if !labelValue.MatchString(value) {
-		sum := sha256.Sum256([]byte(nodeID))
-		value = hex.EncodeToString(sum[:20])
-	}
-	return &csi.Topology{Segments: map[string]string{driverName + "/node": value}}
+	return &csi.Topology{Segments: map[string]string{topologyKey(driverName): segmentOf(nodeID)}}
 }
+
+// topologyKey returns the key of the topology segments of a driver. Each node is a segment of its own.
+func topologyKey(driverName string) string { return driverName + "/node" }
+
+// segmentOf returns the topology segment of a node: its ID, or the digest of that if it is not a valid label value.
+func segmentOf(nodeID string) string {
+	if labelValue.MatchString(nodeID) {
+		return nodeID
+	}
+	sum := sha256.Sum256([]byte(nodeID))
+	return hex.EncodeToString(sum[:20])
+}
+
+// digestSegment matches the segment of a node whose ID is not a valid label value.
+var digestSegment = regexp.MustCompile(`^[0-9a-f]{40}$`)

@@ -23,24 +23,29 @@ type Reader interface {
 	ClaimAnnotations(ctx context.Context, namespace, name string) (map[string]string, error)
 }
 
-// New returns a Client for the API server that the kubeconfig file names. If the path is empty, it is the API server of the cluster
-// that this process runs in, or [None] outside of a cluster. New does not connect.
+// New returns a Client for the API server that [Config] finds, or [None] if it finds none. New does not connect.
 func New(kubeconfig string) (Reader, error) {
-	if kubeconfig == "" {
-		config, err := rest.InClusterConfig()
-		if errors.Is(err, rest.ErrNotInCluster) {
-			return None{}, nil
-		}
-		if err != nil {
-			return nil, fmt.Errorf("configure the API server's client from the pod's ServiceAccount: %w", err)
-		}
-		return NewClient(config)
+	config, err := Config(kubeconfig)
+	if errors.Is(err, rest.ErrNotInCluster) {
+		return None{}, nil
 	}
-	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
 	if err != nil {
 		return nil, err
 	}
 	return NewClient(config)
+}
+
+// Config returns the configuration of a client for the API server that the kubeconfig file names. If the path is empty, it is the API
+// server of the cluster that this process runs in, or the error is rest.ErrNotInCluster.
+func Config(kubeconfig string) (*rest.Config, error) {
+	if kubeconfig != "" {
+		return clientcmd.BuildConfigFromFlags("", kubeconfig)
+	}
+	config, err := rest.InClusterConfig()
+	if err != nil && !errors.Is(err, rest.ErrNotInCluster) {
+		return nil, fmt.Errorf("configure the API server's client from the pod's ServiceAccount: %w", err)
+	}
+	return config, err
 }
 
 // Client reads pods and claims from an API server. It needs the right to get both.
@@ -143,8 +148,48 @@ func (c *Client) resolve(ctx context.Context, pod *corev1.Pod, volume corev1.Vol
 
 func apiError(action string, err error) error {
 	if apierrors.IsForbidden(err) {
-		return fmt.Errorf("%w: %s: %w; the driver's ServiceAccount needs the right to get pods and persistentvolumeclaims",
+		return fmt.Errorf("%w: %s: %w; the driver's ServiceAccount needs that right",
 			errdefs.ErrFailedPrecondition, action, err)
 	}
 	return fmt.Errorf("%w: %s: %w", errdefs.ErrUnavailable, action, err)
+}
+
+// NodeExists reports whether the cluster has a Node of that name. It needs the right to get nodes. It returns ErrUnavailable if the API
+// server did not answer.
+func (c *Client) NodeExists(ctx context.Context, name string) (bool, error) {
+	_, err := c.client.Nodes().Get(ctx, name, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return false, nil
+	}
+	if err != nil {
+		return false, apiError("get node "+name, err)
+	}
+	return true, nil
+}
+
+// VolumeTopology returns the values that the node affinity of a PersistentVolume permits for a label. The PersistentVolume is found by
+// its name, which external-provisioner also gives the driver as the volume's. VolumeTopology returns none if there is no such
+// PersistentVolume of that driver with that handle, or if it has no such affinity. It needs the right to get persistentvolumes.
+func (c *Client) VolumeTopology(ctx context.Context, driver, handle, label string) ([]string, error) {
+	volume, err := c.client.PersistentVolumes().Get(ctx, handle, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, apiError("get persistentvolume "+handle, err)
+	}
+	source := volume.Spec.CSI
+	if source == nil || source.Driver != driver || source.VolumeHandle != handle ||
+		volume.Spec.NodeAffinity == nil || volume.Spec.NodeAffinity.Required == nil {
+		return nil, nil
+	}
+	var values []string
+	for _, term := range volume.Spec.NodeAffinity.Required.NodeSelectorTerms {
+		for _, expression := range term.MatchExpressions {
+			if expression.Key == label && expression.Operator == corev1.NodeSelectorOpIn {
+				values = append(values, expression.Values...)
+			}
+		}
+	}
+	return values, nil
 }

@@ -49,7 +49,7 @@ type Volume struct {
 // A volume without a persistent upper has no record before it is published: the claim carries its spec, and because it has no
 // topology, the provisioner of any node may be the one that deletes it.
 func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error) {
-	id := volumeID(req.Name)
+	id := HandleFor(req.Name)
 	unlock, err := m.locks.acquire(ctx, id)
 	if err != nil {
 		return Volume{}, err
@@ -223,8 +223,8 @@ func checkCreated(r *record.Record, req CreateRequest) error {
 	return nil
 }
 
-// volumeID returns the handle of the volume with a name: the name if it can be a handle, as the provisioner's names can.
-func volumeID(name string) string {
+// HandleFor returns the handle of the volume with a name: the name if it can be a handle, as the provisioner's names can.
+func HandleFor(name string) string {
 	if record.CheckID(name) == nil {
 		return name
 	}

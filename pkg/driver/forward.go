@@ -1,0 +1,110 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/containerd/errdefs"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/overlaynode"
+)
+
+// The methods that a central controller forwards to nodes.
+const (
+	methodCreate   = "CreateVolume"
+	methodDelete   = "DeleteVolume"
+	methodValidate = "ValidateVolumeCapabilities"
+)
+
+// ForwardedTo returns a handler that hands the requests of a central controller to the controller service of this node. It logs to logger,
+// as a server does.
+func ForwardedTo(controller *Controller, logger klog.Logger) overlaynode.Handler {
+	chain := func(method string, request any, call grpc.UnaryHandler) grpc.UnaryHandler {
+		info := &grpc.UnaryServerInfo{FullMethod: "/csi.v1.Controller/" + method}
+		return func(ctx context.Context, _ any) (any, error) {
+			return withLog(logger)(ctx, request, info, func(ctx context.Context, request any) (any, error) {
+				return withStatus(ctx, request, info, call)
+			})
+		}
+	}
+	return func(ctx context.Context, method string, body []byte) overlaynode.Result {
+		var request proto.Message
+		var call grpc.UnaryHandler
+		switch method {
+		case methodCreate:
+			request, call = &csi.CreateVolumeRequest{}, unary(controller.CreateVolume)
+		case methodDelete:
+			request, call = &csi.DeleteVolumeRequest{}, unary(controller.DeleteVolume)
+		case methodValidate:
+			request, call = &csi.ValidateVolumeCapabilitiesRequest{}, unary(controller.ValidateVolumeCapabilities)
+		default:
+			return failed(fmt.Errorf("%w: the driver of this node is older than the controller: it does not know %s; upgrade it",
+				errdefs.ErrUnavailable, method))
+		}
+		// A newer controller may send fields that this driver does not know.
+		if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(body, request); err != nil {
+			return failed(fmt.Errorf("%w: the body of %s: %w", errdefs.ErrInvalidArgument, method, err))
+		}
+		response, err := chain(method, request, call)(ctx, request)
+		if err != nil {
+			return failed(err)
+		}
+		answer, err := protojson.Marshal(response.(proto.Message))
+		if err != nil {
+			return failed(err)
+		}
+		return overlaynode.Result{Body: answer}
+	}
+}
+
+func unary[Q, A proto.Message](method func(context.Context, Q) (A, error)) grpc.UnaryHandler {
+	return func(ctx context.Context, request any) (any, error) { return method(ctx, request.(Q)) }
+}
+
+func failed(err error) overlaynode.Result {
+	s, _ := status.FromError(toStatus(err))
+	return overlaynode.Result{Code: uint32(s.Code()), Message: s.Message()}
+}
+
+// isResourceExhausted reports whether an error gets the code ResourceExhausted, or is a status with it.
+func isResourceExhausted(err error) bool {
+	return status.Code(toStatus(err)) == codes.ResourceExhausted
+}
+
+// errNoBody is the error of an answer with OK and nothing else.
+var errNoBody = errors.New("the answer has no body")
+
+// forward hands a request to the driver of a node and reads its answer into response.
+func forward(ctx context.Context, to nodes, node, handle, method string, request, response proto.Message) error {
+	body, err := protojson.Marshal(request)
+	if err != nil {
+		return err
+	}
+	result, err := to.Call(ctx, node, handle, method, body)
+	if err != nil {
+		return err
+	}
+	return parseResult(node, result, response)
+}
+
+// parseResult reads the answer of a node into response. It returns the status of the node if that is not OK.
+func parseResult(node string, result overlaynode.Result, response proto.Message) error {
+	if result.Code != 0 {
+		return status.Error(codes.Code(min(result.Code, uint32(codes.Unauthenticated))), fmt.Sprintf("node %s: %s", node, result.Message))
+	}
+	if len(result.Body) == 0 {
+		return fmt.Errorf("%w: node %s: %w", errdefs.ErrInternal, node, errNoBody)
+	}
+	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(result.Body, response); err != nil {
+		return fmt.Errorf("%w: the answer of node %s: %w", errdefs.ErrInternal, node, err)
+	}
+	return nil
+}

@@ -1,0 +1,79 @@
+package overlaynode
+
+import (
+	"context"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/klog/v2"
+)
+
+const (
+	// silentAfter is after how long without a report a node is looked for. A driver that runs reports more often.
+	silentAfter = time.Hour
+	// keepRequests is how long the object of a node that is gone keeps requests for it, if it comes back.
+	keepRequests = 30 * 24 * time.Hour
+)
+
+// GoneNodes knows which nodes are gone for good.
+type GoneNodes struct {
+	// Dispatcher has the objects of the nodes.
+	Dispatcher *Dispatcher
+	// Exists reports whether there is a Node of that name.
+	Exists func(ctx context.Context, name string) (bool, error)
+	// Grace is how long a Node must have been gone.
+	Grace time.Duration
+}
+
+// Check reports whether a node is gone for good. When it first sees that there is no such Node, it notes the time in the object.
+func (g *GoneNodes) Check(ctx context.Context, object *OverlayNode) (bool, error) {
+	exists, err := g.Exists(ctx, object.Spec.Node)
+	since := object.Spec.NodeGoneSince
+	switch {
+	case err != nil:
+		return false, err
+	case exists && since != nil:
+		return false, g.setSince(ctx, object, nil)
+	case exists:
+		return false, nil
+	case since == nil:
+		now := metav1.Now()
+		return false, g.setSince(ctx, object, &now)
+	}
+	return time.Since(since.Time) >= g.Grace, nil
+}
+
+func (g *GoneNodes) setSince(ctx context.Context, object *OverlayNode, since *metav1.Time) error {
+	_, err := g.Dispatcher.client.patch(ctx, object.Name, "", map[string]any{"spec": map[string]any{"nodeGoneSince": since}})
+	return err
+}
+
+// Ensure makes the object of a node that has none, so that Check can note in it that the node is gone.
+func (g *GoneNodes) Ensure(ctx context.Context, node string) error {
+	return g.Dispatcher.client.ensure(ctx, node)
+}
+
+// Clean removes the objects of nodes that are gone for good: at once if no request is left in it, and otherwise after a month.
+func (g *GoneNodes) Clean(ctx context.Context) error {
+	if err := g.Dispatcher.Await(ctx); err != nil {
+		return err
+	}
+	for _, object := range g.Dispatcher.All() {
+		if time.Since(object.Status.ReportedAt.Time) < silentAfter || time.Since(object.CreationTimestamp.Time) < silentAfter {
+			continue
+		}
+		gone, err := g.Check(ctx, object)
+		if err != nil {
+			return err
+		}
+		left := waiting(object)
+		if !gone || left > 0 && time.Since(object.Spec.NodeGoneSince.Time) < g.Grace+keepRequests {
+			continue
+		}
+		klog.FromContext(ctx).Info("Removing the OverlayNode of a node that is gone", keyName, object.Name, keyRequests, left)
+		if err := g.Dispatcher.client.remove(ctx, object.Name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
