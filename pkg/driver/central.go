@@ -121,7 +121,9 @@ func (c *Central) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest
 }
 
 // resolveLayers returns the layers of a request with digests for tags.
-func (c *Central) resolveLayers(ctx context.Context, req *csi.CreateVolumeRequest, request volume.CreateRequest) ([]reference.Reference, error) {
+func (c *Central) resolveLayers(
+	ctx context.Context, req *csi.CreateVolumeRequest, request volume.CreateRequest,
+) ([]reference.Reference, error) {
 	layers := request.Spec.Layers
 	if parameters := req.GetParameters(); parameters[spec.KeyLayersFrom] == spec.LayersFromClaim {
 		var err error
@@ -284,7 +286,8 @@ func (c *Central) deleteOn(ctx context.Context, object *overlaynode.OverlayNode,
 		limited, cancel = context.WithTimeout(ctx, goneWait)
 	}
 	defer cancel()
-	err := forward(limited, c.Nodes, object.Spec.Node, handle, methodDelete, &csi.DeleteVolumeRequest{VolumeId: handle}, &csi.DeleteVolumeResponse{})
+	request, response := &csi.DeleteVolumeRequest{VolumeId: handle}, &csi.DeleteVolumeResponse{}
+	err := forward(limited, c.Nodes, object.Spec.Node, handle, methodDelete, request, response)
 	if !errdefs.IsUnavailable(err) {
 		return err
 	}
