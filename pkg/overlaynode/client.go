@@ -30,6 +30,8 @@ func NewClient(config *rest.Config, namespace, driver string) (*Client, error) {
 	scheme.AddKnownTypeWithName(groupVersion.WithKind(kind.Kind+"List"), &OverlayNodeList{})
 	metav1.AddToGroupVersion(scheme, groupVersion)
 	config = rest.CopyConfig(config)
+	// An agent writes once at a time, and a dispatcher as often as the provisioner calls it: that has limits of its own.
+	config.QPS = -1
 	config.GroupVersion, config.APIPath = &groupVersion, "/apis"
 	config.ContentType, config.AcceptContentTypes = runtime.ContentTypeJSON, runtime.ContentTypeJSON
 	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
