@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -31,6 +32,8 @@ const (
 type Dispatcher struct {
 	client   *Client
 	informer cache.SharedIndexInformer
+	// objects are those of the informer, or what this dispatcher has written since.
+	objects cache.MutationCache
 	// begin has the informer run. A controller that is not the leader gets no requests, and watches nothing.
 	begin func()
 
@@ -42,6 +45,8 @@ type Dispatcher struct {
 // NewDispatcher returns a dispatcher that watches the objects of the client's driver from the first call of a method until ctx is done.
 func NewDispatcher(ctx context.Context, client *Client) *Dispatcher {
 	d := &Dispatcher{client: client, informer: client.informer(""), changed: map[string]chan struct{}{}}
+	d.objects = cache.NewIntegerResourceVersionMutationCacheWithOptions(
+		klog.FromContext(ctx), d.informer.GetStore(), cache.MutationCacheOptions{TTL: time.Minute, MaxCacheSize: 1000})
 	d.begin = sync.OnceFunc(func() {
 		notify := func(object any) {
 			if node, ok := object.(*OverlayNode); ok {
@@ -77,7 +82,7 @@ func (d *Dispatcher) Get(node string) (*OverlayNode, error) {
 	if err != nil {
 		return nil, err
 	}
-	object, exists, err := d.informer.GetStore().GetByKey(d.client.key(name))
+	object, exists, err := d.objects.GetByKey(d.client.key(name))
 	if err != nil {
 		return nil, err
 	}
@@ -113,7 +118,7 @@ func (d *Dispatcher) Call(ctx context.Context, node, handle, method string, body
 	if err != nil {
 		return Result{}, err
 	}
-	// posted is the ID of the request that this call has written or found, and seen is set once the informer has it.
+	// posted is the ID of the request that this call has written or found, and seen is set once it was read.
 	posted, seen := "", false
 	for {
 		changed := d.wait(name)
@@ -133,7 +138,7 @@ func (d *Dispatcher) Call(ctx context.Context, node, handle, method string, body
 		case seen:
 			return Result{}, fmt.Errorf("%w: another request about volume %s was given to node %s", errdefs.ErrAborted, handle, node)
 		case posted != "":
-			// The informer does not have it yet.
+			// What was read is older than the request.
 		case isSame && !answered:
 			posted, seen = request.ID, true
 		case isSame && result.Code == 0:
@@ -170,7 +175,10 @@ func (d *Dispatcher) post(ctx context.Context, object *OverlayNode, handle strin
 	for _, old := range answered[min(len(answered), keepAnswered):] {
 		requests[old] = nil
 	}
-	_, err := d.client.patch(ctx, object.Name, "", map[string]any{"spec": map[string]any{"requests": requests}})
+	written, err := d.client.patch(ctx, object.Name, "", map[string]any{"spec": map[string]any{"requests": requests}})
+	if err == nil {
+		d.objects.Mutation(written)
+	}
 	return err
 }
 
