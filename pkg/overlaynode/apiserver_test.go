@@ -79,7 +79,9 @@ func (s *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 func (s *apiServer) fail(w http.ResponseWriter, code int, reason metav1.StatusReason) {
 	w.WriteHeader(code)
-	s.encode(w, metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: "Failure", Reason: reason, Code: int32(code)})
+	status := metav1.Status{Status: metav1.StatusFailure, Reason: reason, Code: int32(code)}
+	status.Kind, status.APIVersion = "Status", "v1"
+	s.encode(w, status)
 }
 
 func (s *apiServer) encode(w io.Writer, object any) {

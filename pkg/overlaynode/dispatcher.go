@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -36,6 +37,7 @@ type Dispatcher struct {
 	objects cache.MutationCache
 	// begin has the informer run. A controller that is not the leader gets no requests, and watches nothing.
 	begin func()
+	begun atomic.Bool
 
 	mu sync.Mutex
 	// changed are channels that are closed when the object of that name changes.
@@ -48,6 +50,7 @@ func NewDispatcher(ctx context.Context, client *Client) *Dispatcher {
 	d.objects = cache.NewIntegerResourceVersionMutationCacheWithOptions(
 		klog.FromContext(ctx), d.informer.GetStore(), cache.MutationCacheOptions{TTL: time.Minute, MaxCacheSize: 1000})
 	d.begin = sync.OnceFunc(func() {
+		d.begun.Store(true)
 		notify := func(object any) {
 			if node, ok := object.(*OverlayNode); ok {
 				d.notify(node.Name)

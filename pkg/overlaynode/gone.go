@@ -53,8 +53,12 @@ func (g *GoneNodes) Ensure(ctx context.Context, node string) error {
 	return g.Dispatcher.client.ensure(ctx, node)
 }
 
-// Clean removes the objects of nodes that are gone for good: at once if no request is left in it, and otherwise after a month.
+// Clean removes the objects of nodes that are gone for good: at once if no request is left in it, and otherwise after a month. It does
+// nothing before the dispatcher's first call: then another controller is the one that works.
 func (g *GoneNodes) Clean(ctx context.Context) error {
+	if !g.Dispatcher.begun.Load() {
+		return nil
+	}
 	if err := g.Dispatcher.Await(ctx); err != nil {
 		return err
 	}

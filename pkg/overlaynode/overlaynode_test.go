@@ -296,7 +296,11 @@ func TestGoneNodes(t *testing.T) {
 	s := newAPIServer(t)
 	exists := map[string]bool{"there": true}
 	d := NewDispatcher(t.Context(), s.client())
-	gone := &GoneNodes{Dispatcher: d, Grace: 50 * time.Millisecond, Exists: func(_ context.Context, name string) (bool, error) { return exists[name], nil }}
+	gone := &GoneNodes{Dispatcher: d, Grace: 50 * time.Millisecond}
+	gone.Exists = func(_ context.Context, name string) (bool, error) { return exists[name], nil }
+	if err := gone.Clean(t.Context()); err != nil || d.begun.Load() {
+		t.Errorf("a controller that got no request watches the nodes, %v", err)
+	}
 	for _, node := range []string{"there", "gone", "asked"} {
 		if err := gone.Ensure(t.Context(), node); err != nil {
 			t.Fatal(err)
