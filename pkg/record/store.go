@@ -1,6 +1,7 @@
 package record
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,7 +18,8 @@ import (
 
 var (
 	// ErrEmpty is returned for a record without content of an ephemeral volume, which is what a power cut leaves: Save does not
-	// wait for the disk. Of a persistent volume it is ErrDamaged.
+	// wait for the disk. ext4 then shows zeroes if the name and the size had reached the disk, and the content had not. Of a persistent
+	// volume it is ErrDamaged.
 	ErrEmpty = fmt.Errorf("%w: the record is empty", errdefs.ErrDataLoss)
 	// ErrDamaged is returned for a record that is not what Save writes.
 	ErrDamaged = fmt.Errorf("%w: the record is damaged", errdefs.ErrDataLoss)
@@ -50,7 +52,7 @@ func (s *Store) Load(id string) (*Record, error) {
 		return nil, fmt.Errorf("read the record of volume %s: %w: %w", id, ErrDamaged, err)
 	case err != nil:
 		return nil, fmt.Errorf("read the record of volume %s: %w", id, err)
-	case len(data) == 0:
+	case len(data) == 0, bytes.IndexByte(data, 0) >= 0: // JSON has no zeroes.
 		return nil, fmt.Errorf("read the record of volume %s: %w: %s", id, s.emptyError(id), path)
 	}
 	var r Record
@@ -69,7 +71,7 @@ func (s *Store) emptyError(id string) error {
 	if _, err := os.Lstat(filepath.Join(s.Dir(id), dataroot.PersistentMark)); errors.Is(err, fs.ErrNotExist) {
 		return ErrEmpty
 	}
-	return fmt.Errorf("%w: it is empty", ErrDamaged)
+	return fmt.Errorf("%w: it is empty, or has zeroes", ErrDamaged)
 }
 
 // Save writes a record in place of the one before, and makes the directory of the volume if it is missing. If the upper is

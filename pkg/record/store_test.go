@@ -46,6 +46,8 @@ func TestLoadErrors(t *testing.T) {
 	}{
 		"none":            {"", errdefs.ErrNotFound},
 		"empty":           {"", ErrEmpty},
+		"zeroes":          {"\x00\x00", ErrEmpty},
+		"zeroes at last":  {`{"version":1,"id":"v",` + "\x00\x00", ErrEmpty},
 		"half":            {`{"version":1,"id":"v",`, ErrDamaged},
 		"other version":   {`{"version":99,"id":"v","spec":{"layers":[],"upper":"pod"}}`, errdefs.ErrFailedPrecondition},
 		"other volume":    {`{"version":1,"id":"w","spec":{"layers":[],"upper":"pod"}}`, errdefs.ErrFailedPrecondition},
@@ -106,15 +108,17 @@ func TestLayersInUse(t *testing.T) {
 // TestEmptyRecord: a persistent volume whose record was emptied is damaged, never an ephemeral one that a power cut has ended.
 func TestEmptyRecord(t *testing.T) {
 	for kind, want := range map[spec.Policy]error{spec.UpperClaim: ErrDamaged, spec.UpperPod: ErrEmpty, spec.UpperNone: ErrEmpty} {
-		s := NewStore(t.TempDir(), t.TempDir(), nil)
-		if err := s.Save(&Record{ID: "v", Spec: spec.Spec{Upper: kind}}); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Truncate(filepath.Join(s.Dir("v"), dataroot.Record), 0); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := s.Load("v"); !errors.Is(err, want) || errors.Is(err, ErrEmpty) && errors.Is(err, ErrDamaged) {
-			t.Errorf("upper %q: %v, want %v", kind, err, want)
+		for _, content := range []string{"", "\x00\x00"} {
+			s := NewStore(t.TempDir(), t.TempDir(), nil)
+			if err := s.Save(&Record{ID: "v", Spec: spec.Spec{Upper: kind}}); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(s.Dir("v"), dataroot.Record), []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.Load("v"); !errors.Is(err, want) || errors.Is(err, ErrEmpty) && errors.Is(err, ErrDamaged) {
+				t.Errorf("upper %q, content %q: %v, want %v", kind, content, err, want)
+			}
 		}
 	}
 }

@@ -118,3 +118,45 @@ func TestUpperThatIsRecordedIsOnTheDisk(t *testing.T) {
 		}
 	}
 }
+
+// TestEphemeralRecordThatDidNotReachTheDisk: it is not synced. After a power cut it is empty, or on ext4 has zeroes, and the volume begins
+// with an empty upper.
+func TestEphemeralRecordThatDidNotReachTheDisk(t *testing.T) {
+	for name, content := range map[string][]byte{"empty": nil, "zeroes": make([]byte, 700)} {
+		t.Run(name, func(t *testing.T) {
+			node := startNode(t)
+			layers := layersOf(t, node, map[string]string{"f": "layer"})
+			pod := newPod(t, node, "pod")
+			_, err := pod.EmptyDir("scratch")
+			must(t, err)
+			volumes := map[string]drivertest.Volume{
+				"directory": inline("layers", layers),
+				"read-only": inline("layers", layers, "upper", "none"),
+				"image":     inline("layers", layers, "sizeLimit", "16Mi", "sizeEnforcement", "image"),
+				"memory":    inline("layers", layers, "sizeLimit", "16Mi", "medium", "memory"),
+				"scratch":   inline("layers", layers, "upper", "volume://scratch/up"),
+				"each pod":  create(t, node, "each", readWriteMany, "layers", layers, "upper", "pod"),
+			}
+			for kind, v := range volumes {
+				if !v.Claim {
+					v.Name = strings.ReplaceAll(kind, " ", "-")
+				}
+				volumes[kind] = v
+				publish(t, pod, v)
+			}
+			must(t, node.Reboot())
+			for _, v := range volumes {
+				must(t, os.WriteFile(filepath.Join(node.DataRoot, "volumes", pod.Request(v).GetVolumeId(), "volume.json"), content, 0o600))
+			}
+			start(t, node)
+			for kind, v := range volumes {
+				wantFile(t, filepath.Join(publish(t, pod, v), "f"), "layer")
+				if kind != "read-only" {
+					write(t, filepath.Join(pod.Target(v.Name), "f"), "written")
+				}
+				unpublish(t, pod, v)
+			}
+			deleteVolume(t, node, volumes["each pod"])
+		})
+	}
+}
