@@ -148,7 +148,7 @@ func (d *download) attempt(ctx context.Context) error {
 func (d *download) check(body io.Reader, err error) (done bool, _ error) {
 	length := d.into.Len()
 	switch {
-	case length > d.descriptor.Size, errdefs.IsFailedPrecondition(err):
+	case length > d.descriptor.Size, isTooLong(err):
 		return true, errTooLong(d.descriptor)
 	case length == d.descriptor.Size:
 		return true, d.checkEnd(body)
@@ -161,7 +161,7 @@ func (d *download) check(body io.Reader, err error) (done bool, _ error) {
 // checkEnd returns an error if the body continues after the size in the descriptor.
 func (d *download) checkEnd(body io.Reader) error {
 	var more [1]byte
-	if n, err := body.Read(more[:]); n > 0 || errdefs.IsFailedPrecondition(err) {
+	if n, err := body.Read(more[:]); n > 0 || isTooLong(err) {
 		return errTooLong(d.descriptor)
 	}
 	return nil

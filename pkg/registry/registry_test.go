@@ -59,15 +59,36 @@ func TestTokenServerSendsWithoutEnd(t *testing.T) {
 		_, _ = io.CopyN(w, endless('x'), sent)
 		_, _ = io.WriteString(w, `"}`)
 	})
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	_, err := newRepository(t, strings.TrimPrefix(server.URL, "http://")).Resolve(t.Context())
-	runtime.ReadMemStats(&after)
-	if err == nil || !strings.Contains(err.Error(), "token server's answer has more than") {
-		t.Errorf("the error is %v", err)
-	}
-	if allocated := after.TotalAlloc - before.TotalAlloc; allocated > 16<<20 {
-		t.Errorf("%d bytes were allocated for an answer of %d", allocated, sent)
+	repository := newRepository(t, strings.TrimPrefix(server.URL, "http://"))
+	descriptor := ocispec.Descriptor{Digest: digest.FromString("x"), Size: 342, MediaType: ocispec.MediaTypeImageConfig}
+	for name, ask := range map[string]func() error{
+		"tag": func() error {
+			_, err := repository.Resolve(t.Context())
+			return err
+		},
+		"document": func() error {
+			_, err := repository.Fetch(t.Context(), descriptor)
+			return err
+		},
+		"layer": func() error {
+			spool, err := OpenSpool(filepath.Join(t.TempDir(), "blob"))
+			must(t, err)
+			defer spool.Close()
+			return repository.Download(t.Context(), descriptor, spool, &Progress{})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			err := ask()
+			runtime.ReadMemStats(&after)
+			if !errdefs.IsFailedPrecondition(err) || !strings.Contains(fmt.Sprint(err), "token server's answer has more than") {
+				t.Errorf("the error is %v", err)
+			}
+			if allocated := after.TotalAlloc - before.TotalAlloc; allocated > 16<<20 {
+				t.Errorf("%d bytes were allocated for an answer of %d", allocated, sent)
+			}
+		})
 	}
 }
 

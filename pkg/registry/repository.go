@@ -144,7 +144,7 @@ func (r *Repository) Fetch(ctx context.Context, descriptor ocispec.Descriptor) (
 	// One byte more proves that it is too long.
 	size, err := io.Copy(io.MultiWriter(document, digester.Hash()), io.LimitReader(body, descriptor.Size+1))
 	switch {
-	case errdefs.IsFailedPrecondition(err), size > descriptor.Size:
+	case isTooLong(err), size > descriptor.Size:
 		err = errTooLong(descriptor)
 	case err == nil:
 		err = image.Verify(descriptor, digester.Digest(), size)
@@ -166,6 +166,12 @@ func fetchOp(descriptor ocispec.Descriptor) string { return "fetch " + descripto
 
 func errTooLong(descriptor ocispec.Descriptor) error {
 	return fmt.Errorf("%w: blob %s has more than %d bytes", image.ErrContentMismatch, descriptor.Digest, descriptor.Size)
+}
+
+// isTooLong reports whether reading a blob returned an error because it has more bytes than its descriptor says. containerd has no error of
+// its own for that.
+func isTooLong(err error) bool {
+	return errdefs.IsFailedPrecondition(err) && !errors.Is(err, errTokenAnswer)
 }
 
 // openBlob opens a blob at offset. The request may be sent, and fail, only at the first read.

@@ -18,7 +18,9 @@ func (f roundTripper) RoundTrip(request *http.Request) (*http.Response, error) {
 // maxTokenAnswer is the maximum size of the answer of a token server in bytes.
 const maxTokenAnswer = 1 << 20
 
-// boundedBody returns an error after left bytes.
+var errTokenAnswer = fmt.Errorf("%w: the token server's answer has more than %d bytes", errdefs.ErrFailedPrecondition, maxTokenAnswer)
+
+// boundedBody returns errTokenAnswer after left bytes.
 type boundedBody struct {
 	io.ReadCloser
 	left int64
@@ -26,7 +28,7 @@ type boundedBody struct {
 
 func (b *boundedBody) Read(buffer []byte) (int, error) {
 	if b.left <= 0 {
-		return 0, fmt.Errorf("%w: the token server's answer has more than %d bytes", errdefs.ErrFailedPrecondition, maxTokenAnswer)
+		return 0, errTokenAnswer
 	}
 	n, err := b.ReadCloser.Read(buffer[:min(int64(len(buffer)), b.left)])
 	b.left -= int64(n)
