@@ -28,6 +28,9 @@ type PodVolumePath struct {
 	Path   string `json:"path"`
 }
 
+// String quotes the path, which the pod chooses.
+func (p PodVolumePath) String() string { return quote(filepath.Join(p.Volume, p.Path)) }
+
 // podVolume is an upper inside another volume of the pod, which thereby determines its size, accounting and snapshots. The volume
 // belongs to the pod, which may change anything in it at any moment: no path in it is followed out of it.
 type podVolume struct {

@@ -25,9 +25,9 @@ func (b *Backends) OpenUnrecorded(base string) Upper {
 
 // FindPodVolumes returns the uppers in other volumes of a pod that a view, the holder, had there, by the handles of this process
 // and by the busy mounts in a directory, which is the pod's. The view is not mounted any more. A busy mount whose lock file does not say
-// whose it is, or names a view that cannot have it, is taken for the view's if no overlay is mounted on its upper. unknown are the paths
-// of the others.
-func (b *Backends) FindPodVolumes(dir string, holder LockHolder) (held []Upper, unknown []string, err error) {
+// whose it is, or names a view that cannot have it, is taken for the view's if no overlay is mounted on its upper. unknown are where
+// the others are.
+func (b *Backends) FindPodVolumes(dir string, holder LockHolder) (held []Upper, unknown []PodVolumePath, err error) {
 	mounts, err := busyMountsIn(dir)
 	if err != nil {
 		return nil, nil, fmt.Errorf("find busy mounts in %s: %w", dir, err)
@@ -43,7 +43,7 @@ func (b *Backends) FindPodVolumes(dir string, holder LockHolder) (held []Upper, 
 				Backend: PodVolume, PodVolume: mount.PodVolumePath, PodDir: dir, Holder: *file.Holder, Layers: file.Layers,
 			}))
 		case unknownView:
-			unknown = append(unknown, quote(filepath.Join(mount.Volume, mount.Path)))
+			unknown = append(unknown, mount.PodVolumePath)
 		case otherView:
 		}
 	}

@@ -282,7 +282,7 @@ func (b fakeBackends) OpenUnrecorded(base string) upper.Upper {
 	return fakeUpper{b.n, filepath.Join(b.n.dir, "data", base), upper.Limit{}}
 }
 
-func (b fakeBackends) FindPodVolumes(string, upper.LockHolder) (held []upper.Upper, unknown []string, err error) {
+func (b fakeBackends) FindPodVolumes(string, upper.LockHolder) (held []upper.Upper, unknown []upper.PodVolumePath, err error) {
 	return nil, nil, b.n.failing("find pod volumes")
 }
 

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -41,7 +42,8 @@ func (u unrecorded) release(ctx context.Context, id, target string) error {
 const maxUnknown = 3
 
 // releasePodVolumes releases what a view at a target had in other volumes of the pod. The view is unmounted. It returns ErrDataLoss if
-// there is something in use of which it is not known whose it is.
+// there is something in use of which it is not known whose it is. The volume may have been unpublished long ago: then there is no record,
+// and what other views of the pod have must not be in the way.
 func (u unrecorded) releasePodVolumes(ctx context.Context, id, target string) error {
 	dir := u.uppers.podDir(target)
 	if dir == "" || !exists(dir) {
@@ -57,12 +59,48 @@ func (u unrecorded) releasePodVolumes(ctx context.Context, id, target string) er
 			return err
 		}
 	}
-	if len(unknown) > 0 {
-		return fmt.Errorf("%w: the record of volume %s cannot be read, and the mounts at %s may be the volume's, so that the pod "+
-			"cannot end; restore %s, or unmount them",
-			errdefs.ErrDataLoss, id, strings.Join(unknown[:min(len(unknown), maxUnknown)], ", "), dataroot.Record)
+	if unknown, err = u.withoutOthers(unknown, target); err != nil || len(unknown) == 0 {
+		return err
 	}
-	return nil
+	var paths []string
+	for _, mount := range unknown[:min(len(unknown), maxUnknown)] {
+		paths = append(paths, mount.String())
+	}
+	return fmt.Errorf("%w: volume %s has no record that can be read, and the mounts at %s may be the volume's, so that the pod "+
+		"cannot end; restore %s, or unmount them",
+		errdefs.ErrDataLoss, id, strings.Join(paths, ", "), dataroot.Record)
+}
+
+// withoutOthers returns the busy mounts that cannot be explained by the mounted views at other targets. By its record, each of these has
+// its upper in one volume, and one busy mount there.
+func (u unrecorded) withoutOthers(mounts []upper.PodVolumePath, target string) ([]upper.PodVolumePath, error) {
+	if len(mounts) == 0 {
+		return mounts, nil
+	}
+	ids, err := u.records.List()
+	if err != nil {
+		return mounts, err
+	}
+	others := map[string]int{}
+	for _, id := range ids {
+		r, err := u.records.Load(id)
+		if err != nil {
+			continue // It explains nothing.
+		}
+		for _, p := range r.Publications {
+			isThere := slices.ContainsFunc(mounts, func(m upper.PodVolumePath) bool { return m.Volume == p.PodVolume.Volume })
+			if !isThere || p.Target == target {
+				continue
+			}
+			if live, err := u.views.isLive(&p); err == nil && live {
+				others[p.PodVolume.Volume]++
+			}
+		}
+	}
+	return slices.DeleteFunc(mounts, func(m upper.PodVolumePath) bool {
+		others[m.Volume]--
+		return others[m.Volume] >= 0
+	}), nil
 }
 
 // checkNoUppers returns ErrDataLoss if the directory of a volume without a record contains an upper, which another volume must not

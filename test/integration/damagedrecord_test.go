@@ -218,6 +218,41 @@ func TestUnpublishWithADamagedRecord(t *testing.T) {
 	}
 }
 
+// TestUnpublishBesideABusyMountWithoutALockFile: the pod has removed the lock file of a view of its own. Its other volumes, also those that
+// were unpublished already, end as ever, and the busy mount stays.
+func TestUnpublishBesideABusyMountWithoutALockFile(t *testing.T) {
+	for name, damage := range map[string]func(t *testing.T, record string){
+		"twice":          func(*testing.T, string) {},
+		"damaged record": func(t *testing.T, record string) { must(t, os.WriteFile(record, []byte("{"), 0o600)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			node := startNode(t, "--reconcile-interval=1h")
+			layers := layersOf(t, node, map[string]string{"f": "layer"})
+			pod := newPod(t, node, "pod")
+			scratch, err := pod.EmptyDir("scratch")
+			must(t, err)
+			v, live := inline("layers", layers), inline("layers", layers, "upper", "volume://scratch/dir/live")
+			live.Name = "live"
+			publish(t, pod, v)
+			target := publish(t, pod, live)
+			container := mountBare(t, scratch)
+			must(t, os.Remove(filepath.Join(container, "dir/live/overlay-csi.json")))
+			must(t, os.Rename(filepath.Join(container, "dir"), filepath.Join(container, "moved")))
+			must(t, unix.Unmount(container, unix.MNT_DETACH))
+			damage(t, filepath.Join(node.DataRoot, "volumes", pod.Request(v).GetVolumeId(), "volume.json"))
+			for range 2 {
+				unpublish(t, pod, v)
+			}
+			if mounts, err := drivertest.Mounts(filepath.Join(scratch, "moved/live")); err != nil || len(mounts) != 1 {
+				t.Errorf("the busy mount of the other view: %v, %v", mounts, err)
+			}
+			write(t, filepath.Join(target, "f"), "other")
+			unpublish(t, pod, live)
+			must(t, os.RemoveAll(scratch))
+		})
+	}
+}
+
 // wantNoLoop checks that no loop device has the file.
 func wantNoLoop(t *testing.T, path string) {
 	t.Helper()
