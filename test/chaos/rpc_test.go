@@ -16,9 +16,10 @@ var transient = []codes.Code{codes.Unavailable, codes.Aborted, codes.DeadlineExc
 
 // answers are further answers that a fault permits.
 var answers = map[fault][]codes.Code{
-	fullDisk:     {codes.ResourceExhausted},
-	readOnlyDisk: {codes.FailedPrecondition},
-	failedDisk:   {codes.Internal, codes.FailedPrecondition, codes.DataLoss},
+	fullDisk:      {codes.ResourceExhausted},
+	readOnlyDisk:  {codes.FailedPrecondition},
+	failedDisk:    {codes.Internal, codes.FailedPrecondition, codes.DataLoss},
+	lyingRegistry: {codes.FailedPrecondition},
 }
 
 // The RPCs of a published volume. A power cut amid one would leave nothing to repeat it on.
@@ -77,7 +78,7 @@ func (w *world) start(do func(ctx context.Context) error) <-chan error {
 func (w *world) once(do func(ctx context.Context) error) error {
 	w.total.rpcs++
 	timeout := 30 * time.Second
-	if w.fault == badRegistry {
+	if registryFaults[w.fault] != nil {
 		timeout = time.Second
 	}
 	ctx, cancel := context.WithTimeout(w.t.Context(), timeout)

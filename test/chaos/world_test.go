@@ -159,13 +159,40 @@ const (
 	fullDisk     fault = "full disk"
 	readOnlyDisk fault = "read-only disk"
 	failedDisk   fault = "failed disk"
-	badRegistry  fault = "bad registry"
+	// A registry is out of order, cuts its answers, or sends other content than it has announced.
+	absentRegistry  fault = "absent registry"
+	cuttingRegistry fault = "cutting registry"
+	lyingRegistry   fault = "lying registry"
 )
+
+// registryFaults are how a registry misbehaves.
+var registryFaults = map[fault]registrytest.Fault{
+	absentRegistry: func(answer http.ResponseWriter, _ *http.Request) bool {
+		http.Error(answer, "out of order", http.StatusServiceUnavailable)
+		return true
+	},
+	cuttingRegistry: func(answer http.ResponseWriter, request *http.Request) bool {
+		if registrytest.IsBlob(request, "") {
+			answer.(*registrytest.ResponseWriter).CutAfter(20)
+		}
+		return false
+	},
+	lyingRegistry: func(answer http.ResponseWriter, request *http.Request) bool {
+		if !registrytest.IsBlob(request, "") {
+			return false
+		}
+		_, _ = answer.Write([]byte(strings.Repeat("not the blob ", 1000)))
+		return true
+	},
+}
 
 // breakSomething begins a fault.
 func (w *world) breakSomething() {
-	kind := pick(w, fullDisk, readOnlyDisk, failedDisk, badRegistry)
-	if kind == failedDisk && w.fileSystem == "btrfs" {
+	kind := pick(w, fullDisk, readOnlyDisk, failedDisk, absentRegistry)
+	switch {
+	case kind == absentRegistry:
+		kind = pick(w, absentRegistry, cuttingRegistry, lyingRegistry)
+	case kind == failedDisk && w.fileSystem == "btrfs":
 		kind = fullDisk // btrfs cannot be shut down before Linux 6.19.
 	}
 	w.tell("fault: %s", kind)
@@ -181,36 +208,14 @@ func (w *world) breakSomething() {
 		}
 	case failedDisk:
 		must(w.t, drivertest.ShutDown(w.node.DataRoot))
-	case badRegistry:
-		w.registry.SetFault(w.registryFault())
+	case absentRegistry, cuttingRegistry, lyingRegistry:
+		w.registry.SetFault(registryFaults[kind])
 	}
 	w.fault = kind
 	w.total.faults++
 }
 
 func (w *world) filler() string { return filepath.Join(w.node.DataRoot, "filler") }
-
-// registryFault returns how the registry misbehaves.
-func (w *world) registryFault() registrytest.Fault {
-	return pick[registrytest.Fault](w,
-		func(answer http.ResponseWriter, _ *http.Request) bool {
-			http.Error(answer, "out of order", http.StatusServiceUnavailable)
-			return true
-		},
-		func(answer http.ResponseWriter, request *http.Request) bool {
-			if registrytest.IsBlob(request, "") {
-				answer.(*registrytest.ResponseWriter).CutAfter(20)
-			}
-			return false
-		},
-		func(answer http.ResponseWriter, request *http.Request) bool {
-			if !registrytest.IsBlob(request, "") {
-				return false
-			}
-			_, _ = answer.Write([]byte(strings.Repeat("not the blob ", 1000)))
-			return true
-		})
-}
 
 // mend ends a fault. After a failure of the disk, the pods of the node end, and the node is started again.
 func (w *world) mend() {
@@ -232,7 +237,7 @@ func (w *world) mend() {
 		w.remountDisk()
 		must(w.t, w.node.Reboot())
 		must(w.t, w.node.Start(w.t.Context()))
-	case badRegistry:
+	case absentRegistry, cuttingRegistry, lyingRegistry:
 		w.registry.SetFault(nil)
 	}
 	w.fault = noFault
