@@ -17,7 +17,9 @@ import (
 
 // createVolume has the driver make a claim's volume.
 func (w *world) createVolume() {
-	name := w.name("claim")
+	// Of this walk alone: the driver looks for the loop device of an image by the names of the image and its directory, and asks devices
+	// of that name, which another walk may have on a disk that has failed.
+	name := w.name("claim-" + filepath.Base(w.node.Dir))
 	from := pick(w, w.sources...)
 	attributes := pick(w,
 		map[string]string{"sizeEnforcement": "none"},

@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"os"
 	"path/filepath"
@@ -168,13 +169,21 @@ func (w *world) look() {
 	})
 }
 
-// endPod has a pod end, which nothing may prevent.
+// endPod has a pod end, which nothing may prevent. As kubelet does, it tries each volume again, and none waits for another one: where the
+// disk has failed, a volume cannot be told from another one of its pod before that has ended.
 func (w *world) endPod(p *pod) {
 	w.t.Helper()
 	w.tell("end %s", p.Name)
-	for _, v := range p.views {
-		w.mustCall("NodeUnpublishVolume of "+v.Name, func(ctx context.Context) error { return p.Unpublish(ctx, v.Volume) })
-	}
+	left := slices.Clone(p.views)
+	w.eventually(p.Name+" ends", func() error {
+		var failed error
+		left = slices.DeleteFunc(left, func(v *view) bool {
+			err := w.call("NodeUnpublishVolume of "+v.Name, func(ctx context.Context) error { return p.Unpublish(ctx, v.Volume) })
+			failed = errors.Join(failed, err)
+			return err == nil
+		})
+		return failed
+	})
 	must(w.t, os.RemoveAll(filepath.Join(p.Dir(), "volumes/kubernetes.io~empty-dir")))
 	if err := p.Remove(); err != nil {
 		w.fatalf("%v", err)
