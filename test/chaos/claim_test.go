@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"os"
 	"path/filepath"
@@ -9,6 +10,7 @@ import (
 	"sync/atomic"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -22,6 +24,8 @@ func (w *world) createVolume() {
 	name := w.name("claim-" + filepath.Base(w.node.Dir))
 	from := pick(w, w.sources...)
 	attributes := pick(w,
+		map[string]string{},
+		map[string]string{"upper": "pod"},
 		map[string]string{"sizeEnforcement": "none"},
 		map[string]string{"sizeEnforcement": "image"},
 		map[string]string{"sizeEnforcement": "none", "upper": "pod"},
@@ -107,7 +111,8 @@ func (w *world) expand() {
 		return
 	}
 	c := v.claim
-	if c.Attributes["sizeEnforcement"] == "image" && drivertest.LacksResource() {
+	isImage := c.Attributes["sizeEnforcement"] == "image" || c.Attributes["sizeEnforcement"] == "" && c.Attributes["medium"] == ""
+	if isImage && drivertest.LacksResource() {
 		return // ext4 asks whoever has it grow for CAP_SYS_RESOURCE.
 	}
 	c.size += 4 << 20
@@ -120,6 +125,29 @@ func (w *world) expand() {
 	w.checkView(p, v)
 }
 
+// overfill writes into a volume with a size until that refuses, and removes what it has written.
+func (w *world) overfill() {
+	p, v := w.published()
+	if v == nil || v.limit() == 0 || w.fault != noFault {
+		return
+	}
+	w.tell("overfill %s of %s", v.Name, p.Name)
+	big := filepath.Join(p.Target(v.Name), "big")
+	file, err := os.Create(big)
+	must(w.t, err)
+	var written int64
+	for err == nil && written <= v.limit() {
+		var n int
+		n, err = file.Write(make([]byte, 64<<10))
+		written += int64(n)
+	}
+	if written > v.limit() || !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
+		w.fatalf("%d bytes went into %d: %v", written, v.limit(), err)
+	}
+	must(w.t, errors.Join(file.Close(), os.Remove(big), syncTo(p.Target(v.Name), ".")))
+	w.checkView(p, v)
+}
+
 // loseUpper removes the upper of a claim. Its next publish must miss it, and must not begin with an empty one.
 func (w *world) loseUpper() {
 	c := w.unused()
@@ -128,7 +156,7 @@ func (w *world) loseUpper() {
 	}
 	w.tell("lose the upper of %s", c.Name)
 	dir := filepath.Join(w.node.DataRoot, "volumes", c.ID)
-	for _, name := range []string{"upper", "disk.img"} {
+	for _, name := range []string{"upper", "data", "disk.img"} {
 		must(w.t, os.RemoveAll(filepath.Join(dir, name)))
 	}
 	p, err := w.node.NewPod(w.name("pod"))

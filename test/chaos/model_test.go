@@ -45,6 +45,21 @@ type view struct {
 	published bool
 }
 
+// limit returns the size in bytes that is enforced, or 0.
+func (v *view) limit() int64 {
+	switch {
+	case v.Attributes["sizeEnforcement"] == "none":
+		return 0
+	case v.claim != nil:
+		return v.claim.size
+	case v.Attributes["sizeLimit"] == "8Mi":
+		return 8 << 20
+	case v.Attributes["sizeLimit"] == "16Mi":
+		return 16 << 20
+	}
+	return 0
+}
+
 func (v *view) isReadOnly() bool { return v.Attributes["upper"] == "none" }
 
 // pod is a pod with its volumes.

@@ -57,8 +57,8 @@ func (w *world) cutPower() {
 	w.forgetViews()
 }
 
-// canCutPower reports whether the file system of the data root can lose what was not synced. btrfs can from Linux 6.19 on.
-func (w *world) canCutPower() bool { return w.fault == noFault && w.fileSystem != "btrfs" }
+// canCutPower reports whether the file system of the data root can lose what was not synced.
+func (w *world) canCutPower() bool { return w.fault == noFault && !w.isOnBtrfs() }
 
 // forgetViews notes that a node that has just started has no views. Uppers of pods begin anew.
 func (w *world) forgetViews() {

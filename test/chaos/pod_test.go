@@ -52,6 +52,7 @@ func (w *world) startPod() {
 			map[string]string{"upper": inScratch},
 			map[string]string{"medium": "memory", "sizeLimit": "8Mi"},
 			map[string]string{"sizeEnforcement": "image", "sizeLimit": "16Mi"},
+			map[string]string{"sizeLimit": "16Mi"},
 		))
 		attributes["layers"] = from.layers
 		if attributes["upper"] == inScratch &&

@@ -43,8 +43,10 @@ func (w *world) step() {
 		if len(w.pods) > 0 {
 			w.endPod(pick(w, w.pods...))
 		}
-	case choice < 77:
+	case choice < 75:
 		w.expand()
+	case choice < 77:
+		w.overfill()
 	case choice < 81:
 		w.deleteVolume()
 	case choice < 84:

@@ -60,7 +60,7 @@ func newWorld(t *testing.T, binary string, seed uint64, total *tally) *world {
 	node, err := drivertest.NewNode(dir, binary, "--reconcile-interval=200ms", "--pod-volume-wait=1s", "--layer-gc-min-age=0")
 	must(t, err)
 	w := &world{t: t, random: rand.New(rand.NewPCG(seed, 0)), node: node, total: total}
-	w.fileSystem = pick(w, "ext4", "xfs", "btrfs")
+	w.fileSystem = pick(w, "ext4", "xfs", "btrfs", "ext4 with project quota", "xfs with project quota", "btrfs with quota")
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("on %s:\n%s\nthe driver's log:\n%s", w.fileSystem, strings.Join(w.story, "\n"), node.Log())
@@ -73,8 +73,7 @@ func newWorld(t *testing.T, binary string, seed uint64, total *tally) *world {
 		}
 	})
 	must(t, os.Mkdir(node.DataRoot, 0o755))
-	must(t, drivertest.MakeImage(w.fileSystem, w.image(), 512<<20, ""))
-	must(t, drivertest.MountImage(w.fileSystem, w.image(), node.DataRoot))
+	w.makeDisk()
 	w.registry, err = registrytest.Start(registrytest.Options{})
 	must(t, err)
 	t.Cleanup(w.registry.Close)
@@ -85,6 +84,24 @@ func newWorld(t *testing.T, binary string, seed uint64, total *tally) *world {
 	must(t, node.Start(t.Context()))
 	return w
 }
+
+// makeDisk makes the disk of the data root, without quotas where the kernel has none on its file system.
+func (w *world) makeDisk() {
+	w.t.Helper()
+	format := func() error {
+		must(w.t, drivertest.MakeImage(w.fileSystem, w.image(), 512<<20, ""))
+		return drivertest.MountImage(w.fileSystem, w.image(), w.node.DataRoot)
+	}
+	err := format()
+	if plain, _, hasQuota := strings.Cut(w.fileSystem, " "); err != nil && hasQuota {
+		w.fileSystem = plain
+		err = format()
+	}
+	must(w.t, err)
+}
+
+// isOnBtrfs reports whether the data root is on btrfs, which cannot be shut down before Linux 6.19.
+func (w *world) isOnBtrfs() bool { return strings.HasPrefix(w.fileSystem, "btrfs") }
 
 // image is the disk of the data root.
 func (w *world) image() string { return w.node.DataRoot + ".img" }
@@ -192,8 +209,8 @@ func (w *world) breakSomething() {
 	switch {
 	case kind == absentRegistry:
 		kind = pick(w, absentRegistry, cuttingRegistry, lyingRegistry)
-	case kind == failedDisk && w.fileSystem == "btrfs":
-		kind = fullDisk // btrfs cannot be shut down before Linux 6.19.
+	case kind == failedDisk && w.isOnBtrfs():
+		kind = fullDisk
 	}
 	w.tell("fault: %s", kind)
 	switch kind {
