@@ -65,7 +65,9 @@ func (w *world) createVolume() {
 		return
 	}
 	v := created.Load()
-	c.Volume = drivertest.Volume{Name: name, ID: v.GetVolumeId(), Claim: true, Mode: mode, Attributes: v.GetVolumeContext()}
+	c.Volume = drivertest.Volume{
+		Name: name, ID: v.GetVolumeId(), Claim: true, Mode: mode, Attributes: v.GetVolumeContext(), Secrets: from.secrets,
+	}
 	if attributes["upper"] != "pod" {
 		c.upper = newUpper(c.layers)
 	}

@@ -16,6 +16,15 @@ import (
 // tree is the content of files by their paths.
 type tree map[string]string
 
+// merge returns what layers show, the lowest first.
+func merge(layers ...tree) tree {
+	merged := tree{}
+	for _, layer := range layers {
+		maps.Copy(merged, layer)
+	}
+	return merged
+}
+
 // upper is the model of an upper: what its views must show.
 type upper struct {
 	files tree
@@ -40,7 +49,9 @@ type claim struct {
 type view struct {
 	drivertest.Volume
 	claim *claim
-	upper *upper
+	// layers are what the layers show.
+	layers tree
+	upper  *upper
 	// published is false where the last publish failed: the target may be mounted, or not.
 	published bool
 }

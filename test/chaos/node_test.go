@@ -65,11 +65,8 @@ func (w *world) forgetViews() {
 	for _, p := range w.pods {
 		for _, v := range p.views {
 			v.published = false
-			switch {
-			case v.claim != nil && v.claim.upper == nil:
-				v.upper = newUpper(v.claim.layers)
-			case v.claim == nil && v.Attributes["upper"] != inScratch:
-				v.upper = newUpper(w.layersOf(v))
+			if (v.claim == nil || v.claim.upper == nil) && v.Attributes["upper"] != inScratch {
+				v.upper = newUpper(v.layers)
 			}
 		}
 	}

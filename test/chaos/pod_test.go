@@ -23,6 +23,22 @@ const (
 	scratchUpper = "dir/up"
 )
 
+// podLayer is an emptyDir that each pod has, and podLayerFiles are what is in it.
+const podLayer = "layer"
+
+var podLayerFiles = tree{"base": "pod", "dir/pod": "pod"}
+
+// makeLayer makes a layer in a volume of a pod.
+func (w *world) makeLayer(p *pod) {
+	w.t.Helper()
+	dir, err := p.EmptyDir(podLayer)
+	must(w.t, err)
+	for name, content := range podLayerFiles {
+		must(w.t, os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755))
+		must(w.t, os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644))
+	}
+}
+
 // startPod starts a pod with inline volumes of every kind, or some of them, and claims.
 func (w *world) startPod() {
 	w.t.Helper()
@@ -37,11 +53,12 @@ func (w *world) startPod() {
 		w.plant(scratch)
 		p.hasPlanted = true
 	}
+	w.makeLayer(p)
 	for range 1 + w.random.IntN(3) {
 		if len(w.claims) > 0 && w.oneIn(2) {
 			c := pick(w, w.claims...)
 			if !slices.ContainsFunc(p.views, func(v *view) bool { return v.claim == c }) {
-				p.views = append(p.views, &view{Volume: c.Volume, claim: c})
+				p.views = append(p.views, &view{Volume: c.Volume, claim: c, layers: c.layers})
 			}
 			continue
 		}
@@ -55,16 +72,21 @@ func (w *world) startPod() {
 			map[string]string{"sizeLimit": "16Mi"},
 		))
 		attributes["layers"] = from.layers
+		files := from.files
+		if w.oneIn(4) {
+			attributes["layers"], files = "volume://"+podLayer+"\n"+from.layers, merge(from.files, podLayerFiles)
+		}
 		if attributes["upper"] == inScratch &&
 			slices.ContainsFunc(p.views, func(v *view) bool { return v.Attributes["upper"] == inScratch }) {
 			continue // Only one volume may have an upper there.
 		}
-		p.views = append(p.views, &view{Volume: drivertest.Volume{Name: w.name("inline"), Attributes: attributes}, upper: newUpper(from.files)})
+		inline := drivertest.Volume{Name: w.name("inline"), Attributes: attributes, Secrets: from.secrets}
+		p.views = append(p.views, &view{Volume: inline, layers: files, upper: newUpper(files)})
 	}
 	for _, v := range p.views {
 		if v.claim != nil {
 			if v.upper = v.claim.upper; v.upper == nil {
-				v.upper = newUpper(v.claim.layers)
+				v.upper = newUpper(v.layers)
 			}
 		}
 		w.tell("publish %s for %s: %v", v.Name, name, v.Attributes)
@@ -190,12 +212,6 @@ func (w *world) endPod(p *pod) {
 		w.fatalf("%v", err)
 	}
 	w.pods = slices.DeleteFunc(w.pods, func(other *pod) bool { return other == p })
-}
-
-// layersOf returns what the layers of an inline volume show.
-func (w *world) layersOf(v *view) tree {
-	i := slices.IndexFunc(w.sources, func(s source) bool { return s.layers == v.Attributes["layers"] })
-	return w.sources[i].files
 }
 
 // plant has a pod put into its volume what an upper there would meet.

@@ -43,8 +43,10 @@ func (w *world) step() {
 		if len(w.pods) > 0 {
 			w.endPod(pick(w, w.pods...))
 		}
-	case choice < 75:
+	case choice < 74:
 		w.expand()
+	case choice < 75:
+		w.deleteInUse()
 	case choice < 77:
 		w.overfill()
 	case choice < 81:
@@ -55,8 +57,10 @@ func (w *world) step() {
 		w.reboot()
 	case choice < 89:
 		w.collectGarbage()
-	case choice < 92:
+	case choice < 91:
 		w.badRequest()
+	case choice < 92:
+		w.intrude()
 	case choice < 94:
 		w.loseUpper()
 	case choice < 97:
@@ -81,7 +85,7 @@ func (w *world) end() {
 			must(w.t, err)
 			reader := &pod{Pod: p}
 			w.pods = append(w.pods, reader)
-			v := &view{Volume: c.Volume, claim: c, upper: c.upper}
+			v := &view{Volume: c.Volume, claim: c, layers: c.layers, upper: c.upper}
 			reader.views = []*view{v}
 			w.tell("read %s", c.Name)
 			w.publish(reader, v)

@@ -19,6 +19,9 @@ import (
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
 )
 
+// diskSize is the size in bytes of the disk of the data root.
+const diskSize = 512 << 20
+
 // maxMemory is the bound in bytes on what the driver has resident.
 const maxMemory = 256 << 20
 
@@ -50,6 +53,8 @@ type world struct {
 type source struct {
 	layers string
 	files  tree
+	// secrets are those that the registry wants.
+	secrets map[string]string
 }
 
 // newWorld makes a node with a driver. The data root is on a file system of its own.
@@ -74,7 +79,7 @@ func newWorld(t *testing.T, binary string, seed uint64, total *tally) *world {
 	})
 	must(t, os.Mkdir(node.DataRoot, 0o755))
 	w.makeDisk()
-	w.registry, err = registrytest.Start(registrytest.Options{})
+	w.registry, err = registrytest.Start(registrytest.Options{TLS: true, User: "tenant", Password: "secret", Private: private})
 	must(t, err)
 	t.Cleanup(w.registry.Close)
 	must(t, w.registry.Configure(node.CertsDir()))
@@ -89,7 +94,7 @@ func newWorld(t *testing.T, binary string, seed uint64, total *tally) *world {
 func (w *world) makeDisk() {
 	w.t.Helper()
 	format := func() error {
-		must(w.t, drivertest.MakeImage(w.fileSystem, w.image(), 512<<20, ""))
+		must(w.t, drivertest.MakeImage(w.fileSystem, w.image(), diskSize, ""))
 		return drivertest.MountImage(w.fileSystem, w.image(), w.node.DataRoot)
 	}
 	err := format()
@@ -114,16 +119,18 @@ func (w *world) makeSources() {
 	w.t.Helper()
 	lower := tree{"base": "lower", "dir/base": "lower", "dir/lower": "lower"}
 	upper := tree{"base": "upper", "dir/upper": "upper"}
+	secret := tree{"secret": "of the tenant"}
 	both := tree{"base": "upper", "dir/base": "lower", "dir/lower": "lower", "dir/upper": "upper"}
 	for name, files := range map[string]tree{"lower": lower, "upper": upper} {
 		_, err := w.node.Layer(name, files)
 		must(w.t, err)
 	}
 	w.sources = []source{
-		{drivertest.Layers("upper", "lower"), both},
-		{drivertest.Layers("lower"), lower},
-		{"oci://" + w.push("one:1", lower), lower},
-		{"oci://" + w.push("two:1", lower, upper), both},
+		{drivertest.Layers("upper", "lower"), both, nil},
+		{drivertest.Layers("lower"), lower, nil},
+		{"oci://" + w.push("one:1", lower), lower, nil},
+		{"oci://" + w.push("two:1", lower, upper), both, nil},
+		{"oci://" + w.push(private+"image:1", lower, secret), merge(lower, secret), w.login("secret")},
 	}
 }
 
