@@ -3,6 +3,7 @@ package chaos
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -83,13 +84,14 @@ func (w *world) startPod() {
 		inline := drivertest.Volume{Name: w.name("inline"), Attributes: attributes, Secrets: from.secrets}
 		p.views = append(p.views, &view{Volume: inline, layers: files, upper: newUpper(files)})
 	}
+	w.giveGroup(p)
 	for _, v := range p.views {
 		if v.claim != nil {
 			if v.upper = v.claim.upper; v.upper == nil {
 				v.upper = newUpper(v.layers)
 			}
 		}
-		w.tell("publish %s for %s: %v", v.Name, name, v.Attributes)
+		w.tell("publish %s for %s with group %q: %v", v.Name, name, v.Group, v.Attributes)
 		w.publish(p, v)
 	}
 }
@@ -111,8 +113,27 @@ func (w *world) publish(p *pod, v *view) {
 	}
 }
 
+// giveGroup gives a pod an fsGroup, or none: the one that the other pods have with which it shares a view, because a view has one.
+func (w *world) giveGroup(p *pod) {
+	group := pick(w, "", "", "4321", "8765")
+	for _, v := range p.views {
+		v.Group = group
+		for _, other := range w.pods {
+			for _, shared := range other.views {
+				if other != p && v.claim != nil && shared.claim == v.claim && v.claim.upper != nil {
+					v.Group = shared.Group
+				}
+			}
+		}
+	}
+}
+
 func (w *world) checkView(p *pod, v *view) {
 	w.t.Helper()
+	var root unix.Stat_t
+	if err := unix.Stat(p.Target(v.Name), &root); err == nil && v.Group != "" && fmt.Sprint(root.Gid) != v.Group {
+		w.fatalf("%s of %s is of group %d instead of %s", v.Name, p.Name, root.Gid, v.Group)
+	}
 	if err := v.upper.check(p.Target(v.Name)); err != nil && w.fault != failedDisk {
 		w.fatalf("%s of %s: %v", v.Name, p.Name, err)
 	}

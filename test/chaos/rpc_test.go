@@ -17,6 +17,7 @@ var transient = []codes.Code{codes.Unavailable, codes.Aborted, codes.DeadlineExc
 // answers are further answers that a fault permits.
 var answers = map[fault][]codes.Code{
 	fullDisk:      {codes.ResourceExhausted},
+	noInodes:      {codes.ResourceExhausted},
 	readOnlyDisk:  {codes.FailedPrecondition},
 	failedDisk:    {codes.Internal, codes.FailedPrecondition, codes.DataLoss},
 	lyingRegistry: {codes.FailedPrecondition},

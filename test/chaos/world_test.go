@@ -65,7 +65,7 @@ func newWorld(t *testing.T, binary string, seed uint64, total *tally) *world {
 	node, err := drivertest.NewNode(dir, binary, "--reconcile-interval=200ms", "--pod-volume-wait=1s", "--layer-gc-min-age=0")
 	must(t, err)
 	w := &world{t: t, random: rand.New(rand.NewPCG(seed, 0)), node: node, total: total}
-	w.fileSystem = pick(w, "ext4", "xfs", "btrfs", "ext4 with project quota", "xfs with project quota", "btrfs with quota")
+	w.fileSystem = pick(w, fewInodes, "xfs", "btrfs", "ext4 with project quota", "xfs with project quota", "btrfs with quota")
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("on %s:\n%s\nthe driver's log:\n%s", w.fileSystem, strings.Join(w.story, "\n"), node.Log())
@@ -175,12 +175,16 @@ func (w *world) noteMemory() {
 	}
 }
 
+// fewInodes is a file system that takes no time to be filled with files.
+const fewInodes = "ext4 with few inodes"
+
 // fault is what is wrong with a node.
 type fault string
 
 const (
 	noFault      fault = ""
 	fullDisk     fault = "full disk"
+	noInodes     fault = "no inodes"
 	readOnlyDisk fault = "read-only disk"
 	failedDisk   fault = "failed disk"
 	// A registry is out of order, cuts its answers, or sends other content than it has announced.
@@ -218,12 +222,16 @@ func (w *world) breakSomething() {
 		kind = pick(w, absentRegistry, cuttingRegistry, lyingRegistry)
 	case kind == failedDisk && w.isOnBtrfs():
 		kind = fullDisk
+	case kind == fullDisk && w.fileSystem == fewInodes && w.oneIn(2):
+		kind = noInodes
 	}
 	w.tell("fault: %s", kind)
 	switch kind {
 	case noFault:
 	case fullDisk:
 		must(w.t, drivertest.FillUp(w.filler()))
+	case noInodes:
+		w.takeInodes()
 	case readOnlyDisk:
 		if err := unix.Mount("", w.node.DataRoot, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err == unix.EBUSY {
 			return // Something is being written.
@@ -249,6 +257,8 @@ func (w *world) mend() {
 	case noFault:
 	case fullDisk:
 		w.emptyDisk()
+	case noInodes:
+		must(w.t, errors.Join(os.RemoveAll(w.filler()), syncTo(w.node.DataRoot, ".")))
 	case readOnlyDisk:
 		must(w.t, unix.Mount("", w.node.DataRoot, "", unix.MS_REMOUNT, ""))
 	case failedDisk:
@@ -265,6 +275,18 @@ func (w *world) mend() {
 		w.registry.SetFault(nil)
 	}
 	w.fault = noFault
+}
+
+// takeInodes takes all that the disk has left.
+func (w *world) takeInodes() {
+	w.t.Helper()
+	err := os.Mkdir(w.filler(), 0o700)
+	for i := 0; err == nil; i++ {
+		err = unix.Mknod(filepath.Join(w.filler(), fmt.Sprint(i)), unix.S_IFREG|0o600, 0)
+	}
+	if !errors.Is(err, unix.ENOSPC) {
+		w.fatalf("%v", err)
+	}
 }
 
 // emptyDisk removes what has filled the disk, and waits for its space, which xfs and btrfs free in the background.

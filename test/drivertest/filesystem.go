@@ -25,6 +25,9 @@ var fileSystems = map[string]fileSystem{
 	"btrfs":    {make: func(image, _ string) *exec.Cmd { return exec.Command("mkfs.btrfs", "-q", "-f", image) }},
 	"erofs":    {make: func(image, content string) *exec.Cmd { return exec.Command("mkfs.erofs", "-Enosbcrc", image, content) }, reads: true},
 	"squashfs": {make: func(image, content string) *exec.Cmd { return exec.Command("mksquashfs", content, image, "-quiet") }, reads: true},
+	"ext4 with few inodes": {make: func(image, _ string) *exec.Cmd {
+		return exec.Command("mkfs.ext4", "-q", "-F", "-N", "2048", image)
+	}},
 	"ext4 with project quota": {make: func(image, _ string) *exec.Cmd {
 		return exec.Command("mkfs.ext4", "-q", "-F", "-O", "project,quota", "-E", "quotatype=prjquota", image)
 	}, options: "prjquota"},
