@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// TestAdmissionPolicy asks the API server, as the driver's ServiceAccount, for PersistentVolumes of others. That the policy lets the
+// TestAdmissionPolicy asks the API server, as the ServiceAccount that provisions, for PersistentVolumes of others. That the policy lets the
 // provisioner and the resizer work, all tests of claims show.
 func TestAdmissionPolicy(t *testing.T) {
 	t.Parallel()
@@ -29,7 +29,10 @@ spec:
 		_, err := command("kubectl", append([]string{"create", "--dry-run=server", "--filename", file}, args...)...)
 		return err
 	}
-	const asDriver = "--as=system:serviceaccount:" + driverNamespace + ":" + release
+	asDriver := "--as=system:serviceaccount:" + driverNamespace + ":" + release
+	if mode() == modeCentral {
+		asDriver += "-controller"
+	}
 	const hostPath = "hostPath: {path: /}"
 	// The API server needs a moment to take a policy in.
 	deadline := time.Now().Add(timeout)

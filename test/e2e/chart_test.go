@@ -81,6 +81,11 @@ func TestChartRefusesWrongValues(t *testing.T) {
 		"layerGC.minAge=long":                                                  "minAge",
 		"nodeCredentials=A":                                                    "nodeCredentials",
 		"provisioner.capacityPollInterval=often":                               "capacityPollInterval",
+		"provisioner.mode=both":                                                "mode",
+		"controller.nodeGracePeriod=soon":                                      "nodeGracePeriod",
+		"controller.replicas=-1":                                               "replicas",
+		"controller.podDisruptionBudget.maxUnavailable=null":                   "podDisruptionBudget",
+		"provisioner.mode=central,controller.serviceAccount.create=false":      "controller.serviceAccount.name",
 		"serviceAccount.create=false":                                          "serviceAccount.name",
 		"updateStrategy.type=Sometimes":                                        "updateStrategy",
 		"driver.extraArgs[0]=no-dash":                                          "extraArgs",
@@ -92,4 +97,16 @@ func TestChartRefusesWrongValues(t *testing.T) {
 			t.Errorf("--set %s: %v; want %q", set, err, word)
 		}
 	}
+}
+
+// TestChartAsksForTheKind: Helm installs the CustomResourceDefinition with a new release alone.
+func TestChartAsksForTheKind(t *testing.T) {
+	t.Parallel()
+	upgrade := []string{"template", "x", chart, "--is-upgrade", "--set", "provisioner.mode=central"}
+	_, err := command("helm", upgrade...)
+	if err == nil || !strings.Contains(err.Error(), "kubectl apply --server-side -f charts/overlay-csi/crds") {
+		t.Errorf("without the kind: %v", err)
+	}
+	_, err = command("helm", append(upgrade, "--api-versions", "overlay-csi.github.io/v1alpha1/OverlayNode")...)
+	must(t, err)
 }

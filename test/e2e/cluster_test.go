@@ -30,6 +30,7 @@ const (
 	driverName      = "overlay-csi.github.io"
 	driverNamespace = "overlay-csi"
 	release         = "overlay-csi"
+	controllerName  = release + "-controller"
 	dataRoot        = "/var/lib/overlay-csi"
 	topologyKey     = driverName + "/node"
 	layersKey       = driverName + "/layers"
@@ -91,7 +92,8 @@ func chartValues() []string {
 		"--set", "layerRoots[0].name=layers,layerRoots[0].hostPath=/var/lib/layers",
 		"--set", "provisioner.capacityPollInterval=5s,provisioner.immediateBindingDelay=1s",
 		"--set", "updateStrategy.rollingUpdate.maxUnavailable=2",
-		"--set", "admissionPolicy.enabled=true",
+		"--set", "admissionPolicy.enabled=true,provisioner.secrets[0]=" + provisionerSecret,
+		"--set", "provisioner.mode=" + mode() + ",controller.nodeGracePeriod=" + graceOfNodes.String(),
 		"--values", cluster.valuesFile,
 	}
 }
@@ -110,7 +112,10 @@ func helmInstall(extra ...string) error {
 	if _, err := command("helm", args...); err != nil {
 		return err
 	}
-	return cluster.waitDriver()
+	if err := cluster.waitDriver(); err != nil {
+		return err
+	}
+	return cluster.waitController()
 }
 
 // waitDriver waits until the newest driver runs on every node, and has registered with kubelet there.
@@ -124,6 +129,28 @@ func (c *kindCluster) waitDriver() error {
 	condition := conditions.New(c.Resources).ResourceMatch(daemonSet, ready)
 	if err := wait.For(condition, wait.WithTimeout(timeout), wait.WithInterval(500*time.Millisecond)); err != nil {
 		return fmt.Errorf("wait for the driver on %d nodes: %w (status %+v)", len(c.nodes), err, daemonSet.Status)
+	}
+	return nil
+}
+
+// waitController waits until the newest controllers are ready, if there are any.
+func (c *kindCluster) waitController() error {
+	deployment := &appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Name: controllerName, Namespace: driverNamespace}}
+	err := c.Get(context.Background(), deployment.Name, deployment.Namespace, deployment)
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	ready := func(object k8s.Object) bool {
+		d := object.(*appsv1.Deployment)
+		return d.Status.ObservedGeneration == d.Generation && d.Status.UpdatedReplicas == *d.Spec.Replicas &&
+			d.Status.Replicas == *d.Spec.Replicas && d.Status.AvailableReplicas == *d.Spec.Replicas
+	}
+	condition := conditions.New(c.Resources).ResourceMatch(deployment, ready)
+	if err := wait.For(condition, wait.WithTimeout(timeout), wait.WithInterval(500*time.Millisecond)); err != nil {
+		return fmt.Errorf("wait for the controllers: %w (status %+v)", err, deployment.Status)
 	}
 	return nil
 }
@@ -183,6 +210,11 @@ func (c *kindCluster) leftovers() ([]string, error) {
 			left = append(left, "PersistentVolume "+volume.Name)
 		}
 	}
+	unanswered, err := c.unansweredRequests()
+	if err != nil {
+		return nil, err
+	}
+	left = append(left, unanswered...)
 	for _, node := range c.nodes {
 		output, err := c.onNode(node, leftoversScript)
 		if err != nil {
@@ -197,15 +229,21 @@ func (c *kindCluster) leftovers() ([]string, error) {
 
 // nothingWasForbidden looks for rights that the driver and its sidecars lack: the API server's answers are in their logs.
 func (c *kindCluster) nothingWasForbidden() error {
-	for _, container := range []string{"driver", "provisioner", "resizer"} {
+	containers := [][2]string{{release, "driver"}, {release, "provisioner"}, {release, "resizer"}}
+	if mode() == modeCentral {
+		containers = [][2]string{
+			{release, "driver"}, {controllerName, "controller"}, {controllerName, "provisioner"}, {controllerName, "resizer"},
+		}
+	}
+	for _, c := range containers {
 		log, err := command(
 			"kubectl",
 			"--namespace",
 			driverNamespace,
 			"logs",
-			"--selector=app.kubernetes.io/name=overlay-csi",
+			"--selector=app.kubernetes.io/name="+c[0],
 			"--container",
-			container,
+			c[1],
 			"--tail=-1",
 		)
 		if err != nil {
@@ -213,7 +251,7 @@ func (c *kindCluster) nothingWasForbidden() error {
 		}
 		for line := range strings.Lines(log) {
 			if strings.Contains(line, "forbidden") {
-				return fmt.Errorf("a right is missing: %s: %s", container, line)
+				return fmt.Errorf("a right is missing: %s: %s", c[1], line)
 			}
 		}
 	}

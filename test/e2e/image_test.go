@@ -205,3 +205,50 @@ func TestRootFileSystem(t *testing.T) {
 	p.want("chroot /root sh -c '. /etc/os-release; echo $ID; dpkg-query --show --showformat \"\\${Package}\\n\" dpkg'", "debian\ndpkg")
 	p.want("chroot /root sh -c 'useradd --create-home somebody && stat --format %U /home/somebody'", "somebody")
 }
+
+// TestClaimOfPrivateRegistry has the tag of a private image resolved with a Secret that the StorageClass names.
+func TestClaimOfPrivateRegistry(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t, "baseline")
+	digest := pushImage(t, "private/claimed:1", registrytest.File("f", "private"))
+	secret := &corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Name: provisionerSecret, Namespace: driverNamespace},
+		Type:       corev1.SecretTypeDockerConfigJson,
+		StringData: map[string]string{corev1.DockerConfigJsonKey: cluster.registry.DockerConfig(registryUser, registryPassword)},
+	}
+	must(t, cluster.Create(context.Background(), secret))
+	t.Cleanup(func() { must(t, cluster.Delete(context.Background(), secret)) })
+	private := storageClass(t, nil, "layersFrom", "claim",
+		"csi.storage.k8s.io/provisioner-secret-name", provisionerSecret, "csi.storage.k8s.io/provisioner-secret-namespace", driverNamespace,
+		"csi.storage.k8s.io/node-publish-secret-name", provisionerSecret, "csi.storage.k8s.io/node-publish-secret-namespace", driverNamespace)
+	n.claim("private", class(private), layers(imageRef("private/claimed:1")))
+	p := n.run("pod", withVolume(claimVolume("data", "private")))
+	p.want("cat /data/f", "private")
+	volume := n.volumeOf("private")
+	if attributes := volume.Spec.CSI.VolumeAttributes["layers"]; !strings.HasSuffix(attributes, "@"+digest) {
+		t.Errorf("the PersistentVolume has layers %q, and the tag was %s", attributes, digest)
+	}
+	if mode() == modeCentral {
+		output, err := command("kubectl", "--namespace", driverNamespace, "get", "overlaynodes", "--output", "yaml")
+		must(t, err)
+		if strings.Contains(output, registryPassword) {
+			t.Error("an OverlayNode has the password")
+		}
+	}
+	p.delete()
+
+	n.claim("anonymous", layers(imageRef("private/claimed:1")))
+	waits := n.start("waits", withVolume(claimVolume("data", "anonymous")))
+	var c corev1.PersistentVolumeClaim
+	must(t, cluster.Get(context.Background(), "anonymous", n.name, &c))
+	eventually(t, "the claim says that there are no credentials", func() error {
+		if events := strings.Join(eventsOf(t, n.name, c.UID), "\n"); !strings.Contains(events, "without credentials") {
+			return fmt.Errorf("%w: %s", errNot, events)
+		}
+		return nil
+	})
+	waits.delete()
+	// The provisioner needs the Secret for the deletion too.
+	n.deleteClaim("private")
+	waitVolumeGone(t, volume.Name)
+}

@@ -25,7 +25,30 @@ const (
 	envCluster  = "E2E_CLUSTER"
 	envImage    = "E2E_IMAGE"
 	envWorkload = "E2E_WORKLOAD_IMAGE"
+	envMode     = "OVERLAY_CSI_MODE"
 )
+
+// Values of provisioner.mode in the chart.
+const (
+	modeNode    = "node"
+	modeCentral = "central"
+)
+
+// mode is the one that the tests have the chart in, unless a test is about the other one.
+func mode() string {
+	if value := os.Getenv(envMode); value != "" {
+		return value
+	}
+	return modeNode
+}
+
+// onlyCentral skips a test of what the mode with a controller has.
+func onlyCentral(t *testing.T) {
+	t.Helper()
+	if mode() != modeCentral {
+		t.Skip("for provisioner.mode: central")
+	}
+}
 
 // cluster is the kind cluster that the tests have. It is the one thing that all of them share, as they share the driver.
 var cluster *kindCluster
