@@ -125,7 +125,7 @@ e2e: ## Run the end-to-end tests on a kind cluster made for them (docker, kind, 
 .PHONY: manifests
 manifests: ## Write deploy/overlay-csi.yaml from the chart (helm)
 	@{ printf '# Made from charts/overlay-csi and deploy/values.yaml by make manifests. The namespace is in namespace.yaml.\n'; \
-	  helm template overlay-csi charts/overlay-csi --namespace overlay-csi --values deploy/values.yaml | \
+	  helm template overlay-csi charts/overlay-csi --include-crds --namespace overlay-csi --values deploy/values.yaml | \
 	  grep -v -e 'helm.sh/chart:' -e 'app.kubernetes.io/managed-by: Helm'; } > deploy/overlay-csi.yaml
 
 .PHONY: lint-chart
