@@ -112,6 +112,11 @@ bench-once: ## Run each benchmark once, so that none stops working (root)
 	$(ISOLATED) go run ./test/bench/node -views 50 -idle 1s -layered 2 -images 3 -pods 20 -churn 2s
 	$(ISOLATED) go run ./test/bench/pull -rounds 1 -megabytes 50 -files 2000 $(BENCH_PULL_FLAGS)
 
+.PHONY: scale
+scale: ## Print the tables of docs/scale.md: etcd and an API server with up to 5,000 played nodes (SCALE_FLAGS; an hour)
+	go build -o bin/scale-test ./test/scale
+	bin/scale-test $(SCALE_FLAGS)
+
 .PHONY: docs
 docs: ## Write docs/flags.md and the kernel features in docs/operations.md from the code
 	@{ printf '# Flags of overlay-csi\n\nMade from `overlay-csi --help` and `overlay-csi controller --help` by `make docs`.\n\n```\n'; \

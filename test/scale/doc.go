@@ -1,0 +1,15 @@
+// Command scale shows what the driver costs the control plane of a large cluster: a real etcd, API server and scheduler, the real
+// controllers that bind claims, and any number of nodes that are played in this process, against claims and pods that are made and
+// deleted at some rate. It prints the tables of docs/scale.md.
+//
+//	go run ./test/scale                                   # all of it: an hour
+//	go run ./test/scale -nodes 100 -rates 1,10 -duration 30s
+//
+// A played node makes the informers, watches and writes of the programs on one node, over connections of its own, as the
+// ServiceAccount of the chart, with the same encodings, selectors, rate limits and intervals. It keeps no objects: a watch event is
+// counted and looked through for the node's name, and decoded only if that is in it. So the API server does all that it would do, and
+// this process as little as it can.
+//
+// The servers are found by flags, in the PATH, or built from the module in test/scale/servers, which takes a quarter of an hour once.
+// That is a module of its own, since Kubernetes and etcd are dependencies of nothing else here.
+package main
