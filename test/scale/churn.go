@@ -93,7 +93,7 @@ func (c *churn) one(ctx context.Context, ended <-chan struct{}, name string, gro
 	core := c.cluster.admin.CoreV1()
 	claim := &corev1.PersistentVolumeClaim{
 		ObjectMeta: metav1.ObjectMeta{Name: name, Annotations: map[string]string{
-			driverName + "/layers": "oci://registry.example.com/team/model:7b\ndir://layers/models/base\n",
+			driverName + "/layers": "dir://layers/models/tuning\ndir://layers/models/base\n",
 		}},
 		Spec: corev1.PersistentVolumeClaimSpec{
 			AccessModes: []corev1.PersistentVolumeAccessMode{corev1.ReadWriteOnce},

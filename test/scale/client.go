@@ -147,8 +147,11 @@ func (p *process) do(ctx context.Context, method, path, contentType string, body
 		}
 	}
 	accept := contentType
-	if contentType == strategicPatch {
+	switch contentType {
+	case strategicPatch:
 		accept = protobufType
+	case mergePatch:
+		accept = jsonType
 	}
 	response, err := p.send(ctx, method, path, contentType, accept, content)
 	if err != nil {

@@ -10,6 +10,16 @@
 // counted and looked through for the node's name, and decoded only if that is in it. So the API server does all that it would do, and
 // this process as little as it can.
 //
-// The servers are found by flags, in the PATH, or built from the module in test/scale/servers, which takes a quarter of an hour once.
-// That is a module of its own, since Kubernetes and etcd are dependencies of nothing else here.
+// What the programs ask for is in testdata/node.txt, from the audit log of the real ones, and the played ones are compared with it:
+//
+//	go run ./test/scale -record >test/scale/testdata/node.txt   # the real driver and sidecars; root
+//	go run ./test/scale -compare
+//
+// With -mode central, one external-provisioner and one external-resizer serve the cluster, and the nodes have the driver alone. These two
+// are the real programs. Played are the driver's controller service that they talk to, and of each node an object that only this node
+// watches, with a write of its status once a minute. Each volume that is made or deleted is one write to the object of its node.
+//
+// The servers and sidecars are found by flags, in the PATH, or built from the module in test/scale/servers, which takes a quarter of an
+// hour once. That is a module of its own, since Kubernetes and etcd are dependencies of nothing else here. external-provisioner has
+// another one, since it needs another version of Kubernetes' modules.
 package main

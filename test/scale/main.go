@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -22,6 +23,9 @@ type options struct {
 	nodes, rates         string
 	warm, duration, live time.Duration
 	grow                 int
+	central              centralMode
+	compare, record      bool
+	audit                string
 }
 
 // player plays one node until the context ends, and calls ready once its informers have what exists.
@@ -45,7 +49,7 @@ func main() {
 	// The servers die with the thread that started them.
 	runtime.LockOSThread()
 	var o options
-	flag.StringVar(&o.mode, "mode", "node", "node: sidecars on each node")
+	flag.StringVar(&o.mode, "mode", "node", "node: sidecars on each node; central: one of each for the cluster")
 	flag.StringVar(&o.nodes, "nodes", "10,100,1000,5000", "numbers of nodes")
 	flag.StringVar(&o.rates, "rates", "1,10,50", "claims that are made in a second, each with its pod")
 	flag.DurationVar(&o.warm, "warm", 20*time.Second, "how long the churn runs before it is measured")
@@ -56,8 +60,13 @@ func main() {
 	flag.StringVar(&o.apiserver, "apiserver", "", "kube-apiserver, likewise")
 	flag.StringVar(&o.manager, "controller-manager", "", "kube-controller-manager, likewise")
 	flag.StringVar(&o.scheduler, "scheduler", "", "kube-scheduler, likewise")
+	flag.StringVar(&o.central.provisioner, "provisioner", "", "csi-provisioner, likewise, for -mode central and -record")
+	flag.StringVar(&o.central.resizer, "resizer", "", "csi-resizer, likewise")
+	flag.BoolVar(&o.record, "record", false, "print what the real programs on a node ask for, and measure nothing (root)")
+	flag.BoolVar(&o.compare, "compare", false, "compare what the played nodes ask for with what the real programs do, and measure nothing")
+	flag.StringVar(&o.audit, "audit", "", "print what the real programs ask for, from the audit log of an API server, and do nothing else")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, o); err != nil {
 		fmt.Fprintln(os.Stderr, "scale:", err)
@@ -71,10 +80,13 @@ func progress(format string, args ...any) {
 }
 
 func run(ctx context.Context, o options) error {
-	modes := map[string]mode{"node": sidecarMode{}}
+	modes := map[string]mode{"node": sidecarMode{}, "central": &o.central}
 	m, ok := modes[o.mode]
 	if !ok {
-		return fmt.Errorf("-mode=%s: it must be node", o.mode)
+		return fmt.Errorf("-mode=%s: it must be node or central", o.mode)
+	}
+	if o.audit != "" {
+		return printAudit(o.audit)
 	}
 	nodes, err := numbers(o.nodes)
 	if err != nil {
@@ -85,6 +97,20 @@ func run(ctx context.Context, o options) error {
 		return fmt.Errorf("-rates: %w", err)
 	}
 	if err := o.find(ctx); err != nil {
+		return err
+	}
+	if o.mode == "central" || o.record {
+		if err := o.central.find(ctx); err != nil {
+			return err
+		}
+	}
+	if o.record {
+		return record(ctx, o)
+	}
+	if o.compare {
+		return compare(ctx, o)
+	}
+	if err := checkFileLimit(int(nodes[len(nodes)-1])); err != nil {
 		return err
 	}
 	fmt.Printf("Mode %s, %s, %d CPUs.\n\n", o.mode, runtime.Version(), runtime.NumCPU())
@@ -98,6 +124,18 @@ func run(ctx context.Context, o options) error {
 		}
 	}
 	report(os.Stdout, results)
+	return nil
+}
+
+// checkFileLimit fails where this process or the API server could not have three connections for each node.
+func checkFileLimit(nodes int) error {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return fmt.Errorf("getrlimit: %w", err)
+	}
+	if need := uint64(3*nodes + 1000); limit.Cur < need {
+		return fmt.Errorf("%d nodes need %d open files, and the limit is %d; raise it with ulimit -n", nodes, need, limit.Cur)
+	}
 	return nil
 }
 
@@ -137,6 +175,7 @@ func measure(ctx context.Context, o options, m mode, n int, rates []float64) (re
 			return results, err
 		}
 		results = append(results, r)
+		progress("%d nodes, %g claims/s: %.1f were bound, in %s at p50", n, rate, float64(r.bound)/r.seconds(), milliseconds(r.p50))
 		if float64(r.bound)/r.seconds() < 0.8*rate {
 			progress("%d nodes: %.1f claims/s were bound of %g; higher rates are left out", n, float64(r.bound)/r.seconds(), rate)
 			break
@@ -185,7 +224,7 @@ func measureRate(ctx context.Context, o options, c *cluster, churn *churn, n int
 	progress("%d nodes, %g claims/s", n, rate)
 	churning, end := context.WithCancel(ctx)
 	defer end()
-	go churn.run(churning, fmt.Sprintf("claim-%g", rate), rate)
+	go churn.run(churning, "claim-"+strings.ReplaceAll(fmt.Sprint(rate), ".", "-"), rate)
 	if !sleep(ctx, o.warm+o.live) {
 		return result{}, ctx.Err()
 	}
@@ -205,7 +244,7 @@ func measureRate(ctx context.Context, o options, c *cluster, churn *churn, n int
 	r.p50, r.p99, r.bound, r.waiting = churn.percentiles()
 	r.skipped = churn.skipped.Load() - skipped
 	end()
-	if err := churn.drain(ctx, 2*time.Minute); err != nil {
+	if err := churn.drain(ctx, time.Minute); err != nil {
 		r.note = err.Error()
 	}
 	c.counters.mu.Lock()

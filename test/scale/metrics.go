@@ -18,6 +18,7 @@ import (
 type sample struct {
 	at                   time.Time
 	etcd, apiserver, own usage
+	sidecars             usage              // the central ones together
 	metrics              map[string]float64 // of the API server, by name and labels
 	events, wire         int64
 	relists, throttled   int64
@@ -36,6 +37,14 @@ func (c *cluster) sample(ctx context.Context, ownPID int) (sample, error) {
 		if *p.into, err = usageOf(p.pid); err != nil {
 			return sample{}, err
 		}
+	}
+	for _, sidecar := range c.sidecars {
+		one, err := usageOf(sidecar.Process.Pid)
+		if err != nil {
+			return sample{}, err
+		}
+		s.sidecars.cpu += one.cpu
+		s.sidecars.resident += one.resident
 	}
 	s.metrics, err = scrape(ctx, c.config, "/metrics")
 	return s, err

@@ -65,13 +65,13 @@ func newSidecarNode(c *cluster, name string, leader bool) *sidecarNode {
 
 // run plays the node until the context ends. It calls ready once all informers have what exists.
 func (n *sidecarNode) run(ctx context.Context, ready func()) {
+	go n.resizer.run(ctx)
+	n.startSidecars(ctx)
 	var waiting sync.WaitGroup
 	for _, i := range n.informers(ctx) {
 		waiting.Add(1)
 		go i.process.inform(ctx, i.informer, waiting.Done)
 	}
-	go n.resizer.run(ctx)
-	n.startProvisioner(ctx)
 	waiting.Wait()
 	ready()
 	n.keepCapacity(ctx)
@@ -103,9 +103,17 @@ func (n *sidecarNode) informers(ctx context.Context) []processInformer {
 	return informers
 }
 
-// startProvisioner asks what external-provisioner asks when it starts: who owns its pod, and which APIs there are.
-func (n *sidecarNode) startProvisioner(ctx context.Context) {
+// startSidecars asks what the sidecars ask when they start: who owns the pod, and which APIs there are.
+func (n *sidecarNode) startSidecars(ctx context.Context) {
+	const groups = "/apis/groupsnapshot.storage.k8s.io/v1/volumegroupsnapshotcontents?limit=1"
+	if err := n.snapshots.do(ctx, http.MethodGet, groups, jsonType, nil, nil); !isStatus(err, http.StatusForbidden) {
+		n.report(err)
+	}
 	n.report(n.provisioner.do(ctx, http.MethodGet, "/apis/storage.k8s.io/v1", protobufType, nil, nil))
+	n.report(n.provisioner.do(ctx, http.MethodGet, "/apis/snapshot.storage.k8s.io/v1", protobufType, nil, nil))
+	for _, discovery := range []string{"/api", "/apis"} {
+		n.report(n.capacity.do(ctx, http.MethodGet, discovery, jsonType, nil, nil))
+	}
 	n.report(n.capacity.do(ctx, http.MethodGet, "/api/v1/namespaces/"+namespace+"/pods/"+daemonPod(n.name), jsonType, nil, nil))
 	invalid := &storagev1.CSIStorageCapacity{ObjectMeta: metav1.ObjectMeta{Name: "#%123-invalid-name"}}
 	err := n.capacity.do(ctx, http.MethodPost, capacitiesPath, jsonType, invalid, nil)
@@ -189,7 +197,7 @@ func (n *sidecarNode) remove(ctx context.Context, volume *corev1.PersistentVolum
 }
 
 func (n *sidecarNode) event(ctx context.Context, claim *corev1.PersistentVolumeClaim, reason, message string) {
-	postEvent(ctx, n.provisioner, driverName+"_"+n.name, claim, reason, message)
+	_ = postEvent(ctx, n.provisioner, driverName+"_"+n.name, claim, reason, message)
 }
 
 const capacitiesPath = "/apis/storage.k8s.io/v1/namespaces/" + namespace + "/csistoragecapacities"
@@ -292,10 +300,13 @@ func newVolume(claim *corev1.PersistentVolumeClaim, name, node string) *corev1.P
 	}
 }
 
-func postEvent(ctx context.Context, p *process, component string, claim *corev1.PersistentVolumeClaim, reason, message string) {
+// postEvent writes an event, and returns its path.
+func postEvent(ctx context.Context, p *process, component string, claim *corev1.PersistentVolumeClaim, reason, message string) string {
 	now := metav1.Now()
-	p.report(p.do(ctx, http.MethodPost, "/api/v1/namespaces/"+claim.Namespace+"/events", protobufType, &corev1.Event{
-		ObjectMeta: metav1.ObjectMeta{Namespace: claim.Namespace, Name: fmt.Sprintf("%s.%x", claim.Name, rand.Uint64())},
+	name := fmt.Sprintf("%s.%x", claim.Name, rand.Uint64())
+	events := "/api/v1/namespaces/" + claim.Namespace + "/events"
+	p.report(p.do(ctx, http.MethodPost, events, protobufType, &corev1.Event{
+		ObjectMeta: metav1.ObjectMeta{Namespace: claim.Namespace, Name: name},
 		InvolvedObject: corev1.ObjectReference{
 			Kind: "PersistentVolumeClaim", APIVersion: "v1", Namespace: claim.Namespace, Name: claim.Name, UID: claim.UID,
 			ResourceVersion: claim.ResourceVersion,
@@ -303,6 +314,7 @@ func postEvent(ctx context.Context, p *process, component string, claim *corev1.
 		Reason: reason, Message: message, Source: corev1.EventSource{Component: component},
 		FirstTimestamp: now, LastTimestamp: now, Count: 1, Type: corev1.EventTypeNormal,
 	}, nil))
+	return events + "/" + name
 }
 
 func decode(object []byte, into runtime.Object) error {

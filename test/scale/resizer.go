@@ -107,7 +107,11 @@ func (r *resizer) grow(ctx context.Context, claim *corev1.PersistentVolumeClaim)
 	}
 	component := "external-resizer " + driverName
 	status(corev1.PersistentVolumeClaimControllerResizeInProgress, corev1.PersistentVolumeClaimResizing)
-	go postEvent(ctx, r.process, component, claim, "Resizing", "External resizer is resizing volume "+claim.Spec.VolumeName)
+	go func() {
+		// The claim comes into the queue again with its own change, and the same event is counted once more.
+		event := postEvent(ctx, r.process, component, claim, "Resizing", "External resizer is resizing volume "+claim.Spec.VolumeName)
+		r.process.report(r.process.do(ctx, http.MethodPatch, event, strategicPatch, []byte(`{"count":2}`), nil))
+	}()
 	patch := fmt.Appendf(nil, `{"metadata":{"annotations":{"volume.alpha.kubernetes.io/pre-resize-capacity":"1Gi"}},`+
 		`"spec":{"capacity":{"storage":%q}}}`, size.String())
 	r.process.report(r.process.do(ctx, http.MethodPatch, "/api/v1/persistentvolumes/"+claim.Spec.VolumeName, strategicPatch, patch, nil))

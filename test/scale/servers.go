@@ -24,33 +24,40 @@ import (
 // binaries are the programs of the control plane.
 type binaries struct{ etcd, apiserver, manager, scheduler string }
 
-// program is one of them: the flag that names it, its name in the PATH, and the package that it is built from.
+// program is one of them: the flag that names it, its name in the PATH, and the package that it is built from, in which module.
 type program struct {
-	path        *string
-	name, build string
+	path                *string
+	name, build, module string
 }
+
+const (
+	serversModule     = "test/scale/servers"
+	provisionerModule = serversModule + "/provisioner" // of another version of Kubernetes' modules
+)
 
 func (b *binaries) programs() []program {
 	return []program{
-		{&b.etcd, "etcd", "go.etcd.io/etcd/server/v3"},
-		{&b.apiserver, "kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"},
-		{&b.manager, "kube-controller-manager", "k8s.io/kubernetes/cmd/kube-controller-manager"},
-		{&b.scheduler, "kube-scheduler", "k8s.io/kubernetes/cmd/kube-scheduler"},
+		{&b.etcd, "etcd", "go.etcd.io/etcd/server/v3", serversModule},
+		{&b.apiserver, "kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver", serversModule},
+		{&b.manager, "kube-controller-manager", "k8s.io/kubernetes/cmd/kube-controller-manager", serversModule},
+		{&b.scheduler, "kube-scheduler", "k8s.io/kubernetes/cmd/kube-scheduler", serversModule},
 	}
 }
 
 // find fills in what no flag names: from the PATH, from bin/scale, or built into it, which takes a quarter of an hour once.
 func (b *binaries) find(ctx context.Context) error {
-	for _, p := range b.programs() {
+	return findAll(ctx, b.programs())
+}
+
+func findAll(ctx context.Context, programs []program) error {
+	for _, p := range programs {
 		if *p.path == "" {
 			*p.path, _ = exec.LookPath(p.name)
 		}
 		if *p.path == "" {
-			built, err := build(ctx, p.name, p.build)
-			if err != nil {
+			if err := p.make(ctx); err != nil {
 				return err
 			}
-			*p.path = built
 		}
 		absolute, err := filepath.Abs(*p.path)
 		if err != nil {
@@ -61,24 +68,24 @@ func (b *binaries) find(ctx context.Context) error {
 	return nil
 }
 
-// build builds a program from the module test/scale/servers, unless that was done before.
-func build(ctx context.Context, name, pkg string) (string, error) {
+// make builds a program into bin/scale, unless that was done before.
+func (p program) make(ctx context.Context) error {
 	tree, err := sourceTree()
 	if err != nil {
-		return "", err
+		return err
 	}
-	path := filepath.Join(tree, "bin", "scale", name)
-	if _, err := os.Stat(path); err == nil {
-		return path, nil
+	*p.path = filepath.Join(tree, "bin", "scale", p.name)
+	if _, err := os.Stat(*p.path); err == nil {
+		return nil
 	}
-	fmt.Fprintf(os.Stderr, "scale: building %s\n", name)
-	command := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", path, pkg)
-	command.Dir = filepath.Join(tree, "test", "scale", "servers")
+	progress("building %s", p.name)
+	command := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", *p.path, p.build)
+	command.Dir = filepath.Join(tree, p.module)
 	command.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if output, err := command.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build %s: %w\n%s", name, err, output)
+		return fmt.Errorf("build %s: %w\n%s", p.name, err, output)
 	}
-	return path, nil
+	return nil
 }
 
 // sourceTree returns the root of the project, which this runs in.
@@ -101,6 +108,7 @@ type servers struct {
 	dir, url, token string
 	auditLog        string
 	etcd, apiserver *exec.Cmd
+	sidecars        []*exec.Cmd // that are central
 	all             []*exec.Cmd
 	config          *rest.Config
 }
@@ -166,13 +174,7 @@ func startServers(ctx context.Context, b binaries, auditPolicy string) (_ *serve
 // churn is more than one cluster's worth for their default of 20 a second.
 func (s *servers) startControllers(ctx context.Context, b binaries) error {
 	kubeconfig := filepath.Join(s.dir, "kubeconfig")
-	if err := os.WriteFile(kubeconfig, fmt.Appendf(nil, `apiVersion: v1
-kind: Config
-current-context: scale
-clusters: [{name: scale, cluster: {server: %q, insecure-skip-tls-verify: true}}]
-users: [{name: scale, user: {token: %s}}]
-contexts: [{name: scale, context: {cluster: scale, user: scale}}]
-`, s.url, adminToken), 0o600); err != nil {
+	if err := s.writeKubeconfig(kubeconfig, adminToken); err != nil {
 		return err
 	}
 	scheduler := filepath.Join(s.dir, "scheduler.yaml")
@@ -200,13 +202,19 @@ leaderElection: {leaderElect: false}
 
 // start starts a program, whose output goes to a file in the servers' directory. It ends with this process.
 func (s *servers) start(ctx context.Context, path string, args ...string) (*exec.Cmd, error) {
-	log, err := os.Create(filepath.Join(s.dir, filepath.Base(path)+".log"))
+	return s.startWith(ctx, nil, path, args...)
+}
+
+// startWith starts a program with variables in its environment.
+func (s *servers) startWith(ctx context.Context, env []string, path string, args ...string) (*exec.Cmd, error) {
+	log, err := os.Create(s.logOf(len(s.all)))
 	if err != nil {
 		return nil, err
 	}
 	defer log.Close()
 	command := exec.CommandContext(ctx, path, args...)
 	command.Stdout, command.Stderr = log, log
+	command.Env = append(os.Environ(), env...)
 	command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := command.Start(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", path, err)
@@ -214,6 +222,8 @@ func (s *servers) start(ctx context.Context, path string, args ...string) (*exec
 	s.all = append(s.all, command)
 	return command, nil
 }
+
+func (s *servers) logOf(i int) string { return filepath.Join(s.dir, fmt.Sprintf("%d.log", i)) }
 
 func (s *servers) waitReady(ctx context.Context) error {
 	client, err := rest.HTTPClientFor(s.config)
@@ -236,7 +246,7 @@ func (s *servers) waitReady(ctx context.Context) error {
 		}
 		select {
 		case <-ctx.Done():
-			log, _ := os.ReadFile(filepath.Join(s.dir, filepath.Base(s.apiserver.Path)+".log"))
+			log, _ := os.ReadFile(s.logOf(1)) // etcd was the first.
 			return fmt.Errorf("the API server is not ready: %w\n%s", ctx.Err(), log[max(0, len(log)-2000):])
 		case <-time.After(200 * time.Millisecond):
 		}
