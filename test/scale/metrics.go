@@ -18,6 +18,7 @@ import (
 type sample struct {
 	at                   time.Time
 	etcd, apiserver, own usage
+	scheduler            usage
 	sidecars             usage              // the central ones together
 	metrics              map[string]float64 // of the API server, by name and labels
 	events, wire         int64
@@ -33,7 +34,9 @@ func (c *cluster) sample(ctx context.Context, ownPID int) (sample, error) {
 	for _, p := range []struct {
 		pid  int
 		into *usage
-	}{{c.etcd.Process.Pid, &s.etcd}, {c.apiserver.Process.Pid, &s.apiserver}, {ownPID, &s.own}} {
+	}{
+		{c.etcd.Process.Pid, &s.etcd}, {c.apiserver.Process.Pid, &s.apiserver}, {c.scheduler.Process.Pid, &s.scheduler}, {ownPID, &s.own},
+	} {
 		if *p.into, err = usageOf(p.pid); err != nil {
 			return sample{}, err
 		}

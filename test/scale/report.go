@@ -63,16 +63,16 @@ func report(w io.Writer, results []result) {
 			r.perSecond("apiserver_watch_events_sizes_sum", nil)/(1<<20))
 	}
 	fmt.Fprint(w, "\n| nodes | claims/s | API server CPU | memory | etcd CPU | memory | database | objects | volumes | ",
-		"central sidecars' CPU | memory | test's own CPU | memory |\n",
-		"| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n")
+		"scheduler's CPU | central sidecars' CPU | memory | test's own CPU | memory |\n",
+		"| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n")
 	for _, r := range results {
 		cores := func(before, after usage) string { return fmt.Sprintf("%.2f", (after.cpu-before.cpu)/r.seconds()) }
 		volumes := func(labels map[string]string) bool { return labels["resource"] == "persistentvolumes" }
-		fmt.Fprintf(w, "| %d | %g | %s | %s | %s | %s | %s | %.0f | %.0f | %s | %s | %s | %s |\n", r.nodes, r.rate,
+		fmt.Fprintf(w, "| %d | %g | %s | %s | %s | %s | %s | %.0f | %.0f | %s | %s | %s | %s | %s |\n", r.nodes, r.rate,
 			cores(r.before.apiserver, r.after.apiserver), mib(float64(r.after.apiserver.resident)),
 			cores(r.before.etcd, r.after.etcd), mib(float64(r.after.etcd.resident)), mib(r.after.sum("apiserver_storage_size_bytes", nil)),
 			r.after.sum("apiserver_resource_objects", nil), r.after.sum("apiserver_resource_objects", volumes),
-			cores(r.before.sidecars, r.after.sidecars), mib(float64(r.after.sidecars.resident)),
+			cores(r.before.scheduler, r.after.scheduler), cores(r.before.sidecars, r.after.sidecars), mib(float64(r.after.sidecars.resident)),
 			cores(r.before.own, r.after.own), mib(float64(r.after.own.resident)))
 	}
 	fmt.Fprintln(w)

@@ -108,6 +108,7 @@ type servers struct {
 	dir, url, token string
 	auditLog        string
 	etcd, apiserver *exec.Cmd
+	scheduler       *exec.Cmd
 	sidecars        []*exec.Cmd // that are central
 	all             []*exec.Cmd
 	config          *rest.Config
@@ -195,7 +196,7 @@ leaderElection: {leaderElect: false}
 		"persistentvolume-binder-controller,persistentvolumeclaim-protection-controller,persistentvolume-protection-controller"); err != nil {
 		return err
 	}
-	_, err = s.start(ctx, b.scheduler, "--config", scheduler, "--secure-port", fmt.Sprint(ports[1]), "--bind-address", "127.0.0.1",
+	s.scheduler, err = s.start(ctx, b.scheduler, "--config", scheduler, "--secure-port", fmt.Sprint(ports[1]), "--bind-address", "127.0.0.1",
 		"--cert-dir", certs)
 	return err
 }
