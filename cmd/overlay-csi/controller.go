@@ -53,6 +53,7 @@ func runController(ctx context.Context, opts controllerOptions) error {
 		return err
 	}
 	csi.RegisterIdentityServer(server, driver.NewIdentity(opts.driverName, version, func() bool { return true }))
+	csi.RegisterNodeServer(server, driver.CentralNode{})
 	csi.RegisterControllerServer(server, driver.NewCentral(driver.CentralConfig{
 		DriverName: opts.driverName,
 		Nodes:      dispatcher,

@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -30,8 +31,9 @@ const (
 	maxNodesTried = 3
 	// answerBefore is the time between the answer to an RPC and its deadline, for what follows when a node does not answer.
 	answerBefore = 5 * time.Second
-	// goneWait is how long a deletion waits for a node that seems to be gone.
-	goneWait = 2 * time.Second
+	// silentWait is how long an RPC waits for a node that does not seem to answer. The request stays in its object, and the threads of the
+	// provisioner are for the volumes of other nodes too.
+	silentWait = 2 * time.Second
 )
 
 // nodes has the drivers of the nodes. It is an overlaynode.Dispatcher.
@@ -40,6 +42,7 @@ type nodes interface {
 	Get(node string) (*overlaynode.OverlayNode, error)
 	All() []*overlaynode.OverlayNode
 	Call(ctx context.Context, node, handle, method string, body []byte) (overlaynode.Result, error)
+	Keep(ctx context.Context, node, handle string) error
 }
 
 // goneNodes knows which nodes are gone. It is an overlaynode.GoneNodes.
@@ -140,7 +143,8 @@ type candidate struct {
 	object  *overlaynode.OverlayNode
 }
 
-// candidates returns the nodes that meet a topology requirement and have a driver, in the order of preference.
+// candidates returns the nodes that meet a topology requirement and have a driver, in the order of preference. Those whose drivers do not
+// seem to run are the last.
 func (c *Central) candidates(requirement *csi.TopologyRequirement) []candidate {
 	var found []candidate
 	seen := map[string]bool{}
@@ -154,7 +158,16 @@ func (c *Central) candidates(requirement *csi.TopologyRequirement) []candidate {
 			found = append(found, candidate{segment, object})
 		}
 	}
+	slices.SortStableFunc(found, func(a, b candidate) int { return cmp.Compare(a.silence(), b.silence()) })
 	return found
+}
+
+// silence returns 1 for a node whose driver does not seem to run, and 0 for others.
+func (c candidate) silence() int {
+	if c.object.IsSilent() || c.object.Spec.NodeGoneSince != nil {
+		return 1
+	}
+	return 0
 }
 
 // node returns the object of the node with a topology segment.
@@ -188,7 +201,7 @@ func (c *Central) findBegun(name string, candidates []candidate) *begun {
 			continue
 		}
 		request := &csi.CreateVolumeRequest{}
-		if protojson.Unmarshal(earlier.Body, request) != nil {
+		if (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal([]byte(earlier.Body), request) != nil {
 			continue
 		}
 		if layers, err := reference.ParseList(request.GetParameters()[spec.KeyLayers]); err == nil {
@@ -230,13 +243,13 @@ func (c *Central) createOn(
 	delete(parameters, spec.KeyLayersFrom)
 	parameters[spec.KeyLayers] = strings.Join(request.Spec.LayerNames(), "\n")
 	answer := &csi.CreateVolumeResponse{}
-	ctx, cancel := beforeDeadline(ctx)
+	limited, cancel := c.patience(ctx, on.object)
 	defer cancel()
-	err := forward(ctx, c.Nodes, on.object.Spec.Node, handle, methodCreate, &csi.CreateVolumeRequest{
+	err := forward(limited, c.Nodes, on.object.Spec.Node, handle, methodCreate, &csi.CreateVolumeRequest{
 		Name: handle, CapacityRange: req.GetCapacityRange(), VolumeCapabilities: req.GetVolumeCapabilities(), Parameters: parameters,
 		AccessibilityRequirements: &csi.TopologyRequirement{Requisite: []*csi.Topology{topology}},
 	}, answer)
-	if err != nil {
+	if err := c.unlessGone(ctx, on.object, err); err != nil {
 		return nil, err
 	}
 	size := answer.GetVolume().GetCapacityBytes()
@@ -249,6 +262,23 @@ func (c *Central) createOn(
 	}}, nil
 }
 
+// unlessGone returns the error of a creation. Where the node is gone for good it is ErrResourceExhausted, so that the volume is made on
+// another one; the request then expires.
+func (c *Central) unlessGone(ctx context.Context, object *overlaynode.OverlayNode, err error) error {
+	if errdefs.IsNotFound(err) {
+		// That would say that nothing was made.
+		return fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
+	}
+	if !errors.Is(err, overlaynode.ErrUnanswered) {
+		return err
+	}
+	gone, checkErr := c.Gone.Check(ctx, object)
+	if checkErr == nil && gone {
+		return fmt.Errorf("%w: node %s is gone", errdefs.ErrResourceExhausted, object.Spec.Node)
+	}
+	return errors.Join(err, checkErr)
+}
+
 // DeleteVolume has the node of the volume delete it. Where that node is gone for good, it answers OK with an event. The request stays, and
 // the node deletes the volume if it comes back.
 func (c *Central) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequest) (*csi.DeleteVolumeResponse, error) {
@@ -256,18 +286,21 @@ func (c *Central) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequest
 	if err := record.CheckID(handle); err != nil {
 		return nil, err
 	}
-	segments, err := c.segmentsOf(ctx, handle)
-	if err != nil {
+	if err := c.Nodes.Await(ctx); err != nil {
 		return nil, err
 	}
-	if err := c.Nodes.Await(ctx); err != nil {
+	segments, err := c.segmentsOf(ctx, handle)
+	if err != nil {
 		return nil, err
 	}
 	for _, segment := range segments {
 		object, err := c.node(segment)
 		if errdefs.IsNotFound(err) {
-			// Whether the node is gone is noted in its object.
-			err = errors.Join(fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err), c.Gone.Ensure(ctx, segment))
+			err = fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
+			if !digestSegment.MatchString(segment) {
+				// Whether the node is gone is noted in its object.
+				err = errors.Join(err, c.Gone.Ensure(ctx, segment))
+			}
 		}
 		if err != nil {
 			return nil, err
@@ -280,36 +313,54 @@ func (c *Central) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequest
 }
 
 func (c *Central) deleteOn(ctx context.Context, object *overlaynode.OverlayNode, handle string) error {
-	limited, cancel := beforeDeadline(ctx)
-	if object.Spec.NodeGoneSince != nil {
-		cancel()
-		limited, cancel = context.WithTimeout(ctx, goneWait)
-	}
+	limited, cancel := c.patience(ctx, object)
 	defer cancel()
 	request, response := &csi.DeleteVolumeRequest{VolumeId: handle}, &csi.DeleteVolumeResponse{}
 	err := forward(limited, c.Nodes, object.Spec.Node, handle, methodDelete, request, response)
-	if !errdefs.IsUnavailable(err) {
+	if !errors.Is(err, overlaynode.ErrUnanswered) {
 		return err
 	}
 	gone, checkErr := c.Gone.Check(ctx, object)
 	if checkErr != nil || !gone {
 		return errors.Join(err, checkErr)
 	}
+	if err := c.Nodes.Keep(ctx, object.Spec.Node, handle); err != nil {
+		return err
+	}
 	klog.FromContext(ctx).Info("Volume given up, its node is gone", logVolume, handle, logNode, object.Spec.Node)
-	c.Events.Eventf(&corev1.ObjectReference{
-		APIVersion: overlaynode.APIVersion, Kind: overlaynode.Kind, Namespace: object.Namespace, Name: object.Name, UID: object.UID,
-	}, corev1.EventTypeWarning, "VolumeGivenUp",
+	name, _, _ := strings.Cut(handle, handleSeparator)
+	c.Events.Eventf(&corev1.ObjectReference{APIVersion: "v1", Kind: "PersistentVolume", Name: name}, corev1.EventTypeWarning, "VolumeGivenUp",
 		"Node %s is gone: volume %s counts as deleted. If the node comes back, its driver deletes what is left of it", object.Spec.Node, handle)
 	return nil
 }
 
-// segmentsOf returns the topology segments of the nodes that a volume is on. A handle from before there was a central controller does not
-// say it, and its PersistentVolume does.
-func (c *Central) segmentsOf(ctx context.Context, handle string) ([]string, error) {
-	if _, segment, ok := strings.Cut(handle, handleSeparator); ok {
-		return []string{segment}, nil
+// patience returns a context for a request to a node. It leaves time for what follows if the node does not answer.
+func (c *Central) patience(ctx context.Context, object *overlaynode.OverlayNode) (context.Context, context.CancelFunc) {
+	if object.IsSilent() || object.Spec.NodeGoneSince != nil {
+		return context.WithTimeout(ctx, silentWait)
 	}
-	return c.Cluster.VolumeTopology(ctx, c.DriverName, handle, c.segment)
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithDeadline(ctx, deadline.Add(-min(answerBefore, time.Until(deadline)/10)))
+}
+
+// segmentsOf returns the topology segments of the nodes that a volume is on. A handle that no central controller made does not say it,
+// and its PersistentVolume does.
+func (c *Central) segmentsOf(ctx context.Context, handle string) ([]string, error) {
+	_, segment, isCentral := strings.Cut(handle, handleSeparator)
+	isCentral = isCentral && labelValue.MatchString(segment)
+	if isCentral {
+		if _, err := c.node(segment); err == nil {
+			return []string{segment}, nil
+		}
+	}
+	segments, err := c.Cluster.VolumeTopology(ctx, c.DriverName, handle, c.segment)
+	if err == nil && isCentral && len(segments) == 0 {
+		segments = []string{segment}
+	}
+	return segments, err
 }
 
 // ValidateVolumeCapabilities has the node of the volume compare the capabilities with its record.
@@ -319,15 +370,15 @@ func (c *Central) ValidateVolumeCapabilities(ctx context.Context, req *csi.Valid
 	if err := record.CheckID(handle); err != nil {
 		return nil, err
 	}
+	if err := c.Nodes.Await(ctx); err != nil {
+		return nil, err
+	}
 	segments, err := c.segmentsOf(ctx, handle)
 	if err != nil {
 		return nil, err
 	}
 	if len(segments) != 1 {
 		return nil, fmt.Errorf("%w: no node has a volume %s", errdefs.ErrNotFound, handle)
-	}
-	if err := c.Nodes.Await(ctx); err != nil {
-		return nil, err
 	}
 	object, err := c.node(segments[0])
 	if err != nil {
@@ -395,13 +446,4 @@ func nodelessHandle(name string) string {
 func digestName(name string) string {
 	sum := sha256.Sum256([]byte(name))
 	return "sha256-" + hex.EncodeToString(sum[:20])
-}
-
-// beforeDeadline returns a context that ends answerBefore earlier.
-func beforeDeadline(ctx context.Context) (context.Context, context.CancelFunc) {
-	deadline, ok := ctx.Deadline()
-	if !ok {
-		return context.WithCancel(ctx)
-	}
-	return context.WithDeadline(ctx, deadline.Add(-answerBefore))
 }

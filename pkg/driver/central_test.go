@@ -59,6 +59,7 @@ type testCluster struct {
 	// affinity has the node of PersistentVolumes by their names.
 	affinity map[string]string
 	ensured  []string
+	kept     []string
 }
 
 const testDriver = "overlay-csi.github.io"
@@ -73,7 +74,7 @@ func newTestCluster(t *testing.T, rooms map[string]int64) (*testCluster, *Centra
 		c.nodes[name] = &testNode{room: room, volumes: map[string]volume.CreateRequest{}}
 		c.objects[name] = &overlaynode.OverlayNode{
 			Spec:   overlaynode.Spec{Node: name, Requests: map[string]overlaynode.Request{}},
-			Status: overlaynode.Status{CapacityBytes: room, Results: map[string]overlaynode.Result{}},
+			Status: overlaynode.Status{CapacityBytes: room, ReportedAt: metav1.Now(), Results: map[string]overlaynode.Result{}},
 		}
 	}
 	return c, NewCentral(CentralConfig{DriverName: testDriver, Nodes: c, Gone: c, Cluster: c, Tags: c, Events: c})
@@ -97,9 +98,9 @@ func (c *testCluster) All() (all []*overlaynode.OverlayNode) {
 
 func (c *testCluster) Call(ctx context.Context, node, handle, method string, body []byte) (overlaynode.Result, error) {
 	object := c.objects[node]
-	object.Spec.Requests[handle] = overlaynode.Request{ID: method, Method: method, Body: body}
+	object.Spec.Requests[handle] = overlaynode.Request{ID: method, Method: method, Body: string(body), PostedAt: metav1.Now()}
 	if slices.Contains(c.away, node) {
-		return overlaynode.Result{}, fmt.Errorf("%w: node %s has not answered", errdefs.ErrUnavailable, node)
+		return overlaynode.Result{}, fmt.Errorf("%w: node %s", overlaynode.ErrUnanswered, node)
 	}
 	controller := NewController(ControllerConfig{DriverName: testDriver, NodeID: node, Volumes: c.nodes[node]})
 	result := ForwardedTo(controller, klog.Background())(ctx, method, body)
@@ -107,6 +108,11 @@ func (c *testCluster) Call(ctx context.Context, node, handle, method string, bod
 	object.Status.Results[handle] = result
 	object.Status.CapacityBytes = c.nodes[node].room
 	return result, nil
+}
+
+func (c *testCluster) Keep(_ context.Context, _, handle string) error {
+	c.kept = append(c.kept, handle)
+	return nil
 }
 
 func (c *testCluster) Check(_ context.Context, object *overlaynode.OverlayNode) (bool, error) {
@@ -204,7 +210,7 @@ func TestCentralCreatesWhereThereIsRoom(t *testing.T) {
 			}
 			for _, object := range cluster.objects {
 				for _, request := range object.Spec.Requests {
-					if strings.Contains(string(request.Body), "secret") {
+					if strings.Contains(request.Body, "secret") {
 						t.Errorf("a secret is in the API server: %s", request.Body)
 					}
 				}
@@ -265,13 +271,14 @@ func TestCentralDelete(t *testing.T) {
 		"node does not answer":            {handle: "pvc-1@a", away: true, code: codes.Unavailable},
 		"node is gone":                    {handle: "pvc-1@a", away: true, gone: true, events: 1},
 		"node never had a driver":         {handle: "pvc-1@c", code: codes.Unavailable, ensured: []string{"c"}},
+		"a static one with @":             {handle: "team@data"},
 		"a handle that cannot be":         {handle: "../pvc-1@a", code: codes.InvalidArgument},
 		"node answers although it's gone": {handle: "pvc-1@a", gone: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cluster, central := newTestCluster(t, map[string]int64{"a": 1 << 40})
-			cluster.affinity["pvc-2"] = "a"
-			for _, volumes := range []string{"pvc-1@a", "pvc-2"} {
+			cluster.affinity["pvc-2"], cluster.affinity["team@data"] = "a", "a"
+			for _, volumes := range []string{"pvc-1@a", "pvc-2", "team@data"} {
 				cluster.nodes["a"].volumes[volumes] = volume.CreateRequest{}
 			}
 			if c.away {
@@ -282,7 +289,8 @@ func TestCentralDelete(t *testing.T) {
 				cluster.gone, cluster.objects["a"].Spec.NodeGoneSince = []string{"a"}, &now
 			}
 			_, err := central.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: c.handle})
-			if status.Code(toStatus(err)) != c.code || len(cluster.events) != c.events || !slices.Equal(cluster.ensured, c.ensured) {
+			if status.Code(toStatus(err)) != c.code || len(cluster.events) != c.events || len(cluster.kept) != c.events ||
+				!slices.Equal(cluster.ensured, c.ensured) {
 				t.Errorf("got %v, events %q, ensured %q; want %s", err, cluster.events, cluster.ensured, c.code)
 			}
 			_, left := cluster.nodes["a"].volumes[c.handle]

@@ -57,11 +57,15 @@ func ForwardedTo(controller *Controller, logger klog.Logger) overlaynode.Handler
 		if err != nil {
 			return failed(err)
 		}
+		if created, ok := response.(*csi.CreateVolumeResponse); ok {
+			// The controller knows the rest, which can be long.
+			response = &csi.CreateVolumeResponse{Volume: &csi.Volume{CapacityBytes: created.GetVolume().GetCapacityBytes()}}
+		}
 		answer, err := protojson.Marshal(response.(proto.Message))
 		if err != nil {
 			return failed(err)
 		}
-		return overlaynode.Result{Body: answer}
+		return overlaynode.Result{Body: string(answer)}
 	}
 }
 
@@ -103,7 +107,7 @@ func parseResult(node string, result overlaynode.Result, response proto.Message)
 	if len(result.Body) == 0 {
 		return fmt.Errorf("%w: node %s: %w", errdefs.ErrInternal, node, errNoBody)
 	}
-	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(result.Body, response); err != nil {
+	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal([]byte(result.Body), response); err != nil {
 		return fmt.Errorf("%w: the answer of node %s: %w", errdefs.ErrInternal, node, err)
 	}
 	return nil

@@ -167,20 +167,18 @@ func (c *Client) NodeExists(ctx context.Context, name string) (bool, error) {
 	return true, nil
 }
 
-// VolumeTopology returns the values that the node affinity of a PersistentVolume permits for a label. The PersistentVolume is found by
-// its name, which external-provisioner also gives the driver as the volume's. VolumeTopology returns none if there is no such
-// PersistentVolume of that driver with that handle, or if it has no such affinity. It needs the right to get persistentvolumes.
+// VolumeTopology returns the values that the node affinity of a PersistentVolume permits for a label. It returns none if no
+// PersistentVolume of that driver has that handle, or if it has no node affinity, and ErrFailedPrecondition if it has another one. It needs
+// the right to get and list persistentvolumes.
 func (c *Client) VolumeTopology(ctx context.Context, driver, handle, label string) ([]string, error) {
-	volume, err := c.client.PersistentVolumes().Get(ctx, handle, metav1.GetOptions{})
-	if apierrors.IsNotFound(err) {
+	volume, err := c.findVolume(ctx, driver, handle)
+	if errdefs.IsNotFound(err) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, apiError("get persistentvolume "+handle, err)
+		return nil, err
 	}
-	source := volume.Spec.CSI
-	if source == nil || source.Driver != driver || source.VolumeHandle != handle ||
-		volume.Spec.NodeAffinity == nil || volume.Spec.NodeAffinity.Required == nil {
+	if volume.Spec.NodeAffinity == nil || volume.Spec.NodeAffinity.Required == nil {
 		return nil, nil
 	}
 	var values []string
@@ -191,5 +189,40 @@ func (c *Client) VolumeTopology(ctx context.Context, driver, handle, label strin
 			}
 		}
 	}
+	if len(values) == 0 {
+		return nil, fmt.Errorf("%w: the node affinity of PersistentVolume %s does not name nodes by %s; delete what the volume has on its node "+
+			"by hand, and set its reclaim policy to Retain", errdefs.ErrFailedPrecondition, volume.Name, label)
+	}
 	return values, nil
+}
+
+// findVolume returns the PersistentVolume of a driver with a handle, or ErrNotFound. Most often it is that whose name is the handle:
+// external-provisioner gives the driver its name.
+func (c *Client) findVolume(ctx context.Context, driver, handle string) (*corev1.PersistentVolume, error) {
+	isIt := func(volume *corev1.PersistentVolume) bool {
+		source := volume.Spec.CSI
+		return source != nil && source.Driver == driver && source.VolumeHandle == handle
+	}
+	volume, err := c.client.PersistentVolumes().Get(ctx, handle, metav1.GetOptions{})
+	if err == nil && isIt(volume) {
+		return volume, nil
+	}
+	if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsBadRequest(err) && !apierrors.IsInvalid(err) {
+		return nil, apiError("get persistentvolume "+handle, err)
+	}
+	options := metav1.ListOptions{Limit: 500}
+	for {
+		page, err := c.client.PersistentVolumes().List(ctx, options)
+		if err != nil {
+			return nil, apiError("list persistentvolumes", err)
+		}
+		for i := range page.Items {
+			if isIt(&page.Items[i]) {
+				return &page.Items[i], nil
+			}
+		}
+		if options.Continue = page.Continue; options.Continue == "" {
+			return nil, fmt.Errorf("%w: a PersistentVolume with the handle %s", errdefs.ErrNotFound, handle)
+		}
+	}
 }

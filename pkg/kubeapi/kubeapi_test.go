@@ -156,6 +156,47 @@ func TestClaimAnnotations(t *testing.T) {
 	}
 }
 
+// newPV returns a PersistentVolume of a driver, with a node affinity by a label.
+func newPV(name, handle, label, value string) *corev1.PersistentVolume {
+	pv := &corev1.PersistentVolume{TypeMeta: metav1.TypeMeta{Kind: "PersistentVolume", APIVersion: "v1"}}
+	pv.Name = name
+	pv.Spec.CSI = &corev1.CSIPersistentVolumeSource{Driver: "driver", VolumeHandle: handle}
+	if label != "" {
+		pv.Spec.NodeAffinity = &corev1.VolumeNodeAffinity{Required: &corev1.NodeSelector{NodeSelectorTerms: []corev1.NodeSelectorTerm{{
+			MatchExpressions: []corev1.NodeSelectorRequirement{{Key: label, Operator: corev1.NodeSelectorOpIn, Values: []string{value}}},
+		}}}}
+	}
+	return pv
+}
+
+func TestVolumeTopology(t *testing.T) {
+	list := &corev1.PersistentVolumeList{TypeMeta: metav1.TypeMeta{Kind: "PersistentVolumeList", APIVersion: "v1"}}
+	list.Items = append(list.Items, *newPV("again", "kept", "driver/node", "b"))
+	client := newTestClient(t, map[string]any{
+		"/api/v1/persistentvolumes":           list,
+		"/api/v1/persistentvolumes/pvc-1":     newPV("pvc-1", "pvc-1", "driver/node", "a"),
+		"/api/v1/persistentvolumes/anywhere":  newPV("anywhere", "anywhere", "", ""),
+		"/api/v1/persistentvolumes/hostname":  newPV("hostname", "hostname", "kubernetes.io/hostname", "a"),
+		"/api/v1/persistentvolumes/different": newPV("different", "kept", "driver/node", "c"),
+	})
+	for handle, c := range map[string]struct {
+		want string
+		is   func(error) bool
+	}{
+		"pvc-1":     {want: "a"},
+		"kept":      {want: "b"},
+		"anywhere":  {},
+		"gone":      {},
+		"hostname":  {is: errdefs.IsFailedPrecondition},
+		"forbidden": {is: errdefs.IsFailedPrecondition},
+	} {
+		got, err := client.VolumeTopology(t.Context(), "driver", handle, "driver/node")
+		if strings.Join(got, ",") != c.want || (c.is == nil) != (err == nil) || c.is != nil && !c.is(err) {
+			t.Errorf("%s: got %q, %v", handle, got, err)
+		}
+	}
+}
+
 func TestNone(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", "")
 	reader, err := New("")

@@ -28,8 +28,13 @@ const (
 	requestTimeout = 2 * time.Minute
 	// writeTimeout is how long a write to the API server may take.
 	writeTimeout = 15 * time.Second
-	// maxMessage is the maximum length of a result's message in bytes.
-	maxMessage = 4096
+	// measureTimeout is how long to measure the capacity may take.
+	measureTimeout = 5 * time.Second
+	// maxMessage is the maximum length of a result's message in bytes, and maxMessageIfMany that where all results take more than
+	// manyResults bytes: an object of the API server has at most 1.5 MiB.
+	maxMessage       = 1024
+	maxMessageIfMany = 128
+	manyResults      = 256 << 10
 )
 
 // Handler carries out a request. It is called again with a request that it has carried out before, after a crash.
@@ -81,6 +86,10 @@ func NewAgent(config AgentConfig) (*Agent, error) {
 // later.
 func (a *Agent) Run(ctx context.Context) {
 	defer a.work.Wait()
+	if err := a.Client.ensure(ctx, a.Node); err != nil {
+		// It is tried again when the informer has listed, which it cannot where there is no such kind.
+		klog.FromContext(ctx).Error(err, "Could not make the OverlayNode", keyName, a.name)
+	}
 	informer := a.Client.informer(a.name)
 	changed := func(any) { a.start(ctx, informer); a.notify() }
 	_, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
@@ -130,7 +139,8 @@ func (a *Agent) start(ctx context.Context, informer cache.SharedIndexInformer) {
 		return object.Status.Results[handle].ID == result.ID || object.Spec.Requests[handle].ID != result.ID
 	})
 	for handle, request := range object.Spec.Requests {
-		if _, answered := object.answer(handle); answered || a.done[handle].ID == request.ID || a.running[handle] != "" {
+		if _, answered := object.answer(handle); answered || a.done[handle].ID == request.ID || a.running[handle] != "" ||
+			request.isExpired() {
 			continue
 		}
 		a.running[handle] = request.ID
@@ -143,7 +153,7 @@ func (a *Agent) carryOut(ctx context.Context, informer cache.SharedIndexInformer
 		return
 	}
 	limited, cancel := context.WithTimeout(ctx, requestTimeout)
-	result := a.Handle(limited, request.Method, request.Body)
+	result := a.Handle(limited, request.Method, []byte(request.Body))
 	cancel()
 	a.slots.Release(1)
 	if ctx.Err() != nil {
@@ -151,7 +161,7 @@ func (a *Agent) carryOut(ctx context.Context, informer cache.SharedIndexInformer
 		return
 	}
 	result.ID = request.ID
-	result.Message = strings.ToValidUTF8(result.Message[:min(len(result.Message), maxMessage)], "")
+	result.Message = cut(result.Message, maxMessage)
 	a.mu.Lock()
 	delete(a.running, handle)
 	a.done[handle] = result
@@ -209,16 +219,17 @@ func (a *Agent) writeOnce(ctx context.Context, informer cache.SharedIndexInforme
 	if len(results) == 0 && !look && !isNew {
 		return nil
 	}
-	capacity, err := a.Capacity(ctx)
-	if err != nil {
-		klog.FromContext(ctx).Error(err, "Could not measure the capacity", keyName, a.name)
-		capacity = 0
-	}
+	status := map[string]any{"reportedAt": metav1.Now()}
+	capacity, err := a.measure(ctx)
 	last := object.Status.CapacityBytes
-	if len(results) == 0 && !full && !isNew && abs(capacity-last) <= last/100 {
+	switch {
+	case err != nil:
+		klog.FromContext(ctx).Error(err, "Could not measure the capacity", keyName, a.name)
+	case len(results) == 0 && !full && !isNew && abs(capacity-last) <= last/100:
 		return nil
+	default:
+		status["capacityBytes"] = capacity
 	}
-	status := map[string]any{"capacityBytes": capacity, "reportedAt": metav1.Now()}
 	if len(results) > 0 {
 		status["results"] = results
 	}
@@ -226,22 +237,38 @@ func (a *Agent) writeOnce(ctx context.Context, informer cache.SharedIndexInforme
 	return err
 }
 
+// measure returns the capacity. Answers do not wait long for it.
+func (a *Agent) measure(ctx context.Context) (int64, error) {
+	ctx, cancel := context.WithTimeout(ctx, measureTimeout)
+	defer cancel()
+	return a.Capacity(ctx)
+}
+
 // newResults returns what to change in the results of the object: those that it lacks, and nil for those that nobody asks for any more.
 func (a *Agent) newResults(object *OverlayNode) map[string]*Result {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	results := map[string]*Result{}
-	for handle := range object.Status.Results {
+	size := 0
+	for handle, result := range object.Status.Results {
 		if _, asked := object.Spec.Requests[handle]; !asked {
 			results[handle] = nil
+			continue
 		}
+		size += result.size()
 	}
 	for handle, result := range a.done {
 		if object.Status.Results[handle].ID != result.ID {
+			if size += result.size(); size > manyResults {
+				result.Message = cut(result.Message, maxMessageIfMany)
+			}
 			results[handle] = &result
 		}
 	}
 	return results
 }
+
+// cut returns the beginning of a text, at most limit bytes of it.
+func cut(text string, limit int) string { return strings.ToValidUTF8(text[:min(len(text), limit)], "") }
 
 func abs(n int64) int64 { return max(n, -n) }

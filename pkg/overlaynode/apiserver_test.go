@@ -2,7 +2,6 @@ package overlaynode
 
 import (
 	"encoding/json"
-	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -198,6 +197,11 @@ func (s *apiServer) write(w http.ResponseWriter, r *http.Request, name, subresou
 			s.fail(w, http.StatusNotFound, metav1.StatusReasonNotFound)
 			return
 		}
+		options := metav1.DeleteOptions{}
+		if err := json.Unmarshal(body, &options); err != nil || *options.Preconditions.ResourceVersion != old.ResourceVersion {
+			s.fail(w, http.StatusConflict, metav1.StatusReasonConflict)
+			return
+		}
 		delete(s.objects, name)
 		s.version++
 		s.send(event("DELETED", old), name)
@@ -255,11 +259,4 @@ func (s *apiServer) setRefuse(refuse bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.refuse = refuse
-}
-
-func (s *apiServer) remove(node string) {
-	client := s.client()
-	if err := client.remove(s.t.Context(), fmt.Sprintf("%s.%s", node, testDriver)); err != nil {
-		s.t.Fatal(err)
-	}
 }

@@ -30,7 +30,7 @@ func NewClient(config *rest.Config, namespace, driver string) (*Client, error) {
 	scheme.AddKnownTypeWithName(groupVersion.WithKind(kind.Kind+"List"), &OverlayNodeList{})
 	metav1.AddToGroupVersion(scheme, groupVersion)
 	config = rest.CopyConfig(config)
-	// An agent writes once at a time, and a dispatcher as often as the provisioner calls it: that has limits of its own.
+	// There is no limit by client-go: an agent has one write under way at a time, and a dispatcher one for each node.
 	config.QPS = -1
 	config.GroupVersion, config.APIPath = &groupVersion, "/apis"
 	config.ContentType, config.AcceptContentTypes = runtime.ContentTypeJSON, runtime.ContentTypeJSON
@@ -92,10 +92,12 @@ func (c *Client) patch(ctx context.Context, name, subresource string, patch any)
 	return object, nil
 }
 
-func (c *Client) remove(ctx context.Context, name string) error {
-	err := c.client.Delete().Namespace(c.namespace).Resource(resource).Name(name).Do(ctx).Error()
+// remove deletes an object, unless it was changed since it was read.
+func (c *Client) remove(ctx context.Context, object *OverlayNode) error {
+	options := &metav1.DeleteOptions{Preconditions: &metav1.Preconditions{ResourceVersion: &object.ResourceVersion}}
+	err := c.client.Delete().Namespace(c.namespace).Resource(resource).Name(object.Name).Body(options).Do(ctx).Error()
 	if err != nil && !apierrors.IsNotFound(err) {
-		return fmt.Errorf("%w: delete OverlayNode %s/%s: %w", errdefs.ErrUnavailable, c.namespace, name, err)
+		return fmt.Errorf("%w: delete OverlayNode %s/%s: %w", errdefs.ErrUnavailable, c.namespace, object.Name, err)
 	}
 	return nil
 }

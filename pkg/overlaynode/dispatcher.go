@@ -1,13 +1,12 @@
 package overlaynode
 
 import (
-	"cmp"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -20,18 +19,21 @@ import (
 )
 
 const (
-	// maxWaiting is how many requests of a node may be without an answer.
-	maxWaiting = 128
-	// keepAnswered is how many answered requests a node's object keeps. A controller that takes over finds in them what the one before has
-	// begun.
-	keepAnswered = 8
+	// expireAfter is after how long a request is not carried out any more if nobody has repeated it. One that is repeated renewBefore that
+	// is written again.
+	expireAfter = 15 * time.Minute
+	renewBefore = 5 * time.Minute
 	// maxBody is the maximum size of a request's body in bytes.
 	maxBody = 64 << 10
 )
 
+// ErrUnanswered is the error of a request that is in the node's object, and has no answer yet.
+var ErrUnanswered = fmt.Errorf("%w: no answer yet", errdefs.ErrUnavailable)
+
 // Dispatcher hands requests to the drivers of nodes. Several may do that at the same time.
 type Dispatcher struct {
 	client   *Client
+	ctx      context.Context
 	informer cache.SharedIndexInformer
 	// objects are those of the informer, or what this dispatcher has written since.
 	objects cache.MutationCache
@@ -42,22 +44,26 @@ type Dispatcher struct {
 	mu sync.Mutex
 	// changed are channels that are closed when the object of that name changes.
 	changed map[string]chan struct{}
+	// outboxes have what is to be written into the object of that name.
+	outboxes map[string]*outbox
 }
 
 // NewDispatcher returns a dispatcher that watches the objects of the client's driver from the first call of a method until ctx is done.
 func NewDispatcher(ctx context.Context, client *Client) *Dispatcher {
-	d := &Dispatcher{client: client, informer: client.informer(""), changed: map[string]chan struct{}{}}
+	d := &Dispatcher{
+		client: client, ctx: ctx, informer: client.informer(""), changed: map[string]chan struct{}{}, outboxes: map[string]*outbox{},
+	}
 	d.objects = cache.NewIntegerResourceVersionMutationCacheWithOptions(
 		klog.FromContext(ctx), d.informer.GetStore(), cache.MutationCacheOptions{TTL: time.Minute, MaxCacheSize: 1000})
 	d.begin = sync.OnceFunc(func() {
 		d.begun.Store(true)
 		notify := func(object any) {
-			if node, ok := object.(*OverlayNode); ok {
-				d.notify(node.Name)
+			if name, err := cache.DeletionHandlingMetaNamespaceKeyFunc(object); err == nil {
+				d.notify(strings.TrimPrefix(name, d.client.namespace+"/"))
 			}
 		}
 		_, err := d.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
-			AddFunc: notify, UpdateFunc: func(_, object any) { notify(object) },
+			AddFunc: notify, UpdateFunc: func(_, object any) { notify(object) }, DeleteFunc: notify,
 		})
 		if err != nil {
 			// Only an informer that has ended refuses a handler.
@@ -85,12 +91,16 @@ func (d *Dispatcher) Get(node string) (*OverlayNode, error) {
 	if err != nil {
 		return nil, err
 	}
+	return d.get(name)
+}
+
+func (d *Dispatcher) get(name string) (*OverlayNode, error) {
 	object, exists, err := d.objects.GetByKey(d.client.key(name))
 	if err != nil {
 		return nil, err
 	}
 	if !exists {
-		return nil, fmt.Errorf("%w: OverlayNode %s: the driver has not run on node %s yet, or in another mode", errdefs.ErrNotFound, name, node)
+		return nil, fmt.Errorf("%w: OverlayNode %s: the driver has not run on that node yet, or in another mode", errdefs.ErrNotFound, name)
 	}
 	return object.(*OverlayNode), nil
 }
@@ -99,16 +109,19 @@ func (d *Dispatcher) Get(node string) (*OverlayNode, error) {
 func (d *Dispatcher) All() []*OverlayNode {
 	var nodes []*OverlayNode
 	for _, object := range d.informer.GetStore().List() {
-		if node := object.(*OverlayNode); strings.HasSuffix(node.Name, "."+d.client.driver) {
+		node := object.(*OverlayNode)
+		// Another driver may have its objects in the same namespace.
+		if name, err := d.client.Name(node.Spec.Node); err == nil && name == node.Name {
 			nodes = append(nodes, node)
 		}
 	}
 	return nodes
 }
 
-// Call hands a request about a volume to the driver of a node, and returns its answer. If that request was answered with OK before, Call
-// returns that answer again. An earlier request about the volume with other content is replaced. Call returns ErrNotFound if the node has
-// no object, and ErrUnavailable if the request is not answered before ctx is done: it stays, and another call waits for it again.
+// Call hands a request about a volume to the driver of a node, and returns its answer. It joins the same request of another call that has
+// no answer yet. An earlier request about the volume with other content is replaced. Call returns ErrNotFound if the node has no object,
+// and ErrUnanswered if the request is not answered before ctx is done: it stays for a while, and another call waits for it again. Any
+// other error but ErrAborted means that the request was not given to the node.
 func (d *Dispatcher) Call(ctx context.Context, node, handle, method string, body []byte) (Result, error) {
 	content, err := canonical(method, body)
 	if err != nil {
@@ -121,11 +134,16 @@ func (d *Dispatcher) Call(ctx context.Context, node, handle, method string, body
 	if err != nil {
 		return Result{}, err
 	}
-	// posted is the ID of the request that this call has written or found, and seen is set once it was read.
-	posted, seen := "", false
+	release := d.hold(name, handle)
+	defer release()
+	// posted is the ID of the request that this call has written or joined.
+	posted := ""
 	for {
 		changed := d.wait(name)
-		object, err := d.Get(node)
+		object, err := d.get(name)
+		if posted != "" && errdefs.IsNotFound(err) {
+			return Result{}, fmt.Errorf("%w: the OverlayNode of node %s was deleted", errdefs.ErrUnavailable, node)
+		}
 		if err != nil {
 			return Result{}, err
 		}
@@ -133,67 +151,64 @@ func (d *Dispatcher) Call(ctx context.Context, node, handle, method string, body
 		result, answered := object.answer(handle)
 		isSame := requested && content.isIn(request.ID)
 		switch {
-		case posted != "" && request.ID == posted:
-			seen = true
-			if answered {
-				return result, nil
-			}
-		case seen:
-			return Result{}, fmt.Errorf("%w: another request about volume %s was given to node %s", errdefs.ErrAborted, handle, node)
-		case posted != "":
-			// What was read is older than the request.
-		case isSame && !answered:
-			posted, seen = request.ID, true
-		case isSame && result.Code == 0:
+		case posted != "" && isSame && answered:
+			// It may be that of another controller.
 			return result, nil
+		case posted != "" && isSame:
+		case posted != "":
+			return Result{}, fmt.Errorf("%w: another request about volume %s was given to node %s", errdefs.ErrAborted, handle, node)
+		case isSame && !answered && !expiresSoon(request):
+			posted = request.ID
 		default:
-			posted = content.id(request.ID)
-			if err := d.post(ctx, object, handle, Request{ID: posted, Method: method, Body: content.body, PostedAt: metav1.Now()}); err != nil {
+			posted = content.newID()
+			if err := d.post(ctx, name, handle, newRequest(posted, method, content)); err != nil {
 				return Result{}, err
 			}
+			continue
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return Result{}, fmt.Errorf("%w: node %s has not answered yet; is its driver running?", errdefs.ErrUnavailable, node)
+			return Result{}, fmt.Errorf("%w: node %s; is its driver running?", ErrUnanswered, node)
 		}
 	}
 }
 
-// post writes a request, and removes answered ones that are too many.
-func (d *Dispatcher) post(ctx context.Context, object *OverlayNode, handle string, request Request) error {
-	var answered []string
-	for other := range object.Spec.Requests {
-		if _, ok := object.answer(other); ok && other != handle {
-			answered = append(answered, other)
-		}
+func newRequest(id, method string, content content) Request {
+	now := time.Now()
+	return Request{
+		ID: id, Method: method, Body: content.body, PostedAt: metav1.NewTime(now), ExpiresAt: &metav1.Time{Time: now.Add(expireAfter)},
 	}
-	if count := waiting(object); count >= maxWaiting {
-		return fmt.Errorf("%w: node %s has %d requests to answer", errdefs.ErrUnavailable, object.Spec.Node, count)
+}
+
+func expiresSoon(request Request) bool {
+	return request.ExpiresAt != nil && time.Until(request.ExpiresAt.Time) < renewBefore
+}
+
+// Keep has the unanswered request about a volume carried out whenever the node comes back, also if nobody repeats it. It returns an error
+// if there is no such request.
+func (d *Dispatcher) Keep(ctx context.Context, node, handle string) error {
+	object, err := d.Get(node)
+	if err != nil {
+		return err
 	}
-	requests := map[string]*Request{handle: &request}
-	slices.SortFunc(answered, func(a, b string) int {
-		return cmp.Or(object.Spec.Requests[b].PostedAt.Compare(object.Spec.Requests[a].PostedAt.Time), strings.Compare(a, b))
-	})
-	for _, old := range answered[min(len(answered), keepAnswered):] {
-		requests[old] = nil
+	request, requested := object.Spec.Requests[handle]
+	switch {
+	case !requested:
+		return fmt.Errorf("%w: node %s has no request about volume %s", errdefs.ErrUnavailable, node, handle)
+	case request.ExpiresAt == nil:
+		return nil
 	}
-	written, err := d.client.patch(ctx, object.Name, "", map[string]any{"spec": map[string]any{"requests": requests}})
+	written, err := d.client.patch(ctx, object.Name, "", map[string]any{"spec": map[string]any{"requests": map[string]any{
+		handle: map[string]any{"expiresAt": nil},
+	}}})
+	if errdefs.IsNotFound(err) {
+		return fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
+	}
 	if err == nil {
 		d.objects.Mutation(written)
 	}
 	return err
-}
-
-// waiting returns how many requests of a node have no answer.
-func waiting(object *OverlayNode) int {
-	count := 0
-	for handle := range object.Spec.Requests {
-		if _, answered := object.answer(handle); !answered {
-			count++
-		}
-	}
-	return count
 }
 
 // wait returns a channel that is closed when the object of that name changes.
@@ -216,10 +231,7 @@ func (d *Dispatcher) notify(name string) {
 }
 
 // content is what a request asks for.
-type content struct {
-	body   json.RawMessage
-	digest string
-}
+type content struct{ body, digest string }
 
 // canonical returns the content of a request. It is equal for bodies that are equal JSON.
 func canonical(method string, body []byte) (content, error) {
@@ -236,7 +248,7 @@ func canonical(method string, body []byte) (content, error) {
 			errdefs.ErrInvalidArgument, len(sorted), maxBody)
 	}
 	sum := sha256.Sum256(append([]byte(method+"\n"), sorted...))
-	return content{body: sorted, digest: hex.EncodeToString(sum[:12])}, nil
+	return content{body: string(sorted), digest: hex.EncodeToString(sum[:12])}, nil
 }
 
 // isIn reports whether the request with that ID has this content.
@@ -245,13 +257,5 @@ func (c content) isIn(id string) bool {
 	return digest == c.digest
 }
 
-// id returns the ID of a request with this content that follows the one with ID last.
-func (c content) id(last string) string {
-	number := 0
-	if c.isIn(last) {
-		_, text, _ := strings.Cut(last, "-")
-		// An ID that is no number's was not written by a dispatcher, and is followed by the first one.
-		_, _ = fmt.Sscanf(text, "%d", &number)
-	}
-	return fmt.Sprintf("%s-%d", c.digest, number+1)
-}
+// newID returns an ID that no other request has: an old answer must not be taken for one to a new request.
+func (c content) newID() string { return c.digest + "-" + rand.Text()[:12] }

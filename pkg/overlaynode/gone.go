@@ -8,12 +8,8 @@ import (
 	"k8s.io/klog/v2"
 )
 
-const (
-	// silentAfter is after how long without a report a node is looked for. A driver that runs reports more often.
-	silentAfter = time.Hour
-	// keepRequests is how long the object of a node that is gone keeps requests for it, if it comes back.
-	keepRequests = 30 * 24 * time.Hour
-)
+// keepRequests is how long the object of a node that is gone keeps requests for it, if it comes back.
+const keepRequests = 30 * 24 * time.Hour
 
 // GoneNodes knows which nodes are gone for good.
 type GoneNodes struct {
@@ -29,10 +25,14 @@ type GoneNodes struct {
 func (g *GoneNodes) Check(ctx context.Context, object *OverlayNode) (bool, error) {
 	exists, err := g.Exists(ctx, object.Spec.Node)
 	since := object.Spec.NodeGoneSince
+	if since != nil && object.Status.ReportedAt.After(since.Time) {
+		// It was back in between.
+		since = nil
+	}
 	switch {
 	case err != nil:
 		return false, err
-	case exists && since != nil:
+	case exists && object.Spec.NodeGoneSince != nil:
 		return false, g.setSince(ctx, object, nil)
 	case exists:
 		return false, nil
@@ -53,8 +53,9 @@ func (g *GoneNodes) Ensure(ctx context.Context, node string) error {
 	return g.Dispatcher.client.ensure(ctx, node)
 }
 
-// Clean removes the objects of nodes that are gone for good: at once if no request is left in it, and otherwise after a month. It does
-// nothing before the dispatcher's first call: then another controller is the one that works.
+// Clean removes the objects of nodes that are gone for good: at once if no request is left in it, and otherwise after a month. It takes
+// back the note of nodes that have come back. It does nothing before the dispatcher's first call: then another controller is the one that
+// works.
 func (g *GoneNodes) Clean(ctx context.Context) error {
 	if !g.Dispatcher.begun.Load() {
 		return nil
@@ -63,21 +64,33 @@ func (g *GoneNodes) Clean(ctx context.Context) error {
 		return err
 	}
 	for _, object := range g.Dispatcher.All() {
-		if time.Since(object.Status.ReportedAt.Time) < silentAfter || time.Since(object.CreationTimestamp.Time) < silentAfter {
+		isNew := time.Since(object.CreationTimestamp.Time) < silentAfter || time.Since(object.Status.ReportedAt.Time) < silentAfter
+		if isNew && object.Spec.NodeGoneSince == nil {
 			continue
 		}
 		gone, err := g.Check(ctx, object)
 		if err != nil {
 			return err
 		}
-		left := waiting(object)
+		left := wanted(object)
 		if !gone || left > 0 && time.Since(object.Spec.NodeGoneSince.Time) < g.Grace+keepRequests {
 			continue
 		}
 		klog.FromContext(ctx).Info("Removing the OverlayNode of a node that is gone", keyName, object.Name, keyRequests, left)
-		if err := g.Dispatcher.client.remove(ctx, object.Name); err != nil {
+		if err := g.Dispatcher.client.remove(ctx, object); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// wanted returns how many requests of a node are to be carried out.
+func wanted(object *OverlayNode) int {
+	count := 0
+	for handle, request := range object.Spec.Requests {
+		if _, answered := object.answer(handle); !answered && !request.isExpired() {
+			count++
+		}
+	}
+	return count
 }

@@ -1,8 +1,8 @@
 package overlaynode
 
 import (
-	"encoding/json"
 	"maps"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -38,19 +38,31 @@ type Spec struct {
 	Node string `json:"node"`
 	// NodeGoneSince is when a controller first saw that there is no such Node, nil while there is one.
 	NodeGoneSince *metav1.Time `json:"nodeGoneSince,omitempty"`
-	// Requests are the requests by volume handle. One that is answered stays until newer ones are answered.
+	// Requests are the requests by volume handle. One that was answered stays for a while.
 	Requests map[string]Request `json:"requests,omitempty"`
 }
 
 // Request asks the driver of a node to do something with a volume.
 type Request struct {
-	// ID is that of this request. One with the same content that is asked again after an error has another ID.
-	ID     string          `json:"id"`
-	Method string          `json:"method"`
-	Body   json.RawMessage `json:"body,omitempty"`
+	// ID is that of this request. It begins with a digest of the method and the body.
+	ID     string `json:"id"`
+	Method string `json:"method"`
+	// Body is JSON. It is stored as text, because a merge patch would merge it with that of an earlier request.
+	Body string `json:"body"`
 	// PostedAt is when the request was written.
 	PostedAt metav1.Time `json:"postedAt"`
+	// ExpiresAt is when the request is carried out no more: nobody has repeated it. It is nil for one that is wanted in any case.
+	ExpiresAt *metav1.Time `json:"expiresAt"`
 }
+
+// isExpired reports whether the request is not to be carried out any more.
+func (r Request) isExpired() bool { return r.ExpiresAt != nil && time.Now().After(r.ExpiresAt.Time) }
+
+// size returns about how many bytes the request takes in the object.
+func (r Request) size() int { return len(r.Body) + requestOverhead }
+
+// requestOverhead is about how many bytes a request takes beside its body.
+const requestOverhead = 400
 
 // Status is what the node writes.
 type Status struct {
@@ -67,16 +79,37 @@ type Result struct {
 	// ID is that of the request.
 	ID string `json:"id"`
 	// Code is a gRPC code, zero for OK. Message is that of an error.
-	Code    uint32          `json:"code"`
-	Message string          `json:"message,omitempty"`
-	Body    json.RawMessage `json:"body,omitempty"`
+	Code    uint32 `json:"code"`
+	Message string `json:"message"`
+	// Body is JSON.
+	Body string `json:"body"`
 }
+
+// size returns about how many bytes the result takes in the object.
+func (r Result) size() int { return len(r.Body) + len(r.Message) + requestOverhead }
 
 // answer returns the result for the request about a volume. ok is false as long as there is none.
 func (n *OverlayNode) answer(handle string) (result Result, ok bool) {
 	request, requested := n.Spec.Requests[handle]
 	result, answered := n.Status.Results[handle]
 	return result, requested && answered && result.ID == request.ID
+}
+
+const (
+	// silentAfter is after how long without a report a node counts as silent. A driver that runs reports more often.
+	silentAfter = 30 * time.Minute
+	// slowAfter is after how long without an answer to a request a node counts as silent.
+	slowAfter = time.Minute
+)
+
+// IsSilent reports whether the node does not seem to have a driver that answers.
+func (n *OverlayNode) IsSilent() bool {
+	for handle, request := range n.Spec.Requests {
+		if _, answered := n.answer(handle); !answered && !request.isExpired() && time.Since(request.PostedAt.Time) > slowAfter {
+			return true
+		}
+	}
+	return time.Since(n.Status.ReportedAt.Time) > silentAfter
 }
 
 // DeepCopyObject is part of runtime.Object.
