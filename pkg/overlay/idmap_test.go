@@ -102,8 +102,13 @@ func TestNoUserNamespaces(t *testing.T) {
 		t.Errorf("fallbacks: %s; want the sysctl in them", text)
 	}
 	m := &Mounter{features: Features{IDMappedUpper: true}}
+	// The limit passes. A "no" would have the files of a persistent upper changed, which does not.
+	if maps, err := m.MapsGroups(open(t, t.TempDir()), []Swap{{1, 2}}); maps || !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("an upper can be mapped: %v, %v; want FailedPrecondition", maps, err)
+	}
+	m = &Mounter{features: features}
 	if maps, err := m.MapsGroups(open(t, t.TempDir()), []Swap{{1, 2}}); maps || err != nil {
-		t.Errorf("an upper can be mapped: %v, %v; want that its files are gone over", maps, err)
+		t.Errorf("an upper can be mapped where the limit was there at start: %v, %v; want that its files are gone over", maps, err)
 	}
 }
 

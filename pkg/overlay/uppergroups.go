@@ -10,13 +10,14 @@ import (
 )
 
 // MapsGroups reports whether Overlay can show an upper with other groups (Spec.UpperGroups), by trying: the kernel's overlayfs has to
-// take an ID-mapped upper, and the upper's file system an ID mapping.
+// take an ID-mapped upper, and the upper's file system an ID mapping. It returns ErrFailedPrecondition where the kernel allows no other
+// user namespace just now: that passes, and to give files another group does not.
 func (m *Mounter) MapsGroups(upper *os.File, swaps []Swap) (bool, error) {
 	if !m.features.IDMappedUpper {
 		return false, nil
 	}
 	base, err := m.mapBase(upper, swaps)
-	if errors.Is(err, errNotMappable) || errors.Is(err, errNoNamespace) {
+	if errors.Is(err, errNotMappable) {
 		return false, nil
 	}
 	if err != nil {
