@@ -30,17 +30,18 @@ func newLedger(config Config, uppers uppers) *ledger {
 }
 
 // Capacity returns how many bytes can be reserved for new volumes of this node: what is free and what limited volumes already
-// take, times the overcommit, less what is reserved.
-func (m *Manager) Capacity(ctx context.Context) (int64, error) { return m.ledger.available(ctx, false) }
+// take, times the overcommit, less what is reserved. Where there are many volumes, it may be what it was some time ago.
+func (m *Manager) Capacity(ctx context.Context) (int64, error) {
+	return m.ledger.left(ctx, m.ledger.recent)
+}
 
-// available returns how many bytes can be reserved. Where there are many volumes it may be less than that for a moment, unless it is
-// to be exact.
-func (l *ledger) available(ctx context.Context, exact bool) (int64, error) {
-	usable, reserved, err := l.state(ctx, exact)
+// left returns how many bytes can be reserved, by a look at the disk.
+func (l *ledger) left(ctx context.Context, look func(context.Context) (disk, error)) (int64, error) {
+	found, err := look(ctx)
 	if err != nil {
 		return 0, err
 	}
-	return max(l.allocatable(usable)-reserved, 0), nil
+	return max(l.allocatable(found.usable)-found.reserved, 0), nil
 }
 
 // allocatable returns how much of a number of bytes may be reserved.
@@ -124,11 +125,12 @@ func (l *ledger) reserveMore(ctx context.Context, r *record.Record, bytes int64)
 	return l.growTo(r.ID, r.Size), nil
 }
 
-// check returns ErrResourceExhausted if more bytes are wanted than are left.
+// check returns ErrResourceExhausted if more bytes are wanted than are left. It measures what uppers take, which the more of them there
+// are takes the longer, only if it matters.
 func (l *ledger) check(ctx context.Context, wanted int64) error {
-	left, err := l.available(ctx, false)
+	left, err := l.left(ctx, l.unmeasured)
 	if err == nil && wanted > left {
-		left, err = l.available(ctx, true)
+		left, err = l.left(ctx, l.measured)
 	}
 	if err != nil {
 		return err

@@ -341,11 +341,11 @@ func (u fakeUpper) Discard(ctx context.Context) error {
 }
 
 func (u fakeUpper) Grow(_ context.Context, limit upper.Limit) error {
-	if err := u.n.failing("grow"); err != nil {
-		return err
-	}
 	if u.n.whileGrowing != nil {
 		u.n.whileGrowing()
+	}
+	if err := u.n.failing("grow"); err != nil {
+		return err
 	}
 	u.n.limits[u.base] = limit
 	return nil

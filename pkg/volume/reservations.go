@@ -2,6 +2,7 @@ package volume
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -16,7 +17,8 @@ import (
 
 // reservations are what the records of the node's volumes reserve of the disk, in memory: to read all records for each volume that is
 // made would take the longer the more there are. They are read from the records once, and follow each record that is saved or discarded,
-// which is done by their methods alone. Nothing of them is stored. After a crash they are what the records say.
+// which the package does by the methods save, saveDurably and discard alone. Nothing of the reservations is stored: after a crash they are
+// what the records say.
 type reservations struct {
 	records *record.Store
 	uppers  uppers
@@ -25,12 +27,13 @@ type reservations struct {
 	mu sync.Mutex
 	// volumes are those that reserve something, by ID, nil before the records have been read.
 	volumes map[string]*reservation
-	// reserved is what they reserve together, and allocated how much of that they took of the disk when it was measured.
-	reserved, allocated int64
+	// reserved is what they reserve together.
+	reserved int64
 	// growing has the new size of each volume that is made or is growing, which its record does not say before it is done. What it takes
 	// of the disk meanwhile is taken of that size.
 	growing map[string]int64
-	// available is what was free on the disk when allocated was measured, which is good enough until the time in valid.
+	// available is what was free on the disk when the uppers were measured, which is good enough for [reservations.recent] until the time
+	// in valid.
 	available int64
 	valid     time.Time
 }
@@ -43,8 +46,8 @@ type reservation struct {
 	uppers []upper.Upper
 	// targets identify the uppers.
 	targets []string
-	// allocated is what its uppers took when they were measured, 0 before.
-	allocated int64
+	// taken is what each of them took of the disk when they were measured, nil before. It may be more than is reserved for it.
+	taken []int64
 }
 
 func (r *reservation) bytes() int64 { return r.size * int64(len(r.uppers)) }
@@ -52,7 +55,7 @@ func (r *reservation) bytes() int64 { return r.size * int64(len(r.uppers)) }
 const (
 	// measureFactor is how long a measurement is good enough, as a multiple of the time that it took.
 	measureFactor = 20
-	// manyVolumes is from how many volumes on that is so. Fewer are measured each time.
+	// manyVolumes is from how many volumes on that is so. Fewer are measured each time, as for all that reserves.
 	manyVolumes = 256
 )
 
@@ -153,7 +156,6 @@ func (v *reservations) put(id string, r *reservation) {
 	before := v.volumes[id]
 	if before != nil {
 		v.reserved -= before.bytes()
-		v.allocated -= before.allocated
 	}
 	switch {
 	case r == nil:
@@ -162,12 +164,10 @@ func (v *reservations) put(id string, r *reservation) {
 	case before != nil && slices.Equal(before.targets, r.targets):
 		// The same uppers, which a measurement may be at.
 		before.size = r.size
-		before.allocated = min(before.allocated, before.bytes())
 		r = before
 	}
 	v.volumes[id] = r
 	v.reserved += r.bytes()
-	v.allocated += r.allocated
 }
 
 // of returns what a record reserves, nil if that is nothing.
@@ -188,49 +188,84 @@ func (v *reservations) of(r *record.Record) *reservation {
 	return reserved
 }
 
-// state returns how many bytes of the disk are free or taken by uppers for which they are reserved, and how many are reserved. What pods
-// write or delete changes it for a moment at most, and then to less than it is. exact is set if that will not do.
-func (v *reservations) state(ctx context.Context, exact bool) (usable, reserved int64, err error) {
-	before, err := v.diskAvailable()
+// disk says how many bytes of the disk volumes can have: those that are free, and those that uppers have taken for which they are
+// reserved. reserved is how many are reserved.
+type disk struct{ usable, reserved int64 }
+
+// unmeasured returns the disk without what uppers have taken, which is never more than there is.
+func (v *reservations) unmeasured(context.Context) (disk, error) {
+	available, err := v.diskAvailable()
 	if err != nil {
-		return 0, 0, err
+		return disk{}, err
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if err := v.load(); err != nil {
-		return 0, 0, err
+		return disk{}, err
 	}
-	if !exact && time.Now().Before(v.valid) {
-		// What was deleted since is not free twice: it may be in allocated.
-		return min(before, v.available) + v.allocated, v.reservedNow(), nil
+	return disk{available, v.reservedNow()}, nil
+}
+
+// recent returns the disk as it is, or where there are many volumes, as it was some time ago: what was written and deleted since may be
+// missing. It is no ground to reserve anything.
+func (v *reservations) recent(ctx context.Context) (disk, error) {
+	available, err := v.diskAvailable()
+	if err != nil {
+		return disk{}, err
 	}
-	began := time.Now()
-	measured := make(map[*reservation]int64, len(v.volumes))
-	for id, r := range v.volumes {
-		measured[r] = max(r.size, v.growing[id])
+	v.mu.Lock()
+	if time.Now().Before(v.valid) {
+		defer v.mu.Unlock()
+		// What pods deleted since is not free twice: it may be in what they took.
+		return disk{min(available, v.available) + v.allocatedNow(), v.reservedNow()}, nil
 	}
 	v.mu.Unlock()
-	for r, size := range measured {
-		measured[r] = r.measure(ctx, size)
+	return v.measured(ctx)
+}
+
+// measured returns the disk as it is.
+func (v *reservations) measured(ctx context.Context) (disk, error) {
+	before, err := v.diskAvailable()
+	if err != nil {
+		return disk{}, err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if err := v.load(); err != nil {
+		return disk{}, err
+	}
+	began := time.Now()
+	volumes := slices.Collect(maps.Values(v.volumes))
+	v.mu.Unlock()
+	taken := make([][]int64, len(volumes))
+	for i, r := range volumes {
+		taken[i] = r.measure(ctx)
 	}
 	// After the uppers too: what is reserved for one meanwhile does not count as free and as its own.
 	after, err := v.diskAvailable()
 	v.mu.Lock()
 	if err != nil {
-		return 0, 0, err
+		return disk{}, err
 	}
-	for r, bytes := range measured {
-		if v.volumes[r.id] == r {
-			v.allocated += bytes - r.allocated
-			r.allocated = bytes
-		}
+	for i, r := range volumes {
+		r.taken = taken[i]
 	}
 	v.available = min(before, after)
 	v.valid = time.Time{}
-	if len(measured) >= manyVolumes && ctx.Err() == nil {
+	if len(volumes) >= manyVolumes && ctx.Err() == nil {
 		v.valid = time.Now().Add(measureFactor * time.Since(began))
 	}
-	return v.available + v.allocated, v.reservedNow(), nil
+	return disk{v.available + v.allocatedNow(), v.reservedNow()}, nil
+}
+
+// allocatedNow returns what uppers took when they were measured of what is reserved for each of them now. The caller holds v.mu.
+func (v *reservations) allocatedNow() (sum int64) {
+	for id, r := range v.volumes {
+		for _, bytes := range r.taken {
+			sum += min(bytes, max(r.size, v.growing[id]))
+		}
+	}
+	return sum
 }
 
 // reservedNow returns what is reserved, for growth too. The caller holds v.mu.
@@ -248,22 +283,22 @@ func (v *reservations) reservedNow() int64 {
 }
 
 func (v *reservations) diskAvailable() (int64, error) {
-	disk, err := linux.FileSystemUsageAt(v.root.Path())
-	return disk.Bytes.Available, err
+	usage, err := linux.FileSystemUsageAt(v.root.Path())
+	return usage.Bytes.Available, err
 }
 
-// measure returns how much the uppers take of the disk, each of them of that size.
-func (r *reservation) measure(ctx context.Context, size int64) (sum int64) {
-	for _, u := range r.uppers {
+// measure returns how much each of the uppers takes of the disk.
+func (r *reservation) measure(ctx context.Context) []int64 {
+	taken := make([]int64, len(r.uppers))
+	for i, u := range r.uppers {
 		bytes, err := u.DiskUsage(ctx)
-		if err != nil && !errdefs.IsNotFound(err) {
+		if err == nil {
+			taken[i] = bytes
+		} else if !errdefs.IsNotFound(err) {
 			klog.FromContext(ctx).V(4).Info("Could not measure volume usage", keyVolume, r.id, keyReason, err.Error())
 		}
-		if err == nil {
-			sum += min(bytes, size)
-		}
 	}
-	return sum
+	return taken
 }
 
 // growTo reserves the size that a volume will have until release is called.

@@ -7,7 +7,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
@@ -123,34 +125,99 @@ func bytesOf(volumes map[string]*reservation) map[string]int64 {
 // TestManyVolumesAreMeasuredSeldom: what many volumes take of the disk is measured for a part of the time only, and what is deleted
 // meanwhile is not counted as free and as theirs.
 func TestManyVolumesAreMeasuredSeldom(t *testing.T) {
+	n := manyVolumesNode(t)
+	first, err := n.manager.Capacity(t.Context())
+	check(t, err)
+	n.manager.ledger.valid = n.manager.ledger.valid.AddDate(1, 0, 0)
+	n.free()
+	later, err := n.manager.Capacity(t.Context())
+	check(t, err)
+	if n.count != manyVolumes || later > first {
+		t.Errorf("%d uppers were measured, want %d once; capacity %d, and %d after a pod has deleted something",
+			n.count, manyVolumes, first, later)
+	}
+	// Half of it fits without what the uppers take.
+	_, err = n.claim(first / 2)
+	check(t, err)
+	if n.count != manyVolumes {
+		t.Errorf("%d uppers were measured for a claim for which there is room anyhow", n.count-manyVolumes)
+	}
+}
+
+// TestWhatIsReservedIsMeasured: pods have deleted what something else has taken since the uppers were measured, and a claim gets no more
+// than there is.
+func TestWhatIsReservedIsMeasured(t *testing.T) {
+	n := manyVolumesNode(t)
+	before, err := n.manager.Capacity(t.Context())
+	check(t, err)
+	n.manager.ledger.valid = n.manager.ledger.valid.AddDate(1, 0, 0)
+	n.free()
+	check(t, os.WriteFile(filepath.Join(fakeRoot{n.fakeNode}.Path(), "image"), make([]byte, 64*mib), 0o600))
+	_, err = n.claim(before - 32*mib)
+	wantKind(t, err, errdefs.ErrResourceExhausted)
+	_, err = n.claim(before - 96*mib)
+	check(t, err)
+}
+
+// busyNode has a data root in memory, of 1 GiB, with many volumes of 1 MiB that take 64 MiB together.
+type busyNode struct {
+	*fakeNode
+	taken string
+	each  int64
+	// count is how many uppers were measured.
+	count int
+}
+
+func manyVolumesNode(t *testing.T) *busyNode {
+	t.Helper()
 	needs.Root(t)
-	n := newFakeNode(t)
-	check(t, unix.Mount("tmpfs", fakeRoot{n}.Path(), "tmpfs", 0, "size=1g"))
-	t.Cleanup(func() { _ = unix.Unmount(fakeRoot{n}.Path(), unix.MNT_DETACH) })
-	check(t, os.Mkdir(fakeRoot{n}.VolumesDir(), 0o700))
+	n := &busyNode{fakeNode: newFakeNode(t), each: 64 * mib / manyVolumes}
+	root := fakeRoot{n.fakeNode}
+	check(t, unix.Mount("tmpfs", root.Path(), "tmpfs", 0, "size=1g"))
+	t.Cleanup(func() { _ = unix.Unmount(root.Path(), unix.MNT_DETACH) })
+	check(t, os.Mkdir(root.VolumesDir(), 0o700))
 	for i := range manyVolumes {
 		r := &record.Record{ID: fmt.Sprint("v", i), Spec: parsed(t, inline, spec.KeySizeLimit, "1Mi"), Inline: true, Size: mib}
 		check(t, n.records.Save(r.With(record.Publication{Target: n.target(r.ID)})))
 	}
-	file := filepath.Join(fakeRoot{n}.Path(), "taken")
-	check(t, os.WriteFile(file, make([]byte, 64*mib), 0o600))
-	count, each := 0, int64(64*mib/manyVolumes)
-	n.onDiskUsage = func() int64 { count++; return each }
-	first, err := n.manager.Capacity(t.Context())
-	check(t, err)
-	n.manager.ledger.valid = n.manager.ledger.valid.AddDate(1, 0, 0)
-	check(t, os.Remove(file))
-	each = 0
-	later, err := n.manager.Capacity(t.Context())
-	check(t, err)
-	if count != manyVolumes || later > first {
-		t.Errorf("%d uppers were measured, want %d once; capacity %d, and %d after a pod has deleted something", count, manyVolumes, first, later)
+	n.taken = filepath.Join(root.Path(), "taken")
+	check(t, os.WriteFile(n.taken, make([]byte, 64*mib), 0o600))
+	n.onDiskUsage = func() int64 { n.count++; return n.each }
+	return n
+}
+
+// free has pods delete what they wrote.
+func (n *busyNode) free() {
+	check(n.t, os.Remove(n.taken))
+	n.each = 0
+}
+
+func (n *busyNode) claim(size int64) (Volume, error) {
+	return n.manager.Create(n.t.Context(), CreateRequest{
+		Name: fmt.Sprint("claim-", size), Spec: parsed(n.t, rwo, spec.KeySizeLimit, fmt.Sprint(size)), Access: rwo.Access,
+	})
+}
+
+// TestAFailedGrowthIsNotUsable: an image that was extended, and whose file system could not grow, takes more than is reserved for it.
+func TestAFailedGrowthIsNotUsable(t *testing.T) {
+	n := newFakeNode(t)
+	req := n.sized()
+	n.onDiskUsage = func() int64 { return 128 * mib }
+	n.fail["grow"] = errForced
+	n.whileGrowing = func() {
+		_, err := n.manager.Capacity(t.Context())
+		check(t, err)
+		n.manager.ledger.valid = time.Now().Add(time.Hour)
 	}
-	check(t, os.WriteFile(file, make([]byte, 64*mib), 0o600))
-	check(t, os.Remove(file))
-	exact, err := n.manager.ledger.available(t.Context(), true)
+	_, err := n.manager.Expand(t.Context(), "v", req.Target, 128*mib, 0)
+	wantKind(t, err, errForced)
+	cached, err := n.manager.Capacity(t.Context())
 	check(t, err)
-	if count != 2*manyVolumes || exact < first {
-		t.Errorf("%d uppers were measured, want %d twice; capacity %d, and exactly %d", count, manyVolumes, first, exact)
+	n.manager.ledger.valid = time.Time{}
+	measured, err := n.manager.Capacity(t.Context())
+	check(t, err)
+	// Others write to this disk too.
+	if cached-measured > 32*mib {
+		t.Errorf("capacity %d after a growth by 64 MiB has failed, and measured again %d", cached, measured)
 	}
 }
