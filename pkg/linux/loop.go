@@ -67,9 +67,10 @@ func isGone(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV)
 }
 
-// FindLoop opens the loop device that a file is bound to. The error is fs.ErrNotExist where there is none. It looks first at the device
+// FindLoop opens the loop device that a file is bound to. The error is fs.ErrNotExist where none is found. It looks first at the device
 // whose file system is mounted at mountPoint, if one is, because there may be thousands of others. It opens no device of a file that has
-// another name: udev reads a device again whenever somebody closes it who could have written to it.
+// another name: udev reads a device again whenever somebody closes it who could have written to it. So it does not find a device that was
+// bound to another hard link of the file ([IsOpenForWriting] sees that one), nor one that only reads it.
 func FindLoop(path, mountPoint string) (*os.File, error) {
 	file, err := StatPath(path)
 	if err != nil {
@@ -84,7 +85,7 @@ func FindLoop(path, mountPoint string) (*os.File, error) {
 			}
 		}
 	}
-	if isOpenNowhere(path) {
+	if isOpen, err := IsOpenForWriting(path); err == nil && !isOpen {
 		return nil, &os.PathError{Op: "find loop device", Path: path, Err: fs.ErrNotExist}
 	}
 	resolved, err := filepath.EvalSymlinks(path)
@@ -111,21 +112,25 @@ func FindLoop(path, mountPoint string) (*os.File, error) {
 	return nil, &os.PathError{Op: "find loop device", Path: path, Err: fs.ErrNotExist}
 }
 
-// isOpenNowhere reports whether a file is open nowhere for writing, so that it is not bound to a loop device that could write to it: a
-// write lease is given for no other file (F_SETLEASE, fcntl(2)). It is given back at once. False says nothing.
-func isOpenNowhere(path string) bool {
-	file, err := Open(nil, path, os.O_RDWR|unix.O_NONBLOCK, 0)
+// IsOpenForWriting reports whether a file is open for writing anywhere, as that of a loop device is which can write to it: the kernel gives
+// no read lease for such a file (F_SETLEASE, fcntl(2)). The lease is given back at once. After an error it is not known.
+func IsOpenForWriting(path string) (bool, error) {
+	file, err := Open(nil, path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return false
+		return false, err
 	}
 	defer file.Close()
-	return call("F_SETLEASE", file, func(fd int) error {
-		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+	err = call("F_SETLEASE", file, func(fd int) error {
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_RDLCK); err != nil {
 			return err
 		}
 		_, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_UNLCK)
 		return err
-	}) == nil
+	})
+	if errors.Is(err, unix.EAGAIN) {
+		return true, nil
+	}
+	return false, err
 }
 
 // mayBeBoundTo reports whether the file of a loop device can be the one at path. The kernel knows the file's name and its directory's as

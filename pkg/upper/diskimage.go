@@ -181,8 +181,13 @@ func (d diskImage) check(ctx context.Context) error {
 }
 
 // runCheck lets e2fsck repair what it safely can. It returns ErrDataLoss if more is wrong, and ErrUnavailable if e2fsck did not end by
-// itself, so that nothing is known of the image.
+// itself, so that nothing is known of the image, or if somebody else has the image open for writing.
 func (d diskImage) runCheck(ctx context.Context) error {
+	// A loop device of another name of the image, for instance, which linux.FindLoop does not find. Where it cannot be told, nothing says so.
+	if isOpen, err := linux.IsOpenForWriting(d.file()); err == nil && isOpen {
+		return fmt.Errorf("%w: the disk image %s is open for writing elsewhere, and a second file system on it would destroy it; "+
+			"find out who has it (losetup --list, lsof), and detach it", errdefs.ErrUnavailable, d.file())
+	}
 	output, err := d.programs.run(ctx, d.base, checkExt4, "-p", imageName)
 	if err == nil {
 		return nil

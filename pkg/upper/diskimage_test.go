@@ -63,6 +63,45 @@ func TestKilledCheck(t *testing.T) {
 	}
 }
 
+// TestImageOpenElsewhere: somebody has attached the image by another name of it, by which its device is not found.
+func TestImageOpenElsewhere(t *testing.T) {
+	root := newDataRoot(t, "tmpfs")
+	at := upper.Location{Backend: upper.DiskImage, Base: "base", Limit: upper.LimitOf(8 << 20)}
+	u := newUpper(t, newBackends(t, root), root, at)
+	prepareAndClose(t, u)
+	if err := u.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(root.Name(), "link")
+	if err := os.Link(filepath.Join(root.Name(), at.Base, "disk.img"), link); err != nil {
+		t.Fatal(err)
+	}
+	image, err := os.OpenFile(link, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	loop, err := linux.AttachLoop(image)
+	image.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dirs, err := u.Prepare(t.Context(), upper.RootAttr{Mode: 0o755})
+	if err == nil {
+		dirs.Close()
+	}
+	if !errdefs.IsUnavailable(err) {
+		t.Errorf("Prepare of an image that is on another loop device: %v, want Unavailable", err)
+	}
+	loop.Close()
+	if err := u.Release(t.Context()); err != nil {
+		t.Error(err)
+	}
+	prepareAndClose(t, u)
+	if err := u.Release(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
 // slow are commands of which e2fsck says in a file that it began. The first one goes on when something is written to a FIFO.
 type slow struct {
 	utilexec.Interface

@@ -41,9 +41,9 @@ func TestReserveFindsHoles(t *testing.T) {
 				return err
 			}
 			check(errors.Join(prepare(), u.Release(t.Context())))
-			image, err := os.OpenFile(filepath.Join(dir, "base/disk.img"), os.O_RDWR, 0)
+			path := filepath.Join(dir, "base/disk.img")
+			image, err := os.OpenFile(path, os.O_RDWR, 0)
 			check(err)
-			defer image.Close()
 			// As pods write, here and there.
 			data := make([]byte, block)
 			for at := int64(0); at < size; at += 2 * block {
@@ -52,17 +52,19 @@ func TestReserveFindsHoles(t *testing.T) {
 				_, err = image.WriteAt(data, at)
 				check(err)
 			}
-			check(image.Sync())
+			check(errors.Join(image.Sync(), image.Close()))
 			// On a full disk it could not be made.
 			check(os.WriteFile(filepath.Join(dir, "filler 2"), nil, 0o600))
 			check(drivertest.FillUp(filepath.Join(dir, "filler")))
 			if err := errors.Join(prepare(), u.Release(t.Context())); err != nil {
 				t.Errorf("Prepare of an image with all of its blocks on a full disk: %v", err)
 			}
+			image, err = os.OpenFile(path, os.O_RDWR, 0)
+			check(err)
 			check(unix.Fallocate(int(image.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, size-2*block, block))
 			check(drivertest.FillUp(filepath.Join(dir, "filler 2")))
 			stat, err := linux.StatFile(image)
-			check(err)
+			check(errors.Join(err, image.Close()))
 			if err := prepare(); !errors.Is(err, unix.ENOSPC) && !errdefs.IsResourceExhausted(err) {
 				t.Errorf("Prepare of an image of %d bytes that takes %d, with a hole of %d, on a full disk: %v, want ENOSPC",
 					size, stat.DiskBytes(), block, err)
