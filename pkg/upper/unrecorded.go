@@ -23,31 +23,41 @@ func (b *Backends) OpenUnrecorded(base string) Upper {
 	return b.Open(at)
 }
 
+// FoundPodVolumes are the uppers of which there is something in the other volumes of a pod.
+type FoundPodVolumes struct {
+	// Held are those that a view had.
+	Held []Upper
+	// Others are the other views that have a busy mount, by its lock file.
+	Others []LockHolder
+	// Unknown are where the busy mounts are of which it is not known whose they are.
+	Unknown []PodVolumePath
+}
+
 // FindPodVolumes returns the uppers in other volumes of a pod that a view, the holder, had there, by the handles of this process
 // and by the busy mounts in a directory, which is the pod's. The view is not mounted any more. A busy mount whose lock file does not say
-// whose it is, or names a view that cannot have it, is taken for the view's if no overlay is mounted on its upper. unknown are where
-// the others are.
-func (b *Backends) FindPodVolumes(dir string, holder LockHolder) (held []Upper, unknown []PodVolumePath, err error) {
+// whose it is, or names a view that cannot have it, is taken for the view's if no overlay is mounted on its upper.
+func (b *Backends) FindPodVolumes(dir string, holder LockHolder) (found FoundPodVolumes, err error) {
 	mounts, err := busyMountsIn(dir)
 	if err != nil {
-		return nil, nil, fmt.Errorf("find busy mounts in %s: %w", dir, err)
+		return FoundPodVolumes{}, fmt.Errorf("find busy mounts in %s: %w", dir, err)
 	}
 	if upper, ok := b.handles.held(viewOf(holder)); ok {
-		held = append(held, upper)
+		found.Held = append(found.Held, upper)
 	}
 	for _, mount := range mounts {
 		file, owner := b.ownerOf(mount, dir, holder)
 		switch owner {
 		case thisView:
-			held = append(held, b.Open(Location{
+			found.Held = append(found.Held, b.Open(Location{
 				Backend: PodVolume, PodVolume: mount.PodVolumePath, PodDir: dir, Holder: *file.Holder, Layers: file.Layers,
 			}))
 		case unknownView:
-			unknown = append(unknown, mount.PodVolumePath)
+			found.Unknown = append(found.Unknown, mount.PodVolumePath)
 		case otherView:
+			found.Others = append(found.Others, *file.Holder)
 		}
 	}
-	return held, unknown, nil
+	return found, nil
 }
 
 // busyMountIn is a busy mount, with the resolved path of the volume that it is in.
@@ -102,7 +112,7 @@ const (
 	otherView
 )
 
-// ownerOf returns whose a busy mount in the directory of a pod is, and if it is the view's, its lock file, or what stands for it.
+// ownerOf returns whose a busy mount in the directory of a pod is, and if that is known, its lock file, or what stands for it.
 func (b *Backends) ownerOf(mount busyMountIn, podDir string, view LockHolder) (lockFile, busyOwner) {
 	volume, err := linux.OpenDirAt(nil, mount.resolved)
 	if err != nil {
@@ -119,7 +129,7 @@ func (b *Backends) ownerOf(mount busyMountIn, podDir string, view LockHolder) (l
 		case viewOf(*file.Holder) == viewOf(view):
 			return file, thisView
 		case (holders{b.config.InUse}).mayHaveMounted(*file.Holder, mount.Volume, podDir):
-			return lockFile{}, otherView
+			return file, otherView
 		}
 	}
 	if mayBeInUse(b.config.Mounter, volume, mount.Path) {

@@ -61,6 +61,8 @@ type fakeNode struct {
 	onAt        func()
 	onCheck     func() error
 	onDiskUsage func() int64
+	// found is what is found in other volumes of a pod.
+	found upper.FoundPodVolumes
 	// layerDir is the one layer that each reference resolves to.
 	layerDir *os.File
 }
@@ -282,8 +284,8 @@ func (b fakeBackends) OpenUnrecorded(base string) upper.Upper {
 	return fakeUpper{b.n, filepath.Join(b.n.dir, "data", base), upper.Limit{}}
 }
 
-func (b fakeBackends) FindPodVolumes(string, upper.LockHolder) (held []upper.Upper, unknown []upper.PodVolumePath, err error) {
-	return nil, nil, b.n.failing("find pod volumes")
+func (b fakeBackends) FindPodVolumes(string, upper.LockHolder) (upper.FoundPodVolumes, error) {
+	return b.n.found, b.n.failing("find pod volumes")
 }
 
 // fakeUpper keeps to the life cycle of upper.Upper.

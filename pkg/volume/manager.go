@@ -57,7 +57,7 @@ type backends interface {
 	Choose(need upper.Requirements) (upper.Backend, error)
 	Open(at upper.Location) upper.Upper
 	OpenUnrecorded(base string) upper.Upper
-	FindPodVolumes(dir string, holder upper.LockHolder) (held []upper.Upper, unknown []upper.PodVolumePath, err error)
+	FindPodVolumes(dir string, holder upper.LockHolder) (upper.FoundPodVolumes, error)
 }
 
 // pods knows which pods are on the node.

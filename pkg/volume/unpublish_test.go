@@ -13,6 +13,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
 // TestUnpublish unpublishes every kind of volume.
@@ -122,4 +123,24 @@ func TestUnpublishLeavesTheOtherPods(t *testing.T) {
 	if len(r.Publications) != 1 || r.Spec.Upper != spec.UpperClaim || len(n.inUse) != 1 || len(n.mounts) != 1 {
 		t.Errorf("publications %v, in use %v, mounts %v", r.Publications, n.inUse, n.mounts)
 	}
+}
+
+// TestBusyMountOfNobody: a view of the pod that has a busy mount of its own does not explain another busy mount, which may be that of the
+// volume whose record is gone.
+func TestBusyMountOfNobody(t *testing.T) {
+	n := newFakeNode(t)
+	live := n.publish(n.request("p1", inline, spec.KeyUpper, "volume://scratch"))
+	r, err := n.records.Load(live.VolumeID)
+	check(t, err)
+	target := filepath.Join(filepath.Dir(live.Target), "without-record")
+	unpublish := func(others ...upper.LockHolder) error {
+		unknown := upper.PodVolumePath{Volume: r.Publications[0].PodVolume.Volume, Path: "renamed"}
+		n.found = upper.FoundPodVolumes{Others: others, Unknown: []upper.PodVolumePath{unknown}}
+		return n.manager.unrecorded.releasePodVolumes(t.Context(), "w", target)
+	}
+	check(t, unpublish())
+	wantKind(t, unpublish(upper.LockHolder{VolumeID: live.VolumeID, Target: live.Target}), errdefs.ErrDataLoss)
+	// Nor does a disk that cannot be read explain it.
+	check(t, os.Rename(fakeRoot{n}.VolumesDir(), n.dir+"/moved"))
+	wantKind(t, unpublish(), errdefs.ErrDataLoss)
 }

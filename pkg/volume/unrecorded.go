@@ -50,17 +50,18 @@ func (u unrecorded) releasePodVolumes(ctx context.Context, id, target string) er
 		return nil
 	}
 	holder := upper.LockHolder{Node: u.uppers.node, VolumeID: id, Target: target}
-	held, unknown, err := u.uppers.backends.FindPodVolumes(dir, holder)
+	found, err := u.uppers.backends.FindPodVolumes(dir, holder)
 	if err != nil {
 		return err
 	}
-	for _, found := range held {
-		if err := found.Release(ctx); err != nil {
+	for _, held := range found.Held {
+		if err := held.Release(ctx); err != nil {
 			return err
 		}
 	}
-	if unknown, err = u.withoutOthers(unknown, target); err != nil || len(unknown) == 0 {
-		return err
+	unknown := u.unexplained(found, target)
+	if len(unknown) == 0 {
+		return nil
 	}
 	var paths []string
 	for _, mount := range unknown[:min(len(unknown), maxUnknown)] {
@@ -71,15 +72,16 @@ func (u unrecorded) releasePodVolumes(ctx context.Context, id, target string) er
 		errdefs.ErrDataLoss, id, strings.Join(paths, ", "), dataroot.Record)
 }
 
-// withoutOthers returns the busy mounts that cannot be explained by the mounted views at other targets. By its record, each of these has
-// its upper in one volume, and one busy mount there.
-func (u unrecorded) withoutOthers(mounts []upper.PodVolumePath, target string) ([]upper.PodVolumePath, error) {
+// unexplained returns the busy mounts that cannot be explained by the mounted views at other targets. By its record, each of these has
+// its upper in one volume, and one busy mount there, which may be one that is known to be its own.
+func (u unrecorded) unexplained(found upper.FoundPodVolumes, target string) []upper.PodVolumePath {
+	mounts := found.Unknown
 	if len(mounts) == 0 {
-		return mounts, nil
+		return nil
 	}
 	ids, err := u.records.List()
 	if err != nil {
-		return mounts, err
+		return mounts // Nothing explains any.
 	}
 	others := map[string]int{}
 	for _, id := range ids {
@@ -89,7 +91,8 @@ func (u unrecorded) withoutOthers(mounts []upper.PodVolumePath, target string) (
 		}
 		for _, p := range r.Publications {
 			isThere := slices.ContainsFunc(mounts, func(m upper.PodVolumePath) bool { return m.Volume == p.PodVolume.Volume })
-			if !isThere || p.Target == target {
+			isKnown := slices.ContainsFunc(found.Others, func(h upper.LockHolder) bool { return h.VolumeID == id && h.Target == p.Target })
+			if !isThere || isKnown || p.Target == target {
 				continue
 			}
 			if live, err := u.views.isLive(&p); err == nil && live {
@@ -100,7 +103,7 @@ func (u unrecorded) withoutOthers(mounts []upper.PodVolumePath, target string) (
 	return slices.DeleteFunc(mounts, func(m upper.PodVolumePath) bool {
 		others[m.Volume]--
 		return others[m.Volume] >= 0
-	}), nil
+	})
 }
 
 // checkNoUppers returns ErrDataLoss if the directory of a volume without a record contains an upper, which another volume must not
