@@ -18,8 +18,8 @@ import (
 
 var (
 	// ErrEmpty is returned for a record without content of an ephemeral volume, which is what a power cut leaves: Save does not
-	// wait for the disk. ext4 then shows zeroes if the name and the size had reached the disk, and the content had not. Of a persistent
-	// volume it is ErrDamaged.
+	// wait for the disk. ext4 then shows zeroes, from some byte to the end, if the name and the size had reached the disk, and the content
+	// had not. Of a persistent volume it is ErrDamaged, and so is a record with zeroes in the middle.
 	ErrEmpty = fmt.Errorf("%w: the record is empty", errdefs.ErrDataLoss)
 	// ErrDamaged is returned for a record that is not what Save writes.
 	ErrDamaged = fmt.Errorf("%w: the record is damaged", errdefs.ErrDataLoss)
@@ -52,7 +52,7 @@ func (s *Store) Load(id string) (*Record, error) {
 		return nil, fmt.Errorf("read the record of volume %s: %w: %w", id, ErrDamaged, err)
 	case err != nil:
 		return nil, fmt.Errorf("read the record of volume %s: %w", id, err)
-	case len(data) == 0, bytes.IndexByte(data, 0) >= 0: // JSON has no zeroes.
+	case lacksContent(data):
 		return nil, fmt.Errorf("read the record of volume %s: %w: %s", id, s.emptyError(id), path)
 	}
 	var r Record
@@ -66,12 +66,17 @@ func (s *Store) Load(id string) (*Record, error) {
 	return &r, nil
 }
 
+// lacksContent reports whether a record is empty, or ends with zeroes: what did not reach the disk. JSON has none.
+func lacksContent(data []byte) bool {
+	return len(data) == 0 || data[len(data)-1] == 0 && bytes.IndexByte(bytes.TrimRight(data, "\x00"), 0) < 0
+}
+
 // emptyError is the error for a record without content. It is ErrEmpty only if the volume is known not to be persistent.
 func (s *Store) emptyError(id string) error {
 	if _, err := os.Lstat(filepath.Join(s.Dir(id), dataroot.PersistentMark)); errors.Is(err, fs.ErrNotExist) {
 		return ErrEmpty
 	}
-	return fmt.Errorf("%w: it is empty, or has zeroes", ErrDamaged)
+	return fmt.Errorf("%w: it is empty, or ends with zeroes", ErrDamaged)
 }
 
 // Save writes a record in place of the one before, and makes the directory of the volume if it is missing. If the upper is

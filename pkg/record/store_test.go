@@ -48,6 +48,7 @@ func TestLoadErrors(t *testing.T) {
 		"empty":           {"", ErrEmpty},
 		"zeroes":          {"\x00\x00", ErrEmpty},
 		"zeroes at last":  {`{"version":1,"id":"v",` + "\x00\x00", ErrEmpty},
+		"a zero in it":    {"{\"version\":1,\x00id\":\"v\"}", ErrDamaged},
 		"half":            {`{"version":1,"id":"v",`, ErrDamaged},
 		"other version":   {`{"version":99,"id":"v","spec":{"layers":[],"upper":"pod"}}`, errdefs.ErrFailedPrecondition},
 		"other volume":    {`{"version":1,"id":"w","spec":{"layers":[],"upper":"pod"}}`, errdefs.ErrFailedPrecondition},
