@@ -31,7 +31,7 @@ func newImagePrograms(commands commands) imagePrograms {
 	if !p.isOnRootMount() {
 		return p
 	}
-	namespace, err := linux.NewBareNamespace()
+	namespace, err := newEnterableNamespace()
 	if err != nil {
 		klog.Background().V(2).Info("Disk images are made and checked in this mount namespace, which takes the longer the more is mounted",
 			keyReason, err.Error())
@@ -42,6 +42,24 @@ func newImagePrograms(commands commands) imagePrograms {
 }
 
 const keyReason = "reason"
+
+// newEnterableNamespace returns a bare mount namespace, or an error where it cannot be entered: that takes CAP_SYS_CHROOT too (setns(2)).
+func newEnterableNamespace() (*os.File, error) {
+	root, err := linux.OpenDir("/")
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	namespace, err := linux.NewBareNamespace()
+	if err != nil {
+		return nil, err
+	}
+	if err := linux.InMountNamespace(namespace, root, func() error { return nil }); err != nil {
+		namespace.Close()
+		return nil, err
+	}
+	return namespace, nil
+}
 
 // isOnRootMount reports whether what the programs need is on the root mount: they themselves, their libraries and their configuration.
 func (p imagePrograms) isOnRootMount() bool {

@@ -3,6 +3,7 @@ package upper_test
 import (
 	"context"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -10,6 +11,7 @@ import (
 	utilexec "k8s.io/utils/exec"
 
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
+	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
 // watched are commands that write the mount table that they see beside the file that they are for.
@@ -43,6 +45,33 @@ func TestImageProgramsSeeNoOtherImages(t *testing.T) {
 		}
 		if count := strings.Count(string(seen), "/dev/loop"); count > 0 {
 			t.Errorf("the programs that made %s see %d mounted loop devices", base, count)
+		}
+	}
+}
+
+// withoutChrootEnv is set in the process that TestImageProgramsWithoutChroot runs without CAP_SYS_CHROOT.
+const withoutChrootEnv = "OVERLAY_CSI_TEST_WITHOUT_CHROOT"
+
+// TestImageProgramsWithoutChroot: to make a mount namespace takes CAP_SYS_ADMIN alone, to enter one takes CAP_SYS_CHROOT too (setns(2)).
+// A driver that lacks it runs the programs where it is.
+func TestImageProgramsWithoutChroot(t *testing.T) {
+	if os.Getenv(withoutChrootEnv) == "" {
+		needs.Root(t)
+		needs.Installed(t, "setpriv")
+		again := exec.Command("setpriv", "--bounding-set=-sys_chroot", os.Args[0], "-test.run=^TestImageProgramsWithoutChroot$", "-test.v")
+		again.Env = append(os.Environ(), withoutChrootEnv+"=1")
+		if output, err := again.CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, output)
+		}
+		return
+	}
+	root := newDataRoot(t, "tmpfs")
+	u := newUpper(t, newBackends(t, root), root, upper.Location{Backend: upper.DiskImage, Base: "a", Limit: upper.LimitOf(8 << 20)})
+	// Again for e2fsck.
+	for range 2 {
+		prepareAndClose(t, u)
+		if err := u.Release(t.Context()); err != nil {
+			t.Fatal(err)
 		}
 	}
 }
