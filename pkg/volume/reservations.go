@@ -27,6 +27,8 @@ type reservations struct {
 	mu sync.Mutex
 	// volumes are those that reserve something, by ID, nil before the records have been read.
 	volumes map[string]*reservation
+	// unread are those whose records could not be read the last time, by ID. They are read again before more is reserved.
+	unread map[string]bool
 	// reserved is what they reserve together.
 	reserved int64
 	// growing has the new size of each volume that is made or is growing, which its record does not say before it is done. What it takes
@@ -101,15 +103,21 @@ func (v *reservations) set(r *record.Record) {
 func (v *reservations) refresh(id string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.volumes == nil {
-		return
+	if v.volumes != nil {
+		v.read(id)
 	}
+}
+
+// read reads the record of a volume. The caller holds v.mu, so that a record that is saved during that is taken over after it.
+func (v *reservations) read(id string) {
 	r, err := v.records.Load(id)
 	switch {
 	case err == nil:
 		v.put(id, v.of(r))
 	case errdefs.IsNotFound(err):
 		v.put(id, nil)
+	default:
+		v.unread[id] = true
 	}
 }
 
@@ -132,27 +140,29 @@ func (v *reservations) keep(ids []string) error {
 	return err
 }
 
-// load reads the records, once. The caller holds v.mu, so that a record that is saved during that is taken over after it.
+// load reads the records, once, and later those that could not be read. The caller holds v.mu.
 func (v *reservations) load() error {
 	if v.volumes != nil {
+		for id := range v.unread {
+			v.read(id)
+		}
 		return nil
 	}
 	ids, err := v.records.List()
 	if err != nil {
 		return err
 	}
-	v.volumes = make(map[string]*reservation, len(ids))
+	v.volumes, v.unread = make(map[string]*reservation, len(ids)), map[string]bool{}
 	for _, id := range ids {
 		// Of a record that cannot be read, reconcile reports it. What the volume takes is not free.
-		if r, err := v.records.Load(id); err == nil {
-			v.put(id, v.of(r))
-		}
+		v.read(id)
 	}
 	return nil
 }
 
 // put replaces what a volume reserves. The caller holds v.mu.
 func (v *reservations) put(id string, r *reservation) {
+	delete(v.unread, id)
 	before := v.volumes[id]
 	if before != nil {
 		v.reserved -= before.bytes()

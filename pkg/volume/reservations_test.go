@@ -40,6 +40,24 @@ func TestRecordsAreReadOnce(t *testing.T) {
 	}
 }
 
+// TestRecordThatCannotBeReadForAMoment: what the volume reserves counts as soon as its record can be read.
+func TestRecordThatCannotBeReadForAMoment(t *testing.T) {
+	n := newFakeNode(t)
+	n.create(spec.KeySizeLimit, "64Mi")
+	path := filepath.Join(n.records.Dir("v"), dataroot.Record)
+	check(t, os.Rename(path, path+".moved"))
+	check(t, os.Symlink(path, path))
+	n.boot(testBoot)
+	_, err := n.manager.Capacity(t.Context())
+	check(t, err)
+	check(t, os.Rename(path+".moved", path))
+	_, err = n.manager.Capacity(t.Context())
+	check(t, err)
+	if n.manager.ledger.reserved != 64*mib {
+		t.Errorf("%d bytes are reserved, want 64 MiB", n.manager.ledger.reserved)
+	}
+}
+
 // opens returns a function that says how often files in directories have been opened.
 func opens(t *testing.T, dirs ...string) func() int {
 	t.Helper()
