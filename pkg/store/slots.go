@@ -68,7 +68,8 @@ func (s *slots) acquire(
 ) (*slot, error) {
 	wanted := &slot{slots: s, host: host, turn: turn, remaining: remaining, lose: lose, granted: make(chan struct{})}
 	s.mu.Lock()
-	wanted.round = s.round
+	// A registry that comes back must not stay ahead of another one's second fetch.
+	wanted.round = s.round + 1
 	for _, other := range slices.Concat(s.held, s.waiting) {
 		if other.host == host {
 			wanted.round = max(wanted.round, other.round+1)

@@ -3,7 +3,9 @@ package store
 import (
 	"context"
 	"slices"
+	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -75,7 +77,7 @@ func TestSlotOfRegistryWithoutRanges(t *testing.T) {
 	})
 }
 
-// TestSlotsTakeTurns: a registry with many fetches makes another one wait for one of them, whenever that begins.
+// TestSlotsTakeTurns: of a registry with many fetches that wait, one goes before each fetch of another one, whenever that begins.
 func TestSlotsTakeTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSlots(1)
@@ -100,10 +102,52 @@ func TestSlotsTakeTurns(t *testing.T) {
 		time.Sleep(2500 * time.Millisecond)
 		begin("other", "o1")
 		time.Sleep(time.Minute)
-		if want := []string{"e1", "g1", "e2", "g2", "o1", "e3", "e4", "e5"}; !slices.Equal(order, want) {
+		if want := []string{"e1", "e2", "g1", "e3", "g2", "o1", "e4", "e5"}; !slices.Equal(order, want) {
 			t.Errorf("the order is %q, want %q", order, want)
 		}
 		stop()
+	})
+}
+
+// TestSlotsOfRegistriesThatComeBack: registries with one fetch each, which come back whenever they have had a slot, keep no other one from
+// its turns. A download that loses its slot comes back so.
+func TestSlotsOfRegistriesThatComeBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const others, fetches = 8, 10
+		s := newSlots(3)
+		ctx, stop := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		fetch := func(host string) bool {
+			held, err := s.acquire(ctx, host, slotTurn, func() int64 { return 0 }, nil)
+			if err != nil {
+				return false
+			}
+			time.Sleep(time.Second)
+			held.release()
+			return true
+		}
+		for i := range others {
+			running.Go(func() {
+				for fetch(strconv.Itoa(i)) {
+				}
+			})
+		}
+		synctest.Wait()
+		var done atomic.Int64
+		for range fetches {
+			running.Go(func() {
+				if fetch("many") {
+					done.Add(1)
+				}
+			})
+		}
+		// Each registry has three slots in nine seconds.
+		time.Sleep((others + 2) * fetches / 3 * time.Second)
+		stop()
+		running.Wait()
+		if done.Load() != fetches {
+			t.Errorf("a registry with %d fetches had a slot for %d of them", fetches, done.Load())
+		}
 	})
 }
 
