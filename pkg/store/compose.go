@@ -50,7 +50,7 @@ func (p *puller) addAttributes(ctx context.Context, current *pull, img *Image, f
 	}
 	id := digest.NewDigest(digest.SHA256, hash)
 	blob := image.LayerBlob{Descriptor: ocispec.Descriptor{MediaType: attributesMediaType, Digest: id, Size: size.bytes}, DiffID: id}
-	if id, err = p.fetcher.layer(ctx, blob, attributes); err != nil {
+	if id, err = p.fetcher.layer(ctx, blob, attributes, &current.inSlot); err != nil {
 		return err
 	}
 	current.hold(id)

@@ -69,18 +69,23 @@ type fetch struct {
 	err      error
 	canceled bool
 	received progressCounter
+
+	// The lock of the fetcher guards these. clocks are those of the pulls that need the fetch. They run while it has a slot.
+	clocks   []*slotClock
+	isInSlot bool
 }
 
 func newFetcher(collector *collector, slots int) *fetcher {
 	return &fetcher{catalogue: collector.catalogue, collector: collector, slots: newSlots(slots), fetches: map[fetchKey]*fetch{}}
 }
 
-// layer fetches the layer of a blob if it is not present. It returns the diff ID, and acquires a reference on the layer.
-func (f *fetcher) layer(ctx context.Context, blob image.LayerBlob, from origin) (digest.Digest, error) {
+// layer fetches the layer of a blob if it is not present. It returns the diff ID, and acquires a reference on the layer. clock
+// runs while the fetch has a slot.
+func (f *fetcher) layer(ctx context.Context, blob image.LayerBlob, from origin, clock *slotClock) (digest.Digest, error) {
 	own := fetchKeyOf(blob, from.source())
 	key := own.shared()
 	for {
-		id, current, isOurs := f.join(ctx, key, blob, from)
+		id, current, isOurs := f.join(ctx, key, blob, from, clock)
 		if current == nil {
 			return id, nil
 		}
@@ -107,7 +112,7 @@ func (f *fetcher) layer(ctx context.Context, blob image.LayerBlob, from origin) 
 // join acquires a reference on the layer of a blob if it is present. Otherwise it returns the fetch in progress. isOurs
 // reports whether the fetch is new, so that the caller must run it.
 func (f *fetcher) join(
-	ctx context.Context, key fetchKey, blob image.LayerBlob, from origin,
+	ctx context.Context, key fetchKey, blob image.LayerBlob, from origin, clock *slotClock,
 ) (id digest.Digest, current *fetch, isOurs bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -115,9 +120,13 @@ func (f *fetcher) join(
 		return id, nil, false
 	}
 	if current, ok := f.fetches[key]; ok {
+		current.clocks = append(current.clocks, clock)
+		if current.isInSlot {
+			clock.start()
+		}
 		return "", current, false
 	}
-	current = &fetch{done: make(chan struct{}), blob: blob, from: from}
+	current = &fetch{done: make(chan struct{}), blob: blob, from: from, clocks: []*slotClock{clock}}
 	current.ctx, current.cancel = context.WithCancel(ctx)
 	f.fetches[key] = current
 	return "", current, true
@@ -188,11 +197,30 @@ func (f *fetcher) fetchUntilLost(
 		return Layer{}, err
 	}
 	defer slot.release()
+	defer f.runClocks(current)()
 	layer, err := from.fetch(ctx, blob, key.workDirName(), &current.received)
 	if err != nil && errors.Is(context.Cause(ctx), errSlotLost) {
 		err = errSlotLost
 	}
 	return layer, err
+}
+
+// runClocks runs the clocks of the pulls that need a fetch, until stop is called.
+func (f *fetcher) runClocks(current *fetch) (stop func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	current.isInSlot = true
+	for _, clock := range current.clocks {
+		clock.start()
+	}
+	return func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		current.isInSlot = false
+		for _, clock := range current.clocks {
+			clock.stop()
+		}
+	}
 }
 
 // progress returns the number of bytes that are received of a blob from a source, and that are unpacked. Both are 0 if no fetch of

@@ -79,6 +79,9 @@ type pull struct {
 	reserved *reservation
 	ended    bool
 
+	// inSlot measures how long the layers of the pull have had slots. Without one it cannot take what it has reserved.
+	inSlot slotClock
+
 	heldMu sync.Mutex
 	// held are the references of the pull on layers. They are released after all waiters have their own.
 	held []digest.Digest
@@ -236,7 +239,7 @@ func (p *puller) pull(ctx context.Context, current *pull, from origin) (*Image, 
 	group.SetLimit(max(p.parallel, 1))
 	for i, blob := range blobs {
 		group.Go(func() error {
-			id, err := p.fetcher.layer(groupCtx, blob, from)
+			id, err := p.fetcher.layer(groupCtx, blob, from, &current.inSlot)
 			if err != nil {
 				return err
 			}

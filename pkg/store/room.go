@@ -19,9 +19,10 @@ import (
 )
 
 const (
-	// reserveFor is how long a pull reserves what it will take, however slow it is.
+	// reserveFor is how long a pull reserves what it will take, however slow it is. The time in which none of its layers has a slot does
+	// not count.
 	reserveFor = 2 * time.Minute
-	// reserveAhead is the time for which a pull reserves then what it will take in it, at the speed that it has had.
+	// reserveAhead is the time for which a pull then reserves what it will write, at the speed that it has had in its slots.
 	reserveAhead = time.Hour
 	// maxRoomTries is the number of times that a layer is fetched again after it ran out of disk space.
 	maxRoomTries = 2
@@ -107,7 +108,7 @@ func (p *puller) tryReserve(current *pull) (missing int64, _ error) {
 			continue
 		}
 		left := p.outstandingLocked([]*pull{other})
-		if ahead := other.reserved.ahead(left); ahead < left {
+		if ahead := other.reserved.ahead(left, other.inSlot.elapsed()); ahead < left {
 			ofSlow += ahead
 			continue
 		}
@@ -123,24 +124,20 @@ func (p *puller) tryReserve(current *pull) (missing int64, _ error) {
 	if missing := outstanding - available; missing > 0 && own > 0 {
 		return missing, nil
 	}
-	current.reserved = &reservation{time.Now(), own}
+	current.reserved = &reservation{own}
 	return 0, nil
 }
 
-// reservation is the disk space that a pull reserves, in bytes, and when it was reserved.
-type reservation struct {
-	at    time.Time
-	bytes int64
-}
+// reservation is the disk space that a pull reserves before its layers have slots.
+type reservation struct{ bytes int64 }
 
-// ahead returns how many of the bytes that a pull has left it may keep from others: all of them if it has just begun, and then what it will
-// take in the next hour. A registry that declares much and sends little keeps little.
-func (r *reservation) ahead(left int64) int64 {
-	took := time.Since(r.at)
-	if took < reserveFor {
+// ahead returns how many of the bytes that a pull has left it may keep from others: all of them if it waits for a slot or has just begun,
+// and then what it will write in the next hour. A registry that declares much and sends little keeps little.
+func (r *reservation) ahead(left int64, inSlot time.Duration) int64 {
+	if inSlot < reserveFor {
 		return left
 	}
-	return min(left, int64(float64(max(r.bytes-left, 0))/took.Seconds()*reserveAhead.Seconds()))
+	return min(left, int64(float64(max(r.bytes-left, 0))/inSlot.Seconds()*reserveAhead.Seconds()))
 }
 
 func (p *puller) outstanding(current *pull) int64 {

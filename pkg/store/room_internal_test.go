@@ -27,12 +27,16 @@ func TestSlowPullsReserveLittle(t *testing.T) {
 		// after is the time after which the other pull comes, and rate what was received in each second until then.
 		after time.Duration
 		rate  int64
-		fits  bool
+		// waits is set if the first pull waits for a slot, and lost if it then loses the one that it had after a minute.
+		waits, lost bool
+		fits        bool
 	}{
-		"just begun":       {time.Minute, 0, false},
-		"slow":             {10 * time.Minute, 100, true},
-		"nothing received": {10 * time.Minute, 0, true},
-		"fast enough":      {10 * time.Minute, 16 << 10, false},
+		"just begun":             {time.Minute, 0, false, false, false},
+		"slow":                   {10 * time.Minute, 100, false, false, true},
+		"nothing received":       {10 * time.Minute, 0, false, false, true},
+		"fast enough":            {10 * time.Minute, 16 << 10, false, false, false},
+		"waits for a slot":       {10 * time.Minute, 0, true, false, false},
+		"waits for another slot": {10 * time.Minute, 0, true, true, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			root, err := os.Open(dir)
@@ -50,14 +54,21 @@ func TestSlowPullsReserveLittle(t *testing.T) {
 					blob := image.LayerBlob{Descriptor: ocispec.Descriptor{Digest: digest.FromString(host), Size: size}}
 					begun := &pull{blobs: []image.LayerBlob{blob}, from: source{host: host}, mayUse: anyLayer}
 					p.pulls[pullKey{repository: host}] = begun
-					p.fetcher.fetches[fetchKeyOf(blob, begun.from)] = &fetch{}
+					p.fetcher.fetches[fetchKeyOf(blob, begun.from)] = &fetch{clocks: []*slotClock{&begun.inSlot}}
 					return begun
 				}
 				slow := begin("slow")
 				if missing, err := p.tryReserve(slow); err != nil || missing > 0 {
 					t.Fatalf("%d bytes are missing for the first pull: %v", missing, err)
 				}
-				time.Sleep(c.after)
+				if c.lost || !c.waits {
+					stop := p.fetcher.runClocks(p.fetcher.fetches[fetchKeyOf(slow.blobs[0], slow.from)])
+					time.Sleep(time.Minute)
+					if c.lost {
+						stop()
+					}
+				}
+				time.Sleep(c.after - time.Minute)
 				for _, current := range p.fetcher.fetches {
 					current.received.Received.Store(c.rate * int64(c.after.Seconds()))
 				}

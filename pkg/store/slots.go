@@ -59,6 +59,40 @@ type slot struct {
 	isLost bool
 }
 
+// slotClock measures how long at least one fetch that a pull needs has had a slot.
+type slotClock struct {
+	mu sync.Mutex
+	// running is the number of fetches that have a slot, began when it was last 0, and before the time that was measured until then.
+	running int
+	began   time.Time
+	before  time.Duration
+}
+
+func (c *slotClock) start() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.running++; c.running == 1 {
+		c.began = time.Now()
+	}
+}
+
+func (c *slotClock) stop() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.running--; c.running == 0 {
+		c.before += time.Since(c.began)
+	}
+}
+
+func (c *slotClock) elapsed() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.running > 0 {
+		return c.before + time.Since(c.began)
+	}
+	return c.before
+}
+
 func newSlots(total int) *slots { return &slots{total: max(total, 1)} }
 
 // acquire waits until a slot is free for a fetch from a registry. The fetch keeps the slot for turn at least, if no other has more than

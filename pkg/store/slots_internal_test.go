@@ -54,16 +54,21 @@ func TestSlotOfRegistryWithoutRanges(t *testing.T) {
 				}
 			}
 		})
+		var inSlot slotClock
 		fetchOne := func(size int64) error {
 			blob := image.LayerBlob{Descriptor: ocispec.Descriptor{Digest: digest.FromString("x"), Size: size}}
 			key := fetchKeyOf(blob, source{host: "evil"})
 			ctx, cancel := context.WithTimeout(ctx, 24*time.Hour)
 			defer cancel()
-			_, err := f.fetchInSlot(&fetch{ctx: ctx, cancel: cancel}, key, blob, &withoutRanges{rate: 1 << 20})
+			_, err := f.fetchInSlot(&fetch{ctx: ctx, cancel: cancel, clocks: []*slotClock{&inSlot}}, key, blob, &withoutRanges{rate: 1 << 20})
 			return err
 		}
+		began := time.Now()
 		if err := fetchOne(30 * 60 << 20); err != nil {
 			t.Errorf("a blob of half an hour: %v", err)
+		}
+		if took := time.Since(began); inSlot.elapsed() < 30*time.Minute || inSlot.elapsed() >= took {
+			t.Errorf("the clock of the pull ran for %s of %s", inSlot.elapsed(), took)
 		}
 		// No registry keeps a slot for ever.
 		if err := fetchOne(10 * 60 * 60 << 20); err == nil {
