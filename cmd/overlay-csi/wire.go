@@ -193,7 +193,7 @@ func newStore(ctx context.Context, root *dataroot.Root, records *record.Store, o
 		}
 	}
 	config := opts.registry
-	config.SpoolDir = root.Path()
+	config.SpoolDir, config.SpoolReserve = root.Path(), opts.store.MinFreeDiskPercent
 	return store.New(ctx, root, records, registry.NewClient(config), opts.store)
 }
 

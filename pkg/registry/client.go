@@ -12,6 +12,7 @@ import (
 	dockerconfig "github.com/containerd/containerd/v2/core/remotes/docker/config"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"golang.org/x/sync/semaphore"
 )
 
 // Config configures access to registries.
@@ -26,6 +27,8 @@ type Config struct {
 	CredentialsNamespaces []string
 	// SpoolDir is the directory whose file system has large manifests while they are read. It is that of temporary files by default.
 	SpoolDir string
+	// SpoolReserve is the percentage of the disk of SpoolDir that large manifests leave free. They are in memory instead.
+	SpoolReserve int
 	// UserAgent is the User-Agent header of all requests.
 	UserAgent string
 	// StallTimeout is the time after which a request that receives less than 1 KiB/s is retried.
@@ -42,11 +45,15 @@ const AllNamespaces = "*"
 type Client struct {
 	config Config
 	header http.Header
+	// spare bounds the memory for large documents that the disk has no room for.
+	spare *semaphore.Weighted
 }
 
 // NewClient returns a client. It sends no request.
 func NewClient(config Config) *Client {
-	return &Client{config: config, header: http.Header{"User-Agent": {config.UserAgent}}}
+	return &Client{
+		config: config, header: http.Header{"User-Agent": {config.UserAgent}}, spare: semaphore.NewWeighted(spareMemory),
+	}
 }
 
 // mayUseNode reports whether the node's credentials may be used beside those of a volume.

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/distribution/reference"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
@@ -23,6 +24,8 @@ type Repository struct {
 	registry string
 	resolver remotes.Resolver
 	config   Config
+	// spare is the memory of the client for large documents that the disk has no room for.
+	spare *semaphore.Weighted
 	// credentialsID identifies the credentials, those of the node included.
 	credentialsID string
 	// refusal says why the node's credentials are not used. It is empty if they are.
@@ -43,7 +46,7 @@ type sentLogin struct {
 // Repository returns the repository of an image. It sends no request.
 func (c *Client) Repository(named reference.Named, credentials Credentials) *Repository {
 	repository := &Repository{
-		named: named, registry: reference.Domain(named), config: c.config, credentialsID: credentials.ID(),
+		named: named, registry: reference.Domain(named), config: c.config, spare: c.spare, credentialsID: credentials.ID(),
 		lastLogin: &atomic.Pointer[sentLogin]{},
 	}
 	if credentials.ID() != "" {
@@ -121,42 +124,50 @@ func (r *Repository) Resolve(ctx context.Context) (ocispec.Descriptor, error) {
 }
 
 // Fetch returns the content of a manifest, an index or a configuration. It verifies the digest. The content of a large one is in a file
-// without a name, so that it takes no memory while the registry sends it.
+// without a name, so that it takes no memory while the registry sends it, if the disk has room.
 func (r *Repository) Fetch(ctx context.Context, descriptor ocispec.Descriptor) (io.ReadCloser, error) {
-	op := fetchOp(descriptor)
 	if descriptor.Size < 0 || descriptor.Size > image.MaxDocumentSize {
-		return nil, r.wrap(op, fmt.Errorf("%w: the document has %d bytes; the maximum is %d",
+		return nil, r.wrap(fetchOp(descriptor), fmt.Errorf("%w: the document has %d bytes; the maximum is %d",
 			image.ErrContentMismatch, descriptor.Size, image.MaxDocumentSize))
 	}
+	document, err := r.newDocument(ctx, descriptor.Size)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.fetchInto(ctx, document, descriptor); err != nil {
+		document.Close()
+		return nil, err
+	}
+	return document, nil
+}
+
+// fetchInto fetches a document and verifies its digest. An error in writing it is not the registry's, and is returned as it is.
+func (r *Repository) fetchInto(ctx context.Context, to document, descriptor ocispec.Descriptor) error {
+	op := fetchOp(descriptor)
 	// A document may have 8 MiB, so that it takes longer than a tag.
 	ctx, cancel := context.WithTimeoutCause(ctx, documentTimeouts*r.config.StallTimeout, errStalled)
 	defer cancel()
 	body, err := r.openBlob(ctx, descriptor, 0)
 	if err != nil {
-		return nil, r.wrap(op, stallCause(ctx, err))
+		return r.wrap(op, stallCause(ctx, err))
 	}
 	defer body.Close()
-	document, err := r.newDocument(descriptor.Size)
-	if err != nil {
-		return nil, err
-	}
+	writer := &documentWriter{to: to}
 	digester := descriptor.Digest.Algorithm().Digester()
 	// One byte more proves that it is too long.
-	size, err := io.Copy(io.MultiWriter(document, digester.Hash()), io.LimitReader(body, descriptor.Size+1))
+	size, err := io.Copy(io.MultiWriter(writer, digester.Hash()), io.LimitReader(body, descriptor.Size+1))
 	switch {
+	case writer.err != nil:
+		return writer.err
 	case isTooLong(err), size > descriptor.Size:
 		err = errTooLong(descriptor)
 	case err == nil:
 		err = image.Verify(descriptor, digester.Digest(), size)
 	}
-	if err == nil {
-		err = document.rewind()
-	}
 	if err != nil {
-		document.Close()
-		return nil, r.wrap(op, stallCause(ctx, err))
+		return r.wrap(op, stallCause(ctx, err))
 	}
-	return document, nil
+	return to.rewind()
 }
 
 // documentTimeouts is the maximum time for a document, in stall timeouts.
