@@ -13,6 +13,7 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/semaphore"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 	corev1 "k8s.io/api/core/v1"
@@ -31,8 +32,9 @@ const (
 	maxNodesTried = 3
 	// answerBefore is the time between the answer to an RPC and its deadline, for what follows when a node does not answer.
 	answerBefore = 5 * time.Second
-	// silentWait is how long an RPC waits for a node that does not seem to answer. The request stays in its object, and the threads of the
-	// provisioner are for the volumes of other nodes too.
+	// maxPatient is how many RPCs at a time wait to their ends for nodes that do not seem to answer. Others wait silentWait: their requests
+	// stay in the node's object, and the threads of the provisioner are for the volumes of other nodes too.
+	maxPatient = 50
 	silentWait = 2 * time.Second
 )
 
@@ -84,6 +86,7 @@ type Central struct {
 	CentralConfig
 	claimLayers claimLayers
 	segment     string
+	patient     *semaphore.Weighted
 }
 
 // NewCentral returns the service.
@@ -92,6 +95,7 @@ func NewCentral(config CentralConfig) *Central {
 		CentralConfig: config,
 		claimLayers:   newClaimLayers(config.Cluster, config.DriverName),
 		segment:       topologyKey(config.DriverName),
+		patient:       semaphore.NewWeighted(maxPatient),
 	}
 }
 
@@ -334,16 +338,21 @@ func (c *Central) deleteOn(ctx context.Context, object *overlaynode.OverlayNode,
 	return nil
 }
 
-// patience returns a context for a request to a node. It leaves time for what follows if the node does not answer.
+// patience returns a context for a request to a node, and a function to call when it ended. It leaves time for what follows if the node
+// does not answer.
 func (c *Central) patience(ctx context.Context, object *overlaynode.OverlayNode) (context.Context, context.CancelFunc) {
+	release := func() {}
 	if object.IsSilent() || object.Spec.NodeGoneSince != nil {
-		return context.WithTimeout(ctx, silentWait)
+		if !c.patient.TryAcquire(1) {
+			return context.WithTimeout(ctx, silentWait)
+		}
+		release = func() { c.patient.Release(1) }
 	}
-	deadline, ok := ctx.Deadline()
-	if !ok {
-		return context.WithCancel(ctx)
+	cancel := func() {}
+	if deadline, ok := ctx.Deadline(); ok {
+		ctx, cancel = context.WithDeadline(ctx, deadline.Add(-min(answerBefore, time.Until(deadline)/10)))
 	}
-	return context.WithDeadline(ctx, deadline.Add(-min(answerBefore, time.Until(deadline)/10)))
+	return ctx, func() { cancel(); release() }
 }
 
 // segmentsOf returns the topology segments of the nodes that a volume is on. A handle that no central controller made does not say it,
