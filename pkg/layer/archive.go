@@ -20,12 +20,11 @@ func (r *Roots) openArchiveInTime(ctx context.Context, ref reference.Reference) 
 // openArchive opens the file, or the directory of an OCI layout, that an archive:// reference names, for reading. Its errors are those
 // of openDir.
 func (r *Roots) openArchive(ref reference.Reference) (*os.File, error) {
-	opened := openedRoots{}
-	defer opened.close()
-	at, err := r.openRootOf(ref, opened)
+	at, err := r.openRootOf(ref)
 	if err != nil {
 		return nil, err
 	}
+	defer at.close()
 	// Somebody may have put a device there, and opening a device has effects. A handle (O_PATH) has none.
 	handle, err := openBeneath(at.dir, ref, linux.O_PATH, at.resolve)
 	if err != nil {

@@ -36,9 +36,13 @@ type questions struct {
 
 // question is what one caller asks file systems for, one thing after the other.
 type question struct {
-	all     *questions
-	answers []answer
+	all *questions
 
+	// answers are those that there are, and kept what was opened for them. Of the answers, so many are complete: they are those to what was
+	// asked for before. They are protected by all.mu.
+	answers  []answer
+	complete int
+	kept     []keptOpen
 	// root and path are what is asked for, and began is when that began. They are protected by all.mu.
 	root, path string
 	began      time.Time
@@ -53,6 +57,12 @@ type answer struct {
 	fingerprint linux.Fingerprint
 }
 
+// keptOpen is something of a root that is open while more is asked for.
+type keptOpen struct {
+	root  string
+	close func()
+}
+
 // ask calls do, which opens files with question.open, and returns these files. It returns ErrDoesNotAnswer if one of them takes longer
 // than patience, and waits for a second at most when ctx has ended. What is opened later is closed.
 func (q *questions) ask(ctx context.Context, patience time.Duration, do func(*question) error) ([]answer, error) {
@@ -60,8 +70,12 @@ func (q *questions) ask(ctx context.Context, patience time.Duration, do func(*qu
 	answered := make(chan error, 1)
 	go func() {
 		err := do(asked)
-		if left := asked.end(); err != nil || left {
-			asked.close()
+		left := asked.end()
+		for _, kept := range asked.kept {
+			kept.close()
+		}
+		if err != nil || left {
+			closeAll(asked.answers)
 		}
 		answered <- err
 	}()
@@ -118,12 +132,21 @@ func (q *question) open(root, path string, do func() (*os.File, error)) (answer,
 	// What was opened may have been remembered of a server that is away. The mount would wait for it.
 	id, fingerprint, err := linux.Revalidate(file)
 	opened := answer{file, id, fingerprint}
+	q.all.mu.Lock()
+	defer q.all.mu.Unlock()
 	q.answers = append(q.answers, opened)
 	return opened, err
 }
 
-func (q *question) close() {
-	for _, opened := range q.answers {
+// keep has something of a root closed when nothing more is asked for.
+func (q *question) keep(root string, closeIt func()) {
+	q.all.mu.Lock()
+	defer q.all.mu.Unlock()
+	q.kept = append(q.kept, keptOpen{root, closeIt})
+}
+
+func closeAll(answers []answer) {
+	for _, opened := range answers {
 		opened.file.Close()
 	}
 }
@@ -144,7 +167,7 @@ func (q *question) begin(root, path string) error {
 			return noAnswer(root, other, began)
 		}
 	}
-	q.root, q.path, q.began = root, path, time.Now()
+	q.root, q.path, q.began, q.complete = root, path, time.Now(), len(q.answers)
 	return nil
 }
 
@@ -163,7 +186,7 @@ func (q *question) end() (left bool) {
 }
 
 // leave ends the waiting if what is asked for was begun that long ago, and returns ErrDoesNotAnswer. Otherwise it returns how long is
-// left.
+// left. What is open of other file systems is closed: it would keep them from being unmounted until this one answers.
 func (q *question) leave(patience time.Duration) (time.Duration, error) {
 	q.all.mu.Lock()
 	defer q.all.mu.Unlock()
@@ -178,7 +201,30 @@ func (q *question) leave(patience time.Duration) (time.Duration, error) {
 		q.all.overdue[q.root] = map[string]time.Time{}
 	}
 	q.all.overdue[q.root][q.path] = q.began
+	q.closeComplete()
 	return 0, noAnswer(q.root, q.path, q.began)
+}
+
+// closeComplete closes what is not needed for what is asked for: the complete answers, and what is kept of other roots. The caller holds
+// all.mu, and does not wait for it.
+func (q *question) closeComplete() {
+	complete := q.answers[:q.complete]
+	q.answers = q.answers[q.complete:]
+	var ofThis, ofOthers []keptOpen
+	for _, kept := range q.kept {
+		if kept.root == q.root {
+			ofThis = append(ofThis, kept)
+		} else {
+			ofOthers = append(ofOthers, kept)
+		}
+	}
+	q.kept = ofThis
+	go func() {
+		closeAll(complete)
+		for _, kept := range ofOthers {
+			kept.close()
+		}
+	}()
 }
 
 func noAnswer(root, path string, began time.Time) error {

@@ -136,9 +136,19 @@ func testFileSystemsAskedInTurn(t *testing.T) {
 	for _, opened := range answers {
 		opened.file.Close()
 	}
+	for len(opened) > 0 {
+		<-opened
+	}
 	_, took, err = ask(t.Context(), hung)
 	if !errors.Is(err, ErrDoesNotAnswer) || !strings.Contains(err.Error(), "second") || took != 2*patience-time.Second {
 		t.Errorf("the second does not answer: after %s: %v", took, err)
+	}
+	// The answer that there is keeps no file system from being unmounted.
+	synctest.Wait()
+	if first := <-opened; len(opened) > 0 {
+		t.Error("more than the first was opened")
+	} else if _, err := first.Stat(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("what the first opened is open while the second does not answer: %v", err)
 	}
 	for path, want := range map[string]error{"first": nil, "second": ErrDoesNotAnswer} {
 		file, err := q.askOne(t.Context(), patience, "layer root a", path, func() (*os.File, error) { return os.Open("/") })
@@ -159,7 +169,7 @@ func testFileSystemsAskedInTurn(t *testing.T) {
 		t.Errorf("after the answers, overdue: %v", q.overdue)
 	}
 	// The third was not asked after the second, and for the request that had ended only the first was.
-	if n := len(opened); n != 3+2+1 {
+	if n := len(opened); n != 1+1 {
 		t.Errorf("%d were opened", n)
 	}
 	for len(opened) > 0 {
@@ -168,4 +178,37 @@ func testFileSystemsAskedInTurn(t *testing.T) {
 			t.Errorf("what was opened late is open: %v", err)
 		}
 	}
+}
+
+// TestRootsOfOthersAreClosed: while one root does not answer, another one is not kept open, and the one that is asked is.
+func TestRootsOfOthersAreClosed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var q questions
+		hung := make(chan struct{})
+		var closed [2]atomic.Bool
+		names := []string{"layer root a", "layer root b"}
+		_, err := q.ask(t.Context(), patience, func(asked *question) error {
+			for i, name := range names {
+				if _, err := asked.open(name, "", func() (*os.File, error) {
+					asked.keep(name, func() { closed[i].Store(true) })
+					if i == 1 {
+						<-hung
+					}
+					return os.Open("/")
+				}); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		synctest.Wait()
+		if !errors.Is(err, ErrDoesNotAnswer) || !closed[0].Load() || closed[1].Load() {
+			t.Errorf("%v; a is closed: %t, b: %t", err, closed[0].Load(), closed[1].Load())
+		}
+		close(hung)
+		synctest.Wait()
+		if !closed[1].Load() {
+			t.Error("b is open after its answer")
+		}
+	})
 }

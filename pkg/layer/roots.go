@@ -90,12 +90,6 @@ func (o openedRoot) close() {
 // openedRoots are layer roots that are open, by name. Each is opened once for all layers beneath it.
 type openedRoots map[string]openedRoot
 
-func (o openedRoots) close() {
-	for _, root := range o {
-		root.close()
-	}
-}
-
 // openRoot opens a layer root. The caller closes it.
 func (r *Roots) openRoot(root Root) (openedRoot, error) {
 	dir, err := linux.OpenDir(root.Path)
@@ -122,11 +116,8 @@ func (r *Roots) openRootInTime(ctx context.Context, name string) (*os.File, erro
 	return r.questions.askOne(ctx, patience, rootName(name), "", func() (*os.File, error) { return linux.OpenDir(r.roots[name].Path) })
 }
 
-// openRootOf opens the layer root of a reference, unless it is in opened already, and adds it there.
-func (r *Roots) openRootOf(ref reference.Reference, opened openedRoots) (openedRoot, error) {
-	if at, ok := opened[ref.Name()]; ok {
-		return at, nil
-	}
+// openRootOf opens the layer root of a reference. The caller closes it.
+func (r *Roots) openRootOf(ref reference.Reference) (openedRoot, error) {
 	root, err := r.find(ref)
 	if err != nil {
 		return openedRoot{}, err
@@ -135,7 +126,6 @@ func (r *Roots) openRootOf(ref reference.Reference, opened openedRoots) (openedR
 	if err != nil {
 		return openedRoot{}, fmt.Errorf("%w: layer %s: layer root %s: %w", errdefs.ErrUnavailable, ref, ref.Name(), err)
 	}
-	opened[ref.Name()] = at
 	return at, nil
 }
 
@@ -145,7 +135,6 @@ func (r *Roots) openRootOf(ref reference.Reference, opened openedRoots) (openedR
 func (r *Roots) openDirsInTime(ctx context.Context, refs []reference.Reference) ([]answer, error) {
 	return r.questions.ask(ctx, patience, func(asked *question) error {
 		opened := openedRoots{}
-		defer opened.close()
 		for _, ref := range refs {
 			if err := r.openDir(asked, ref, opened); err != nil {
 				return err
@@ -156,11 +145,15 @@ func (r *Roots) openDirsInTime(ctx context.Context, refs []reference.Reference) 
 }
 
 func (r *Roots) openDir(asked *question, ref reference.Reference, opened openedRoots) error {
-	var at openedRoot
+	at, isOpen := opened[ref.Name()]
 	dir, err := asked.open(rootName(ref.Name()), ref.Path(), func() (*os.File, error) {
-		var err error
-		if at, err = r.openRootOf(ref, opened); err != nil {
-			return nil, err
+		if !isOpen {
+			var err error
+			if at, err = r.openRootOf(ref); err != nil {
+				return nil, err
+			}
+			opened[ref.Name()] = at
+			asked.keep(rootName(ref.Name()), at.close)
 		}
 		dir, err := openBeneath(at.dir, ref, linux.O_PATH|linux.O_DIRECTORY, at.resolve)
 		if err != nil {
