@@ -175,15 +175,17 @@ func DisableCopyOnWrite(file *os.File) error {
 	})
 }
 
-// HasAllBlocks reports whether the file system has allocated all of the first bytes of an open file (fiemap, FS_IOC_FIEMAP). The error is
-// EOPNOTSUPP where it does not say. What a file takes of the disk (st_blocks) does not say it: blocks that list its blocks are in that,
+// HasAllBlocks reports whether the file system has allocated all of the first bytes of an open file, for this file alone: what is written
+// to blocks that it shares with another one (FICLONE, ioctl_ficlone(2)) takes others (fiemap, FS_IOC_FIEMAP). The error is EOPNOTSUPP
+// where it does not say. What a file takes of the disk (st_blocks) does not say it: blocks that list its blocks are in that,
 // and blocks behind its end.
 func HasAllBlocks(file *os.File, bytes int64) (bool, error) {
 	// include/uapi/linux/fiemap.h.
 	const (
-		fiemap   = 0xc020660b
-		lastFlag = 0x1
-		room     = 64
+		fiemap     = 0xc020660b
+		lastFlag   = 0x1
+		sharedFlag = 0x2000
+		room       = 64
 	)
 	type extent struct {
 		logical, physical, length uint64
@@ -203,7 +205,7 @@ func HasAllBlocks(file *os.File, bytes int64) (bool, error) {
 			return false, err
 		}
 		for _, found := range request.extents[:request.count] {
-			if found.logical > next {
+			if found.logical > next || found.flags&sharedFlag != 0 {
 				return false, nil
 			}
 			next = max(next, found.logical+found.length)

@@ -188,6 +188,10 @@ func (d diskImage) runCheck(ctx context.Context) error {
 		return fmt.Errorf("%w: the disk image %s is open for writing elsewhere, and a second file system on it would destroy it; "+
 			"find out who has it (losetup --list, lsof), and detach it", errdefs.ErrUnavailable, d.file())
 	}
+	// An e2fsck that finds no room for what it writes leaves the image damaged.
+	if err := d.reserveClosed(); err != nil {
+		return err
+	}
 	output, err := d.programs.run(ctx, d.base, checkExt4, "-p", imageName)
 	if err == nil {
 		return nil

@@ -122,6 +122,18 @@ func (d diskImage) reserveAll(image *os.File) error {
 	return reserve(image, info.Size())
 }
 
+// reserveClosed is reserveAll for an image that is not open.
+func (d diskImage) reserveClosed() error {
+	if d.sparse {
+		return nil
+	}
+	image, err := os.OpenFile(d.file(), os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.reserveAll(image), image.Close())
+}
+
 // reserve reserves the disk for the first bytes of an image. It looks first whether they fit: fallocate(2) that fails takes until then,
 // and on some file systems afterwards too, what others need.
 func reserve(image *os.File, bytes int64) error {

@@ -3,6 +3,7 @@ package upper_test
 import (
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -70,5 +71,37 @@ func TestReserveFindsHoles(t *testing.T) {
 					size, stat.DiskBytes(), block, err)
 			}
 		})
+	}
+}
+
+// TestSharedBlocksAreNotReserved: a copy of an image that shares its blocks (cp --reflink) takes blocks with each write to the image, which
+// on a full disk fails.
+func TestSharedBlocksAreNotReserved(t *testing.T) {
+	const size = 16 << 20
+	disk, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
+	if err := errors.Join(drivertest.MakeImage("xfs", disk, 320<<20, ""), drivertest.MountImage("xfs", disk, dir)); err != nil {
+		t.Skipf("no xfs here: %v", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	root := open(t, dir)
+	u := newUpper(t, newBackends(t, root), root, upper.Location{Backend: upper.DiskImage, Base: "base", Limit: upper.LimitOf(size)})
+	prepareAndClose(t, u)
+	if err := u.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	clone := filepath.Join(dir, "clone")
+	if output, err := exec.Command("cp", "--reflink=always", filepath.Join(dir, "base/disk.img"), clone).CombinedOutput(); err != nil {
+		t.Skipf("this xfs shares no blocks: %v: %s", err, output)
+	}
+	if err := drivertest.FillUp(filepath.Join(dir, "filler")); err != nil {
+		t.Fatal(err)
+	}
+	dirs, err := u.Prepare(t.Context(), upper.RootAttr{Mode: 0o755})
+	if err == nil {
+		dirs.Close()
+		err = u.Release(t.Context())
+	}
+	if !errors.Is(err, unix.ENOSPC) && !errdefs.IsResourceExhausted(err) {
+		t.Errorf("Prepare of an image that shares its blocks, on a full disk: %v, want ENOSPC", err)
 	}
 }
