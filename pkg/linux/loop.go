@@ -27,12 +27,21 @@ func HasLoopDevices() error {
 // (LO_FLAGS_AUTOCLEAR). Its I/O is direct where the file system of the file can do that, so that what is in the page cache of the file
 // system on the device need not be in that of the file too.
 func AttachLoop(file *os.File) (*os.File, error) {
+	return attachLoop(file, unix.LO_FLAGS_AUTOCLEAR|unix.LO_FLAGS_DIRECT_IO)
+}
+
+// AttachBufferedLoop is [AttachLoop] without direct I/O, so that the device has sectors of 512 bytes on every disk.
+func AttachBufferedLoop(file *os.File) (*os.File, error) {
+	return attachLoop(file, unix.LO_FLAGS_AUTOCLEAR)
+}
+
+func attachLoop(file *os.File, flags uint32) (*os.File, error) {
 	control, err := Open(nil, loopControl, os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer control.Close()
-	config := unix.LoopConfig{Fd: uint32(file.Fd()), Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_AUTOCLEAR | unix.LO_FLAGS_DIRECT_IO}}
+	config := unix.LoopConfig{Fd: uint32(file.Fd()), Info: unix.LoopInfo64{Flags: flags}}
 	// The kernel shows it in /sys/block/loopN/loop/backing_file; the array ends with a zero.
 	copy(config.Info.File_name[:len(config.Info.File_name)-1], file.Name())
 	for range loopTries {

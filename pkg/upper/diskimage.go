@@ -161,6 +161,10 @@ func (d diskImage) attach(ctx context.Context, made bool) (*os.File, error) {
 		removeFreeLoops()
 		loop, err = linux.AttachLoop(image)
 	}
+	if err == nil && !made && hasSmallBlocks(image, loop) {
+		loop.Close()
+		loop, err = linux.AttachBufferedLoop(image)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("attach the disk image %s to a loop device: %w", d.file(), err)
 	}

@@ -2,6 +2,7 @@ package upper
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -108,6 +109,23 @@ func sectorSize(image *os.File) (int, error) {
 	}
 	defer loop.Close()
 	return linux.LoopSectorSize(loop)
+}
+
+// hasSmallBlocks reports whether the file system of an image has smaller blocks than the sectors of its loop device, so that it cannot be
+// mounted there. The sectors may have been smaller when it was made: xfs has those of its blocks for a file that shared blocks with
+// another one (cp --reflink), and an image can be moved to another disk.
+func hasSmallBlocks(image, loop *os.File) bool {
+	// s_log_block_size of the superblock (fs/ext4/ext4.h).
+	const superblock, logBlockSize = 1024, 0x18
+	var buffer [4]byte
+	sector, err := linux.LoopSectorSize(loop)
+	if err != nil {
+		return false
+	}
+	if _, err := image.ReadAt(buffer[:], superblock+logBlockSize); err != nil {
+		return false
+	}
+	return 1024<<min(binary.LittleEndian.Uint32(buffer[:]), 6) < sector
 }
 
 // reserveAll reserves the disk for all of an image, unless it is sparse. It does nothing where that was done before.
