@@ -99,3 +99,42 @@ func TestTooManyDirectoriesWithoutEntries(t *testing.T) {
 		t.Errorf("%v, want ResourceExhausted", err)
 	}
 }
+
+// TestAttributesTakeShortTurns: an image whose layer of attributes goes to the store delays no other image.
+func TestAttributesTakeShortTurns(t *testing.T) {
+	first, n := newNode(t), newNode(t)
+	r := first.startRegistry(registrytest.Options{})
+	pinned := push(t, r, "slow:1", image(t, privateLayers(t)...))
+	top := first.mustPull(pinned).Image.Layers[2].DiffID
+	begun, end := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	n.onDiscard = func(path string) {
+		// The work directory of the layer is emptied before it is unpacked.
+		if strings.Contains(path, top.Encoded()) {
+			once.Do(func() { close(begun); <-end })
+		}
+	}
+	r = n.startRegistry(registrytest.Options{})
+	slow := push(t, r, "slow:1", image(t, privateLayers(t)...))
+	other := push(t, r, "other:1", image(t, layer(t, owned("etc", 0o700, 1)), layer(t, registrytest.File("etc/c", "c"))))
+	pull := func(ctx context.Context, pinned string) {
+		lease, err := n.pullWith(ctx, pinned)
+		if err != nil {
+			t.Errorf("pull %s: %v", pinned, err)
+			return
+		}
+		lease.Release()
+	}
+	var pulling sync.WaitGroup
+	pulling.Go(func() { pull(t.Context(), slow) })
+	select {
+	case <-begun:
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		pull(ctx, other)
+		cancel()
+	case <-time.After(10 * time.Second):
+		t.Error("the layer was not unpacked")
+	}
+	close(end)
+	pulling.Wait()
+}

@@ -29,15 +29,8 @@ const attributesMediaType = "application/vnd.overlay-csi.layer.attributes.v1.tar
 // directory without an entry, for which a lower layer has an entry (package merged). It is a layer like any other. The pull holds
 // references on the layers.
 func (p *puller) addAttributes(ctx context.Context, current *pull, img *Image, from origin) error {
-	attributes := &attributesOrigin{origin: from, image: *img, builder: p.builder, workDirs: p.collector.workDirs}
-	visible := p.catalogue.visible(img.diffIDs())
-	// An image without such directories, as most are, waits for no other one.
-	if len(visible) > 1 && slices.ContainsFunc(visible[:len(visible)-1], p.builder.listsImplied) {
-		turn, err := p.composing.acquire(ctx, from.source().host, slotTurn, func() int64 { return 0 }, nil)
-		if err != nil {
-			return err
-		}
-		defer turn.release()
+	attributes := &attributesOrigin{
+		origin: from, image: *img, builder: p.builder, workDirs: p.collector.workDirs, composing: p.composing,
 	}
 	hash := sha256.New()
 	size := &countingWriter{to: hash}
@@ -79,6 +72,8 @@ type attributesOrigin struct {
 	image    Image
 	builder  *builder
 	workDirs *workDirs
+	// composing are the turns to read the names of directories.
+	composing *slots
 }
 
 // holders returns who may have the layer: those who may have the others. What it contains is from these.
@@ -113,11 +108,19 @@ func (o *attributesOrigin) fetch(ctx context.Context, blob image.LayerBlob, dirN
 	return layer, nil
 }
 
-// write writes the tar of the layer, which is the same each time. It returns the number of entries.
+// write writes the tar of the layer, which is the same each time. It returns the number of entries. It waits for a turn if the image may
+// need the layer, and keeps it until it returns. An image without directories that lack an entry, as most are, waits for no other one.
 func (o *attributesOrigin) write(ctx context.Context, to io.Writer) (int, error) {
 	visible := o.builder.catalogue.visible(o.image.diffIDs())
 	if len(visible) == 1 {
 		return 0, nil
+	}
+	if slices.ContainsFunc(visible[:len(visible)-1], o.builder.listsImplied) {
+		turn, err := o.composing.acquire(ctx, o.source().host, slotTurn, func() int64 { return 0 }, nil)
+		if err != nil {
+			return 0, err
+		}
+		defer turn.release()
 	}
 	var trees []*os.File
 	defer func() { closeAll(trees) }()

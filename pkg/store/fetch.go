@@ -165,7 +165,7 @@ func (f *fetcher) cancelOthersLocked(blob blobKey) {
 // fetchInSlot fetches a layer when a slot is free. A fetch that loses its slot waits for another one and goes on.
 func (f *fetcher) fetchInSlot(current *fetch, key fetchKey, blob image.LayerBlob, from origin) (Layer, error) {
 	if _, ok := from.(*attributesOrigin); ok {
-		// It is not downloaded, and has a turn of its own (addAttributes).
+		// It is not downloaded, and takes turns of its own (attributesOrigin.write).
 		return from.fetch(current.ctx, blob, key.workDirName(), &current.received)
 	}
 	for turn := slotTurn; ; {

@@ -27,8 +27,8 @@ type puller struct {
 	fetcher   *fetcher
 	collector *collector
 	builder   *builder
-	// composing has one layer of attributes made at a time: the names of directories take memory. Registries take turns. It is not one of
-	// the slots of downloads, which would wait with it.
+	// composing has the directories of one layer of attributes read at a time: their names take memory. Registries take turns. It is not
+	// one of the slots of downloads, which would wait with it.
 	composing *slots
 	// parallel is the maximum number of layers of one image in progress.
 	parallel int
