@@ -30,8 +30,8 @@ const (
 	usualRatio = 4
 	// mostRatio is what is made room for at most when that was not enough. A small blob may unpack to more than the disk has.
 	mostRatio = 16
-	// tarBlock is the size of the header of a file in a tar in bytes.
-	tarBlock = 512
+	// usualFileSize is the size of the files of most layers in bytes.
+	usualFileSize = 16 << 10
 	// trashWait is the maximum time that a pull waits until what was discarded is deleted.
 	trashWait = time.Minute
 )
@@ -235,13 +235,14 @@ func (c *collector) withRoom(ctx context.Context, size int64, do func() error) e
 	}
 }
 
-// requestFor returns the request to make room for a tar of size bytes, or for the files that it may have if the disk is shorter of inodes.
+// requestFor returns the request to make room for a tar of size bytes, or for as many files as it usually has if the disk is shorter of
+// inodes.
 func (c *collector) requestFor(size int64) (GCRequest, error) {
 	usage, err := linux.FileSystemUsage(c.catalogue.root)
 	free := func(space linux.Space) float64 { return float64(space.Available) / float64(max(space.Total, 1)) }
 	// Some file systems have no limit of inodes: both numbers are 0.
 	if usage.Inodes.Total > 0 && free(usage.Inodes) < free(usage.Bytes) {
-		return GCRequest{Inodes: size/tarBlock + 1}, err
+		return GCRequest{Inodes: size/usualFileSize + 1}, err
 	}
 	return GCRequest{Bytes: size}, err
 }

@@ -2,6 +2,8 @@ package store
 
 import (
 	"os"
+	"path/filepath"
+	"strconv"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -78,5 +80,31 @@ func TestSlowPullsReserveLittle(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestRequestForInodes: a large layer on a disk that is short of inodes asks for as many as it may have, not for those of all layers.
+func TestRequestForInodes(t *testing.T) {
+	needs.Root(t)
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64m,nr_inodes=10"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, 0) })
+	for i := range 8 {
+		if err := os.WriteFile(filepath.Join(dir, strconv.Itoa(i)), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	root, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	c := &collector{catalogue: &catalogue{layout: layout{root: root, path: dir}}}
+	for size, want := range map[int64]int64{1: 1, 4 << 30: 262_145} {
+		if request, err := c.requestFor(size); err != nil || request != (GCRequest{Inodes: want}) {
+			t.Errorf("the request for %d bytes is %+v, want %d inodes: %v", size, request, want, err)
+		}
 	}
 }
