@@ -153,7 +153,12 @@ func (v *PodVolumes) open(ctx context.Context, volume *search) (*os.File, error)
 // ask asks the API server for the volume. It returns ErrUnavailable if there is no answer in time.
 func (v *PodVolumes) ask(ctx context.Context, volume *search) (Volume, error) {
 	began := time.Now()
-	inTime, cancel := context.WithDeadline(ctx, volume.deadline.Add(apiWait))
+	deadline := volume.deadline
+	if began.After(deadline) {
+		// A look at the file system took longer.
+		deadline = began
+	}
+	inTime, cancel := context.WithDeadline(ctx, deadline.Add(apiWait))
 	defer cancel()
 	known, err := v.api.PodVolume(inTime, volume.pod, volume.name)
 	if err != nil && inTime.Err() != nil && ctx.Err() == nil {
