@@ -33,6 +33,9 @@ func runController(ctx context.Context, opts controllerOptions) error {
 		return fmt.Errorf("find the API server: %w; run the controller in a pod with a ServiceAccount or set --kubeconfig", err)
 	}
 	config.UserAgent = "overlay-csi-controller/" + version
+	// The controller makes a few requests for each call of the provisioner, which has a limit of its own. With the default of 5 a second
+	// it would be the one that counts.
+	config.QPS = -1
 	api, err := kubeapi.NewClient(config)
 	if err != nil {
 		return err
