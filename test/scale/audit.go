@@ -110,7 +110,7 @@ func compare(ctx context.Context, o options) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.stop()) }()
-	c, err := newCluster(ctx, s)
+	c, err := newCluster(ctx, s, sidecarMode{})
 	if err != nil {
 		return err
 	}

@@ -33,13 +33,15 @@ type counters struct {
 	requests, failed, throttled atomic.Int64
 	watches, synced, relists    atomic.Int64
 	events, eventBytes, wire    atomic.Int64
+	beats                       atomic.Int64 // writes of an OverlayNode without results
+	bookmarks                   atomic.Int64 // in watches of an OverlayNode
 
 	mu         sync.Mutex
 	unexpected map[string]int
 }
 
 // report notes an error of a played process that the real one would log.
-func (p *process) report(err error) {
+func (c *counters) report(err error) {
 	if err == nil || errors.Is(err, context.Canceled) {
 		return
 	}
@@ -48,15 +50,17 @@ func (p *process) report(err error) {
 	if errors.As(err, &status) {
 		text = status.brief()
 	}
-	p.counters.mu.Lock()
-	defer p.counters.mu.Unlock()
-	if p.counters.unexpected == nil {
-		p.counters.unexpected = map[string]int{}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.unexpected == nil {
+		c.unexpected = map[string]int{}
 	}
-	if _, known := p.counters.unexpected[text]; known || len(p.counters.unexpected) < 20 {
-		p.counters.unexpected[text]++
+	if _, known := c.unexpected[text]; known || len(c.unexpected) < 20 {
+		c.unexpected[text]++
 	}
 }
+
+func (p *process) report(err error) { p.counters.report(err) }
 
 // process plays one program on a node: it has a connection of its own to the API server, and the user agent of the program.
 type process struct {
@@ -150,8 +154,6 @@ func (p *process) do(ctx context.Context, method, path, contentType string, body
 	switch contentType {
 	case strategicPatch:
 		accept = protobufType
-	case mergePatch:
-		accept = jsonType
 	}
 	response, err := p.send(ctx, method, path, contentType, accept, content)
 	if err != nil {

@@ -7,8 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -26,7 +24,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 )
 
-// cluster is what the API server has before anybody plays: the objects of deploy/, the CRDs of testdata, and nodes.
+// cluster is what the API server has before anybody plays: the manifests of the driver, the CRDs of testdata, and nodes.
 type cluster struct {
 	*servers
 	admin    *kubernetes.Clientset
@@ -38,7 +36,7 @@ type cluster struct {
 //go:embed testdata
 var testdata embed.FS
 
-func newCluster(ctx context.Context, s *servers) (*cluster, error) {
+func newCluster(ctx context.Context, s *servers, m mode) (*cluster, error) {
 	admin, err := kubernetes.NewForConfig(s.config)
 	if err != nil {
 		return nil, err
@@ -54,11 +52,7 @@ func newCluster(ctx context.Context, s *servers) (*cluster, error) {
 			return nil, err
 		}
 	}
-	tree, err := sourceTree()
-	if err != nil {
-		return nil, err
-	}
-	manifests, err := os.ReadFile(filepath.Join(tree, "deploy", "overlay-csi.yaml"))
+	manifests, err := m.manifests(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -84,14 +78,19 @@ func newCluster(ctx context.Context, s *servers) (*cluster, error) {
 		return nil, err
 	}
 	c.daemon = daemon.UID
+	c.token, err = c.tokenOf(ctx, "overlay-csi")
+	return c, err
+}
+
+// tokenOf returns a token of one of the ServiceAccounts of the driver.
+func (c *cluster) tokenOf(ctx context.Context, account string) (string, error) {
 	day := int64(24 * 3600)
 	request := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{ExpirationSeconds: &day}}
-	answer, err := admin.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, "overlay-csi", request, metav1.CreateOptions{})
+	answer, err := c.admin.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, account, request, metav1.CreateOptions{})
 	if err != nil {
-		return nil, err
+		return "", err
 	}
-	c.token = answer.Status.Token
-	return c, nil
+	return answer.Status.Token, nil
 }
 
 // resources are the kinds in the manifests that are applied, with the resources that they are.
@@ -105,6 +104,8 @@ var resources = map[string]schema.GroupVersionResource{
 	"RoleBinding":              {Group: "rbac.authorization.k8s.io", Version: "v1", Resource: "rolebindings"},
 	"NetworkPolicy":            {Group: "networking.k8s.io", Version: "v1", Resource: "networkpolicies"},
 	"DaemonSet":                {Group: "apps", Version: "v1", Resource: "daemonsets"},
+	"Deployment":               {Group: "apps", Version: "v1", Resource: "deployments"},
+	"PodDisruptionBudget":      {Group: "policy", Version: "v1", Resource: "poddisruptionbudgets"},
 	"CustomResourceDefinition": {Group: "apiextensions.k8s.io", Version: "v1", Resource: "customresourcedefinitions"},
 }
 

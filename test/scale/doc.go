@@ -15,9 +15,9 @@
 //	go run ./test/scale -record >test/scale/testdata/node.txt   # the real driver and sidecars; root
 //	go run ./test/scale -compare
 //
-// With -mode central, one external-provisioner and one external-resizer serve the cluster, and the nodes have the driver alone. These two
-// are the real programs. Played are the driver's controller service that they talk to, and of each node an object that only this node
-// watches, with a write of its status once a minute. Each volume that is made or deleted is one write to the object of its node.
+// With -mode central, the chart is rendered with provisioner.mode=central, and what its Deployment has are the real programs with its
+// arguments and rights: `overlay-csi controller`, external-provisioner and external-resizer. Of the driver on each node the part that they
+// reach is real, an overlaynode.Agent with a client and a connection of its own. Behind it are no volumes: it remembers their sizes.
 //
 // The servers and sidecars are found by flags, in the PATH, or built from the module in test/scale/servers, which takes a quarter of an
 // hour once. That is a module of its own, since Kubernetes and etcd are dependencies of nothing else here. external-provisioner has

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -35,12 +36,22 @@ type player interface {
 
 // mode is a way to deploy the driver: what is played once for the cluster, and on each node.
 type mode interface {
+	// manifests returns the objects that the driver is deployed with.
+	manifests(ctx context.Context) ([]byte, error)
 	start(ctx context.Context, c *cluster) error
 	node(c *cluster, i int) player
 }
 
-// sidecarMode is the chart as it is: sidecars on each node, and nothing central.
+// sidecarMode is the chart with its own values: sidecars on each node, and nothing central.
 type sidecarMode struct{}
+
+func (sidecarMode) manifests(context.Context) ([]byte, error) {
+	tree, err := sourceTree()
+	if err != nil {
+		return nil, err
+	}
+	return os.ReadFile(filepath.Join(tree, "deploy", "overlay-csi.yaml"))
+}
 
 func (sidecarMode) start(context.Context, *cluster) error { return nil }
 func (sidecarMode) node(c *cluster, i int) player         { return newSidecarNode(c, nodeName(i), i == 0) }
@@ -62,6 +73,8 @@ func main() {
 	flag.StringVar(&o.scheduler, "scheduler", "", "kube-scheduler, likewise")
 	flag.StringVar(&o.central.provisioner, "provisioner", "", "csi-provisioner, likewise, for -mode central and -record")
 	flag.StringVar(&o.central.resizer, "resizer", "", "csi-resizer, likewise")
+	flag.StringVar(&o.central.driver, "driver", "", "overlay-csi, for -mode central; otherwise built from this source tree")
+	flag.StringVar(&o.central.helm, "helm", "", "helm, for -mode central; otherwise that of the PATH")
 	flag.BoolVar(&o.record, "record", false, "print what the real programs on a node ask for, and measure nothing (root)")
 	flag.BoolVar(&o.compare, "compare", false, "compare what the played nodes ask for with what the real programs do, and measure nothing")
 	flag.StringVar(&o.audit, "audit", "", "print what the real programs ask for, from the audit log of an API server, and do nothing else")
@@ -100,7 +113,12 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	if o.mode == "central" || o.record {
-		if err := o.central.find(ctx); err != nil {
+		if err := o.central.findSidecars(ctx); err != nil {
+			return err
+		}
+	}
+	if o.mode == "central" {
+		if err := o.central.findDriver(ctx); err != nil {
 			return err
 		}
 	}
@@ -159,7 +177,7 @@ func measure(ctx context.Context, o options, m mode, n int, rates []float64) (re
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, s.stop()) }()
-	c, err := newCluster(ctx, s)
+	c, err := newCluster(ctx, s, m)
 	if err != nil {
 		return nil, err
 	}

@@ -19,16 +19,19 @@ type sample struct {
 	at                   time.Time
 	etcd, apiserver, own usage
 	scheduler            usage
-	sidecars             usage              // the central ones together
+	central              map[string]usage   // by the names of their containers
 	metrics              map[string]float64 // of the API server, by name and labels
 	events, wire         int64
 	relists, throttled   int64
+	beats, bookmarks     int64
 }
 
 func (c *cluster) sample(ctx context.Context, ownPID int) (sample, error) {
 	s := sample{
 		at: time.Now(), events: c.counters.events.Load(), wire: c.counters.wire.Load(),
-		relists: c.counters.relists.Load(), throttled: c.counters.throttled.Load(),
+		relists: c.counters.relists.Load(), throttled: c.counters.throttled.Load(), beats: c.counters.beats.Load(),
+		bookmarks: c.counters.bookmarks.Load(),
+		central:   map[string]usage{},
 	}
 	var err error
 	for _, p := range []struct {
@@ -41,13 +44,13 @@ func (c *cluster) sample(ctx context.Context, ownPID int) (sample, error) {
 			return sample{}, err
 		}
 	}
-	for _, sidecar := range c.sidecars {
-		one, err := usageOf(sidecar.Process.Pid)
-		if err != nil {
-			return sample{}, err
+	for name, program := range c.central {
+		if s.central[name], err = usageOf(program.Process.Pid); err != nil {
+			return sample{}, fmt.Errorf("the usage of the %s: %w", name, err)
 		}
-		s.sidecars.cpu += one.cpu
-		s.sidecars.resident += one.resident
+		if s.central[name].resident == 0 {
+			return sample{}, fmt.Errorf("the %s has ended", name)
+		}
 	}
 	s.metrics, err = scrape(ctx, c.config, "/metrics")
 	return s, err

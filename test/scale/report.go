@@ -23,8 +23,17 @@ type result struct {
 
 func (r result) seconds() float64 { return r.after.at.Sub(r.before.at).Seconds() }
 
+func (r result) difference(name string, keep func(map[string]string) bool) float64 {
+	return r.after.sum(name, keep) - r.before.sum(name, keep)
+}
+
 func (r result) perSecond(name string, keep func(map[string]string) bool) float64 {
-	return (r.after.sum(name, keep) - r.before.sum(name, keep)) / r.seconds()
+	return r.difference(name, keep) / r.seconds()
+}
+
+// cores returns how many CPUs a process has used.
+func (r result) cores(before, after usage) string {
+	return fmt.Sprintf("%.2f", (after.cpu-before.cpu)/r.seconds())
 }
 
 var writes = []string{"POST", "PUT", "PATCH", "DELETE", "APPLY"}
@@ -63,18 +72,20 @@ func report(w io.Writer, results []result) {
 			r.perSecond("apiserver_watch_events_sizes_sum", nil)/(1<<20))
 	}
 	fmt.Fprint(w, "\n| nodes | claims/s | API server CPU | memory | etcd CPU | memory | database | objects | volumes | ",
-		"scheduler's CPU | central sidecars' CPU | memory | test's own CPU | memory |\n",
-		"| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n")
+		"scheduler's CPU | test's own CPU | memory |\n",
+		"| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n")
 	for _, r := range results {
-		cores := func(before, after usage) string { return fmt.Sprintf("%.2f", (after.cpu-before.cpu)/r.seconds()) }
 		volumes := func(labels map[string]string) bool { return labels["resource"] == "persistentvolumes" }
-		fmt.Fprintf(w, "| %d | %g | %s | %s | %s | %s | %s | %.0f | %.0f | %s | %s | %s | %s | %s |\n", r.nodes, r.rate,
-			cores(r.before.apiserver, r.after.apiserver), mib(float64(r.after.apiserver.resident)),
-			cores(r.before.etcd, r.after.etcd), mib(float64(r.after.etcd.resident)), mib(r.after.sum("apiserver_storage_size_bytes", nil)),
+		fmt.Fprintf(w, "| %d | %g | %s | %s | %s | %s | %s | %.0f | %.0f | %s | %s | %s |\n", r.nodes, r.rate,
+			r.cores(r.before.apiserver, r.after.apiserver), mib(float64(r.after.apiserver.resident)),
+			r.cores(r.before.etcd, r.after.etcd), mib(float64(r.after.etcd.resident)), mib(r.after.sum("apiserver_storage_size_bytes", nil)),
 			r.after.sum("apiserver_resource_objects", nil), r.after.sum("apiserver_resource_objects", volumes),
-			cores(r.before.scheduler, r.after.scheduler), cores(r.before.sidecars, r.after.sidecars), mib(float64(r.after.sidecars.resident)),
-			cores(r.before.own, r.after.own), mib(float64(r.after.own.resident)))
+			r.cores(r.before.scheduler, r.after.scheduler), r.cores(r.before.own, r.after.own), mib(float64(r.after.own.resident)))
 	}
+	if len(results) > 0 && len(results[0].after.central) > 0 {
+		reportCentral(w, results)
+	}
+	reportClaims(w, results)
 	fmt.Fprintln(w)
 	for _, r := range results {
 		if note := r.remarks(); note != "" {
@@ -83,6 +94,54 @@ func report(w io.Writer, results []result) {
 	}
 	if len(results) > 0 {
 		details(w, results[len(results)-1])
+	}
+}
+
+// reportCentral writes what the programs take that run once for the cluster.
+func reportCentral(w io.Writer, results []result) {
+	names := slices.Sorted(maps.Keys(results[0].after.central))
+	fmt.Fprint(w, "\n| nodes | claims/s |")
+	for _, name := range names {
+		fmt.Fprintf(w, " %s's CPU | memory |", name)
+	}
+	fmt.Fprintf(w, "\n| ---: | ---: |%s\n", strings.Repeat(" ---: | ---: |", len(names)))
+	for _, r := range results {
+		fmt.Fprintf(w, "| %d | %g |", r.nodes, r.rate)
+		for _, name := range names {
+			before, after := r.before.central[name], r.after.central[name]
+			fmt.Fprintf(w, " %s | %s |", r.cores(before, after), mib(float64(after.resident)))
+		}
+		fmt.Fprintln(w)
+	}
+}
+
+// reportClaims writes what a claim costs the API server from its making to its deletion: all requests and watch events, without those that
+// are made without claims, which are leases, CSIStorageCapacity objects, the reports of nodes, and the bookmarks of their watches.
+func reportClaims(w io.Writer, results []result) {
+	fmt.Fprint(w, "\n| nodes | claims/s | requests per claim | of OverlayNodes | watch events per claim | of OverlayNodes | ",
+		"API server's CPU per claim | CSIStorageCapacity writes/s | watch events/s | reports/s | bookmarks/s |\n",
+		"| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n")
+	const capacities, nodes = "csistoragecapacities", "overlaynodes"
+	of := func(names ...string) func(map[string]string) bool {
+		return func(labels map[string]string) bool {
+			return slices.Contains(names, labels["resource"]) && labels["verb"] != "WATCH"
+		}
+	}
+	for _, r := range results {
+		requests := func(keep func(map[string]string) bool) float64 { return r.difference("apiserver_request_total", keep) }
+		events := func(keep func(map[string]string) bool) float64 {
+			return r.difference("apiserver_watch_events_total", keep)
+		}
+		isRequest := func(labels map[string]string) bool { return isRead(labels) || isWrite(labels) }
+		claims, beats := float64(max(r.bound, 1)), float64(r.after.beats-r.before.beats)
+		bookmarks := float64(r.after.bookmarks - r.before.bookmarks)
+		fmt.Fprintf(w, "| %d | %g | %.1f | %.2f | %.1f | %.2f | %.0f ms | %s | %s | %s | %s |\n", r.nodes, r.rate,
+			(requests(isRequest)-requests(of(capacities, "leases"))-beats)/claims, (requests(of(nodes))-beats)/claims,
+			(events(nil)-events(of(capacities, "leases"))-2*beats-bookmarks)/claims, (events(of(nodes))-2*beats-bookmarks)/claims,
+			1000*(r.after.apiserver.cpu-r.before.apiserver.cpu)/claims,
+			count(r.perSecond("apiserver_request_total", func(labels map[string]string) bool {
+				return isWrite(labels) && labels["resource"] == capacities
+			})), count(events(of(capacities))/r.seconds()), count(beats/r.seconds()), count(bookmarks/r.seconds()))
 	}
 }
 

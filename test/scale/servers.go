@@ -109,7 +109,7 @@ type servers struct {
 	auditLog        string
 	etcd, apiserver *exec.Cmd
 	scheduler       *exec.Cmd
-	sidecars        []*exec.Cmd // that are central
+	central         map[string]*exec.Cmd // the programs that run once for the cluster, by the names of their containers
 	all             []*exec.Cmd
 	config          *rest.Config
 }
