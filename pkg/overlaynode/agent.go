@@ -214,9 +214,10 @@ func (a *Agent) writeOnce(ctx context.Context, informer cache.SharedIndexInforme
 		// When it is there, the informer says so.
 		return a.Client.ensure(ctx, a.Node)
 	}
-	results := a.newResults(object)
+	results, answers := a.newResults(object)
 	isNew := object.Status.ReportedAt.IsZero()
-	if len(results) == 0 && !look && !isNew {
+	// What nobody asks for any more is removed with the next answer.
+	if answers == 0 && !look && !isNew {
 		return nil
 	}
 	status := map[string]any{"reportedAt": metav1.Now()}
@@ -244,11 +245,12 @@ func (a *Agent) measure(ctx context.Context) (int64, error) {
 	return a.Capacity(ctx)
 }
 
-// newResults returns what to change in the results of the object: those that it lacks, and nil for those that nobody asks for any more.
-func (a *Agent) newResults(object *OverlayNode) map[string]*Result {
+// newResults returns what to change in the results of the object: those that it lacks, which are the answers, and nil for those that nobody
+// asks for any more.
+func (a *Agent) newResults(object *OverlayNode) (results map[string]*Result, answers int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	results := map[string]*Result{}
+	results = map[string]*Result{}
 	size := 0
 	for handle, result := range object.Status.Results {
 		if _, asked := object.Spec.Requests[handle]; !asked {
@@ -263,9 +265,10 @@ func (a *Agent) newResults(object *OverlayNode) map[string]*Result {
 				result.Message = cut(result.Message, maxMessageIfMany)
 			}
 			results[handle] = &result
+			answers++
 		}
 	}
-	return results
+	return results, answers
 }
 
 // cut returns the beginning of a text, at most limit bytes of it.

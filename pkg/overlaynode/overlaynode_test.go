@@ -251,6 +251,27 @@ func TestWritesAreBatched(t *testing.T) {
 	}
 }
 
+// TestAnswersTakeOneWrite: what is to be removed from the object is removed with the next answer.
+func TestAnswersTakeOneWrite(t *testing.T) {
+	s := newAPIServer(t)
+	runAgent(t, s, "a", func(context.Context, string, []byte) Result {
+		time.Sleep(10 * time.Millisecond)
+		return Result{Body: `{}`}
+	})
+	d := newDispatcher(t, s, "a")
+	const requests = 40
+	body := fmt.Sprintf(`{"text":%q}`, strings.Repeat("x", keepBytes/10))
+	for i := range requests {
+		if _, err := call(t, d, "a", fmt.Sprintf("v%02d", i), "Create", body); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Another one is the first report.
+	if writes := s.count("PATCHstatus"); writes > requests*11/10 {
+		t.Errorf("%d answers took %d writes", requests, writes)
+	}
+}
+
 // TestAnsweredRequestsAreRemoved: the object does not grow with the number of requests.
 func TestAnsweredRequestsAreRemoved(t *testing.T) {
 	s := newAPIServer(t)
