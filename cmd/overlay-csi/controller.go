@@ -24,7 +24,7 @@ import (
 )
 
 // cleanInterval is the time between two looks for nodes that are gone.
-const cleanInterval = 10 * time.Minute
+const cleanInterval = time.Minute
 
 // runController creates the central controller's objects, and serves until ctx is done.
 func runController(ctx context.Context, opts controllerOptions) error {

@@ -59,8 +59,9 @@ func TestLostNode(t *testing.T) {
 	}
 	eventually(t, "an event says what became of the volume", func() error {
 		var events corev1.EventList
-		of := resources.WithFieldSelector("type=Warning,involvedObject.name=" + node + "." + driverName)
-		must(t, cluster.WithNamespace(driverNamespace).List(context.Background(), &events, of))
+		// Events about objects without a namespace are in this one.
+		of := resources.WithFieldSelector("type=Warning,involvedObject.kind=PersistentVolume,involvedObject.name=" + lost.Name)
+		must(t, cluster.WithNamespace(metav1.NamespaceDefault).List(context.Background(), &events, of))
 		for _, event := range events.Items {
 			if strings.Contains(event.Message, lost.Spec.CSI.VolumeHandle) && strings.Contains(event.Message, node) {
 				t.Logf("%s: %s", event.Reason, event.Message)
