@@ -163,7 +163,8 @@ func reserve(image *os.File, bytes int64) error {
 	if err != nil {
 		return err
 	}
-	if bytes-stat.DiskBytes() > disk.Bytes.Available {
+	// On a full xfs that has fewer free blocks than it keeps for itself, the available bytes are negative.
+	if bytes-stat.DiskBytes() > max(disk.Bytes.Available, 0) {
 		return reserveError(image.Name(), bytes, syscall.ENOSPC)
 	}
 	err = linux.Reserve(image, bytes)
