@@ -111,8 +111,9 @@ func TestBallast(t *testing.T) {
 			fillAgain := func() { must(t, other.fill()) }
 			stop, rounds := func() error { return nil }, 6
 			if row.always {
-				// A disk as small as this one has a small ballast.
-				stop, fillAgain, rounds = other.keepFilling(), func() {}, 3
+				// A disk as small as this one has a small ballast, and the neighbour takes the most of what it gives up: a third round used it
+				// up in one of eight runs on xfs.
+				stop, fillAgain, rounds = other.keepFilling(), func() {}, 2
 			}
 			for round := range rounds {
 				for i, v := range volumes {
