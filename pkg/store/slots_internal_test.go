@@ -107,6 +107,7 @@ func TestSlotsTakeTurns(t *testing.T) {
 		time.Sleep(2500 * time.Millisecond)
 		begin("other", "o1")
 		time.Sleep(time.Minute)
+		synctest.Wait()
 		if want := []string{"e1", "e2", "g1", "e3", "g2", "o1", "e4", "e5"}; !slices.Equal(order, want) {
 			t.Errorf("the order is %q, want %q", order, want)
 		}
