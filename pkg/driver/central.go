@@ -1,35 +1,27 @@
 package driver
 
 import (
-	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sync/semaphore"
-	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/overlaynode"
-	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
 const (
-	// maxNodesTried is how many nodes a request may be given to, one after the other, while none has room for the volume.
-	maxNodesTried = 3
 	// answerBefore is the time between the answer to an RPC and its deadline, for what follows when a node does not answer.
 	answerBefore = 5 * time.Second
 	// maxPatient is how many RPCs at a time wait to their ends for nodes that do not seem to answer. Others wait silentWait: their requests
@@ -85,7 +77,7 @@ type Central struct {
 	csi.UnimplementedControllerServer
 	CentralConfig
 	claimLayers claimLayers
-	segment     string
+	topologyKey string
 	patient     *semaphore.Weighted
 }
 
@@ -94,7 +86,7 @@ func NewCentral(config CentralConfig) *Central {
 	return &Central{
 		CentralConfig: config,
 		claimLayers:   newClaimLayers(config.Cluster, config.DriverName),
-		segment:       topologyKey(config.DriverName),
+		topologyKey:   topologyKey(config.DriverName),
 		patient:       semaphore.NewWeighted(maxPatient),
 	}
 }
@@ -141,108 +133,12 @@ func (c *Central) resolveLayers(
 	return c.Tags.ResolveTags(ctx, layers, req.GetSecrets(), request.Namespace)
 }
 
-// candidate is a node that a volume may be on.
-type candidate struct {
-	segment string
-	object  *overlaynode.OverlayNode
-}
-
-// candidates returns the nodes that meet a topology requirement and have a driver, in the order of preference. Those whose drivers do not
-// seem to run are the last.
-func (c *Central) candidates(requirement *csi.TopologyRequirement) []candidate {
-	var found []candidate
-	seen := map[string]bool{}
-	for _, topology := range slices.Concat(requirement.GetPreferred(), requirement.GetRequisite()) {
-		segment := topology.GetSegments()[c.segment]
-		if segment == "" || seen[segment] {
-			continue
-		}
-		seen[segment] = true
-		if object, err := c.node(segment); err == nil {
-			found = append(found, candidate{segment, object})
-		}
-	}
-	slices.SortStableFunc(found, func(a, b candidate) int { return cmp.Compare(a.silence(), b.silence()) })
-	return found
-}
-
-// silence returns 1 for a node whose driver does not seem to run, and 0 for others.
-func (c candidate) silence() int {
-	if c.object.IsSilent() || c.object.Spec.NodeGoneSince != nil {
-		return 1
-	}
-	return 0
-}
-
-// node returns the object of the node with a topology segment.
-func (c *Central) node(segment string) (*overlaynode.OverlayNode, error) {
-	object, err := c.Nodes.Get(segment)
-	if err == nil || !digestSegment.MatchString(segment) {
-		return object, err
-	}
-	for _, object := range c.Nodes.All() {
-		if segmentOf(object.Spec.Node) == segment {
-			return object, nil
-		}
-	}
-	return nil, err
-}
-
-// begun is a creation that an earlier request has begun.
-type begun struct {
-	candidate
-	layers []reference.Reference
-}
-
-// findBegun returns the creation of a volume that an earlier request of that name has begun on one of the nodes, nil if there is none. It
-// goes on there, and with the layers that the tags meant then.
-func (c *Central) findBegun(name string, candidates []candidate) *begun {
-	for _, candidate := range candidates {
-		handle := centralHandle(name, candidate.segment)
-		earlier, requested := candidate.object.Spec.Requests[handle]
-		result := candidate.object.Status.Results[handle]
-		if !requested || earlier.Method != methodCreate || result.ID == earlier.ID && result.Code != 0 {
-			continue
-		}
-		request := &csi.CreateVolumeRequest{}
-		if (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal([]byte(earlier.Body), request) != nil {
-			continue
-		}
-		if layers, err := reference.ParseList(request.GetParameters()[spec.KeyLayers]); err == nil {
-			return &begun{candidate, layers}
-		}
-	}
-	return nil
-}
-
-// createOnFirst has the first node that has room create the volume.
-func (c *Central) createOnFirst(
-	ctx context.Context, candidates []candidate, req *csi.CreateVolumeRequest, request volume.CreateRequest,
-) (*csi.CreateVolumeResponse, error) {
-	err := fmt.Errorf("%w: the accessibility requirements include no node that has the driver and %d bytes for volumes",
-		errdefs.ErrResourceExhausted, request.Spec.Size)
-	tried := 0
-	for _, candidate := range candidates {
-		if len(candidates) > 1 && candidate.object.Status.CapacityBytes < request.Spec.Size {
-			continue
-		}
-		if tried++; tried > maxNodesTried {
-			break
-		}
-		var response *csi.CreateVolumeResponse
-		if response, err = c.createOn(ctx, candidate, req, request); !isResourceExhausted(err) {
-			return response, err
-		}
-	}
-	return nil, err
-}
-
 // createOn has a node create the volume. What it answers is believed as far as the size goes.
 func (c *Central) createOn(
 	ctx context.Context, on candidate, req *csi.CreateVolumeRequest, request volume.CreateRequest,
 ) (*csi.CreateVolumeResponse, error) {
 	handle := centralHandle(req.GetName(), on.segment)
-	topology := &csi.Topology{Segments: map[string]string{c.segment: on.segment}}
+	topology := &csi.Topology{Segments: map[string]string{c.topologyKey: on.segment}}
 	parameters := userKeys(req.GetParameters())
 	delete(parameters, spec.KeyLayersFrom)
 	parameters[spec.KeyLayers] = strings.Join(request.Spec.LayerNames(), "\n")
@@ -278,7 +174,7 @@ func (c *Central) unlessGone(ctx context.Context, object *overlaynode.OverlayNod
 	}
 	gone, checkErr := c.Gone.Check(ctx, object)
 	if checkErr == nil && gone {
-		return fmt.Errorf("%w: node %s is gone", errdefs.ErrResourceExhausted, object.Spec.Node)
+		return fmt.Errorf("%w: node %s is gone; the volume has to be made on another one", errdefs.ErrResourceExhausted, object.Spec.Node)
 	}
 	return errors.Join(err, checkErr)
 }
@@ -287,12 +183,6 @@ func (c *Central) unlessGone(ctx context.Context, object *overlaynode.OverlayNod
 // the node deletes the volume if it comes back.
 func (c *Central) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequest) (*csi.DeleteVolumeResponse, error) {
 	handle := req.GetVolumeId()
-	if err := record.CheckID(handle); err != nil {
-		return nil, err
-	}
-	if err := c.Nodes.Await(ctx); err != nil {
-		return nil, err
-	}
 	segments, err := c.segmentsOf(ctx, handle)
 	if err != nil {
 		return nil, err
@@ -342,7 +232,7 @@ func (c *Central) deleteOn(ctx context.Context, object *overlaynode.OverlayNode,
 // does not answer.
 func (c *Central) patience(ctx context.Context, object *overlaynode.OverlayNode) (context.Context, context.CancelFunc) {
 	release := func() {}
-	if object.IsSilent() || object.Spec.NodeGoneSince != nil {
+	if object.IsSilent() {
 		if !c.patient.TryAcquire(1) {
 			return context.WithTimeout(ctx, silentWait)
 		}
@@ -355,33 +245,10 @@ func (c *Central) patience(ctx context.Context, object *overlaynode.OverlayNode)
 	return ctx, func() { cancel(); release() }
 }
 
-// segmentsOf returns the topology segments of the nodes that a volume is on. A handle that no central controller made does not say it,
-// and its PersistentVolume does.
-func (c *Central) segmentsOf(ctx context.Context, handle string) ([]string, error) {
-	_, segment, isCentral := strings.Cut(handle, handleSeparator)
-	isCentral = isCentral && labelValue.MatchString(segment)
-	if isCentral {
-		if _, err := c.node(segment); err == nil {
-			return []string{segment}, nil
-		}
-	}
-	segments, err := c.Cluster.VolumeTopology(ctx, c.DriverName, handle, c.segment)
-	if err == nil && isCentral && len(segments) == 0 {
-		segments = []string{segment}
-	}
-	return segments, err
-}
-
 // ValidateVolumeCapabilities has the node of the volume compare the capabilities with its record.
 func (c *Central) ValidateVolumeCapabilities(ctx context.Context, req *csi.ValidateVolumeCapabilitiesRequest,
 ) (*csi.ValidateVolumeCapabilitiesResponse, error) {
 	handle := req.GetVolumeId()
-	if err := record.CheckID(handle); err != nil {
-		return nil, err
-	}
-	if err := c.Nodes.Await(ctx); err != nil {
-		return nil, err
-	}
 	segments, err := c.segmentsOf(ctx, handle)
 	if err != nil {
 		return nil, err
@@ -393,7 +260,8 @@ func (c *Central) ValidateVolumeCapabilities(ctx context.Context, req *csi.Valid
 	if err != nil {
 		return nil, err
 	}
-	if earlier := object.Spec.Requests[handle]; earlier.ID != "" && object.Status.Results[handle].ID != earlier.ID {
+	_, requested := object.Spec.Requests[handle]
+	if _, answered := object.Answer(handle); requested && !answered {
 		return nil, fmt.Errorf("%w: volume %s is being created or deleted", errdefs.ErrAborted, handle)
 	}
 	response := &csi.ValidateVolumeCapabilitiesResponse{}
@@ -409,7 +277,7 @@ func (c *Central) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest) 
 		return nil, err
 	}
 	response := &csi.GetCapacityResponse{MinimumVolumeSize: wrapperspb.Int64(spec.MinPersistentSize)}
-	if segment := req.GetAccessibleTopology().GetSegments()[c.segment]; segment != "" {
+	if segment := req.GetAccessibleTopology().GetSegments()[c.topologyKey]; segment != "" {
 		if object, err := c.node(segment); err == nil {
 			response.AvailableCapacity = object.Status.CapacityBytes
 		}
@@ -429,30 +297,4 @@ func (c *Central) ControllerGetCapabilities(context.Context, *csi.ControllerGetC
 		csi.ControllerServiceCapability_RPC_GET_CAPACITY,
 		csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
 	), nil
-}
-
-// handleSeparator is between the name of a volume and the topology segment of its node, in the handle of a volume that a central
-// controller created.
-const handleSeparator = "@"
-
-// centralHandle returns the handle of the volume of that name on the node with a topology segment.
-func centralHandle(name, segment string) string {
-	handle := name + handleSeparator + segment
-	if record.CheckID(handle) == nil && !strings.Contains(name, handleSeparator) {
-		return handle
-	}
-	return digestName(name) + handleSeparator + segment
-}
-
-// nodelessHandle returns the handle of the volume of that name that is on no node.
-func nodelessHandle(name string) string {
-	if strings.Contains(name, handleSeparator) {
-		return digestName(name)
-	}
-	return volume.HandleFor(name)
-}
-
-func digestName(name string) string {
-	sum := sha256.Sum256([]byte(name))
-	return "sha256-" + hex.EncodeToString(sum[:20])
 }

@@ -2,7 +2,6 @@ package driver
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -27,14 +26,6 @@ const (
 // ForwardedTo returns a handler that hands the requests of a central controller to the controller service of this node. It logs to logger,
 // as a server does.
 func ForwardedTo(controller *Controller, logger klog.Logger) overlaynode.Handler {
-	chain := func(method string, request any, call grpc.UnaryHandler) grpc.UnaryHandler {
-		info := &grpc.UnaryServerInfo{FullMethod: "/csi.v1.Controller/" + method}
-		return func(ctx context.Context, _ any) (any, error) {
-			return withLog(logger)(ctx, request, info, func(ctx context.Context, request any) (any, error) {
-				return withStatus(ctx, request, info, call)
-			})
-		}
-	}
 	return func(ctx context.Context, method string, body []byte) overlaynode.Result {
 		var request proto.Message
 		var call grpc.UnaryHandler
@@ -49,11 +40,13 @@ func ForwardedTo(controller *Controller, logger klog.Logger) overlaynode.Handler
 			return failed(fmt.Errorf("%w: the driver of this node is older than the controller: it does not know %s; upgrade it",
 				errdefs.ErrUnavailable, method))
 		}
-		// A newer controller may send fields that this driver does not know.
-		if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(body, request); err != nil {
+		if err := unmarshal(string(body), request); err != nil {
 			return failed(fmt.Errorf("%w: the body of %s: %w", errdefs.ErrInvalidArgument, method, err))
 		}
-		response, err := chain(method, request, call)(ctx, request)
+		info := &grpc.UnaryServerInfo{FullMethod: "/csi.v1.Controller/" + method}
+		response, err := withLog(logger)(ctx, request, info, func(ctx context.Context, request any) (any, error) {
+			return withStatus(ctx, request, info, call)
+		})
 		if err != nil {
 			return failed(err)
 		}
@@ -83,10 +76,7 @@ func isResourceExhausted(err error) bool {
 	return status.Code(toStatus(err)) == codes.ResourceExhausted
 }
 
-// errNoBody is the error of an answer with OK and nothing else.
-var errNoBody = errors.New("the answer has no body")
-
-// forward hands a request to the driver of a node and reads its answer into response.
+// forward hands a request to the driver of a node and reads its answer into response. It returns the status of the node if that is not OK.
 func forward(ctx context.Context, to nodes, node, handle, method string, request, response proto.Message) error {
 	body, err := protojson.Marshal(request)
 	if err != nil {
@@ -96,19 +86,16 @@ func forward(ctx context.Context, to nodes, node, handle, method string, request
 	if err != nil {
 		return err
 	}
-	return parseResult(node, result, response)
-}
-
-// parseResult reads the answer of a node into response. It returns the status of the node if that is not OK.
-func parseResult(node string, result overlaynode.Result, response proto.Message) error {
 	if result.Code != 0 {
 		return status.Error(codes.Code(min(result.Code, uint32(codes.Unauthenticated))), fmt.Sprintf("node %s: %s", node, result.Message))
 	}
-	if len(result.Body) == 0 {
-		return fmt.Errorf("%w: node %s: %w", errdefs.ErrInternal, node, errNoBody)
-	}
-	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal([]byte(result.Body), response); err != nil {
-		return fmt.Errorf("%w: the answer of node %s: %w", errdefs.ErrInternal, node, err)
+	if err := unmarshal(result.Body, response); err != nil {
+		return fmt.Errorf("%w: the answer of node %s to %s cannot be read; see the log of its driver: %w", errdefs.ErrInternal, node, method, err)
 	}
 	return nil
+}
+
+// unmarshal reads a message from its JSON. It ignores fields that it does not know, which a newer driver or controller may send.
+func unmarshal(text string, message proto.Message) error {
+	return protojson.UnmarshalOptions{DiscardUnknown: true}.Unmarshal([]byte(text), message)
 }

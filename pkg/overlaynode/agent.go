@@ -139,7 +139,7 @@ func (a *Agent) start(ctx context.Context, informer cache.SharedIndexInformer) {
 		return object.Status.Results[handle].ID == result.ID || object.Spec.Requests[handle].ID != result.ID
 	})
 	for handle, request := range object.Spec.Requests {
-		if _, answered := object.answer(handle); answered || a.done[handle].ID == request.ID || a.running[handle] != "" ||
+		if _, answered := object.Answer(handle); answered || a.done[handle].ID == request.ID || a.running[handle] != "" ||
 			request.isExpired() {
 			continue
 		}

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	jsonpatch "gopkg.in/evanphx/json-patch.v4"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -35,6 +36,8 @@ type apiServer struct {
 	writes map[string]int
 	// refuse has each write answered with an error.
 	refuse bool
+	// lag is by how much what watches are sent is late.
+	lag time.Duration
 }
 
 func newAPIServer(t *testing.T) *apiServer {
@@ -132,6 +135,10 @@ func (s *apiServer) watch(w http.ResponseWriter, r *http.Request) {
 	for {
 		select {
 		case event := <-events:
+			s.mu.Lock()
+			lag := s.lag
+			s.mu.Unlock()
+			time.Sleep(lag)
 			if _, err := w.Write(event); err != nil {
 				return
 			}

@@ -64,11 +64,14 @@ func (c *Client) ensure(ctx context.Context, node string) error {
 		Spec:       Spec{Node: node},
 	}
 	err = c.client.Post().Namespace(c.namespace).Resource(resource).Body(object).Do(ctx).Error()
-	if err != nil && !apierrors.IsAlreadyExists(err) {
-		return fmt.Errorf("%w: create OverlayNode %s/%s: %w; install the chart's CustomResourceDefinition if there is none",
+	switch {
+	case err == nil || apierrors.IsAlreadyExists(err):
+		return nil
+	case apierrors.IsNotFound(err):
+		return fmt.Errorf("%w: create OverlayNode %s/%s: %w; install the chart's CustomResourceDefinition, if the namespace exists",
 			errdefs.ErrUnavailable, c.namespace, name, err)
 	}
-	return nil
+	return fmt.Errorf("%w: create OverlayNode %s/%s: %w", errdefs.ErrUnavailable, c.namespace, name, err)
 }
 
 // patch changes an object by a JSON merge patch (RFC 7386). subresource is "" for its spec.

@@ -136,8 +136,8 @@ func (d *Dispatcher) Call(ctx context.Context, node, handle, method string, body
 	}
 	release := d.hold(name, handle)
 	defer release()
-	// posted is the ID of the request that this call has written or joined.
-	posted := ""
+	// posted is the ID of the request that this call has written or joined, and replaced that of the one in whose place it was written.
+	posted, replaced := "", ""
 	for {
 		changed := d.wait(name)
 		object, err := d.get(name)
@@ -148,9 +148,11 @@ func (d *Dispatcher) Call(ctx context.Context, node, handle, method string, body
 			return Result{}, err
 		}
 		request, requested := object.Spec.Requests[handle]
-		result, answered := object.answer(handle)
+		result, answered := object.Answer(handle)
 		isSame := requested && content.isIn(request.ID)
 		switch {
+		case posted != "" && request.ID == replaced:
+			// What was read is older than the request, and its answer too.
 		case posted != "" && isSame && answered:
 			// It may be that of another controller.
 			return result, nil
@@ -158,9 +160,9 @@ func (d *Dispatcher) Call(ctx context.Context, node, handle, method string, body
 		case posted != "":
 			return Result{}, fmt.Errorf("%w: another request about volume %s was given to node %s", errdefs.ErrAborted, handle, node)
 		case isSame && !answered && !expiresSoon(request):
-			posted = request.ID
+			posted, replaced = request.ID, noRequest
 		default:
-			posted = content.newID()
+			posted, replaced = content.newID(), request.ID
 			if err := d.post(ctx, name, handle, newRequest(posted, method, content)); err != nil {
 				return Result{}, err
 			}
@@ -173,6 +175,9 @@ func (d *Dispatcher) Call(ctx context.Context, node, handle, method string, body
 		}
 	}
 }
+
+// noRequest is the ID of no request, also not of one that is missing.
+const noRequest = "none"
 
 func newRequest(id, method string, content content) Request {
 	now := time.Now()

@@ -24,11 +24,7 @@ type GoneNodes struct {
 // Check reports whether a node is gone for good. When it first sees that there is no such Node, it notes the time in the object.
 func (g *GoneNodes) Check(ctx context.Context, object *OverlayNode) (bool, error) {
 	exists, err := g.Exists(ctx, object.Spec.Node)
-	since := object.Spec.NodeGoneSince
-	if since != nil && object.Status.ReportedAt.After(since.Time) {
-		// It was back in between.
-		since = nil
-	}
+	since := object.goneSince()
 	switch {
 	case err != nil:
 		return false, err
@@ -88,7 +84,7 @@ func (g *GoneNodes) Clean(ctx context.Context) error {
 func wanted(object *OverlayNode) int {
 	count := 0
 	for handle, request := range object.Spec.Requests {
-		if _, answered := object.answer(handle); !answered && !request.isExpired() {
+		if _, answered := object.Answer(handle); !answered && !request.isExpired() {
 			count++
 		}
 	}

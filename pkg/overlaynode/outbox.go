@@ -158,7 +158,7 @@ func (d *Dispatcher) writeBatch(name string, batch map[string]*queued, calls map
 func needless(object *OverlayNode, calls map[string]int) []string {
 	var expired, answered []string
 	for handle, request := range object.Spec.Requests {
-		switch _, ok := object.answer(handle); {
+		switch _, ok := object.Answer(handle); {
 		case calls[handle] > 0:
 		case ok:
 			answered = append(answered, handle)

@@ -14,6 +14,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/klog/v2"
 )
 
 // runAgent runs an agent of a node until stop is called or the test ends.
@@ -113,6 +115,26 @@ func TestCall(t *testing.T) {
 	}
 }
 
+// TestOldAnswer: where a watch is late, and what was written is not remembered either, the answer to an earlier request is not taken for
+// one to a new request of the same content.
+func TestOldAnswer(t *testing.T) {
+	s := newAPIServer(t)
+	var calls atomic.Int32
+	runAgent(t, s, "a", func(context.Context, string, []byte) Result { return Result{Message: fmt.Sprint(calls.Add(1))} })
+	d := newDispatcher(t, s, "a")
+	d.objects = cache.NewIntegerResourceVersionMutationCacheWithOptions(
+		klog.Background(), d.informer.GetStore(), cache.MutationCacheOptions{TTL: time.Nanosecond})
+	for want := range 3 {
+		result, err := call(t, d, "a", "v", "Delete", `{}`)
+		if err != nil || result.Message != fmt.Sprint(want+1) {
+			t.Errorf("got %+v, %v; want answer %d", result, err, want+1)
+		}
+		s.mu.Lock()
+		s.lag = 200 * time.Millisecond
+		s.mu.Unlock()
+	}
+}
+
 // TestAnswerToALaterCall: a request whose caller has gone is carried out, and the next caller, of another controller, gets the answer.
 func TestAnswerToALaterCall(t *testing.T) {
 	s := newAPIServer(t)
@@ -190,7 +212,7 @@ func TestAgentIsKilled(t *testing.T) {
 	})
 	<-began
 	stop()
-	if _, answered := s.get("a").answer("cut"); answered {
+	if _, answered := s.get("a").Answer("cut"); answered {
 		t.Error("a driver that ended wrote an answer to what it had not carried out")
 	}
 	runAgent(t, s, "a", func(_ context.Context, method string, _ []byte) Result {
@@ -363,8 +385,8 @@ func TestRequestsExpire(t *testing.T) {
 		carriedOut <- string(body)
 		return Result{}
 	})
-	eventually(t, "the kept request is answered", func() bool { _, ok := s.get("a").answer("kept"); return ok })
-	if _, ok := s.get("a").answer("forgotten"); ok || len(carriedOut) != 1 {
+	eventually(t, "the kept request is answered", func() bool { _, ok := s.get("a").Answer("kept"); return ok })
+	if _, ok := s.get("a").Answer("forgotten"); ok || len(carriedOut) != 1 {
 		t.Errorf("%d requests were carried out, the forgotten one: %v", len(carriedOut), ok)
 	}
 	if result, err := call(t, d, "a", "forgotten", "Delete", `{}`); err != nil || result.Code != 0 {

@@ -12,12 +12,15 @@ import (
 // Kind and APIVersion are those of the objects.
 const (
 	Kind       = "OverlayNode"
-	APIVersion = "overlay-csi.github.io/v1alpha1"
+	APIVersion = group + "/" + version
+
+	group   = "overlay-csi.github.io"
+	version = "v1alpha1"
 )
 
 // The kind's place in the API (charts/overlay-csi/crds/overlaynodes.yaml).
 var (
-	groupVersion = schema.GroupVersion{Group: "overlay-csi.github.io", Version: "v1alpha1"}
+	groupVersion = schema.GroupVersion{Group: group, Version: version}
 	kind         = groupVersion.WithKind(Kind)
 )
 
@@ -88,8 +91,8 @@ type Result struct {
 // size returns about how many bytes the result takes in the object.
 func (r Result) size() int { return len(r.Body) + len(r.Message) + requestOverhead }
 
-// answer returns the result for the request about a volume. ok is false as long as there is none.
-func (n *OverlayNode) answer(handle string) (result Result, ok bool) {
+// Answer returns the result for the request about a volume. ok is false as long as there is none.
+func (n *OverlayNode) Answer(handle string) (result Result, ok bool) {
 	request, requested := n.Spec.Requests[handle]
 	result, answered := n.Status.Results[handle]
 	return result, requested && answered && result.ID == request.ID
@@ -102,14 +105,26 @@ const (
 	slowAfter = time.Minute
 )
 
-// IsSilent reports whether the node does not seem to have a driver that answers.
+// IsSilent reports whether the node does not seem to have a driver that answers, or to be there.
 func (n *OverlayNode) IsSilent() bool {
+	if n.goneSince() != nil {
+		return true
+	}
 	for handle, request := range n.Spec.Requests {
-		if _, answered := n.answer(handle); !answered && !request.isExpired() && time.Since(request.PostedAt.Time) > slowAfter {
+		if _, answered := n.Answer(handle); !answered && !request.isExpired() && time.Since(request.PostedAt.Time) > slowAfter {
 			return true
 		}
 	}
 	return time.Since(n.Status.ReportedAt.Time) > silentAfter
+}
+
+// goneSince returns since when the node has been gone, nil if it is there or has reported since then.
+func (n *OverlayNode) goneSince() *metav1.Time {
+	since := n.Spec.NodeGoneSince
+	if since != nil && n.Status.ReportedAt.After(since.Time) {
+		return nil
+	}
+	return since
 }
 
 // DeepCopyObject is part of runtime.Object.
