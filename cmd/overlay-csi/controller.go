@@ -9,6 +9,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/kubernetes/scheme"
 	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/rest"
@@ -93,16 +94,9 @@ func newRecorder(ctx context.Context, config *rest.Config, driverName string) (_
 
 // cleanGoneNodes removes what nodes that are gone have left in the API server, until ctx is done.
 func cleanGoneNodes(ctx context.Context, gone *overlaynode.GoneNodes) {
-	ticker := time.NewTicker(cleanInterval)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-			if err := gone.Clean(ctx); err != nil && ctx.Err() == nil {
-				klog.FromContext(ctx).Error(err, "Could not clean up after nodes that are gone")
-			}
+	wait.UntilWithContext(ctx, func(ctx context.Context) {
+		if err := gone.Clean(ctx); err != nil && ctx.Err() == nil {
+			klog.FromContext(ctx).Error(err, "Could not clean up after nodes that are gone")
 		}
-	}
+	}, cleanInterval)
 }
