@@ -105,6 +105,9 @@ func (m *Mounter) setDir(context *linux.FSContext, key string, dir *os.File) err
 
 // explain wraps the error kind of an overlay that the kernel refused, where the cause is known.
 func explain(err error) error {
+	if err == nil {
+		return nil
+	}
 	if refused, ok := errors.AsType[*linux.FSContextError](err); ok && len(refused.Messages) == 0 {
 		err = fmt.Errorf("%w (the kernel log may say why)", err)
 	}

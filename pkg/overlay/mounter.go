@@ -123,6 +123,16 @@ func (m *Mounter) Close() error {
 // Overlay mounts a view at target, an open directory, either whole or not at all. Callers may close the handles in spec after Overlay
 // returns. The error is ErrUpperInUse or of a kind of containerd/errdefs where the cause is known, and has the kernel's own message.
 func (m *Mounter) Overlay(spec Spec, target *os.File) error {
+	return m.mapped(spec, func(spec Spec) error {
+		if m.features.MountAPI {
+			return m.mountWithAPI(spec, target)
+		}
+		return m.mountWithCommand(spec, target)
+	})
+}
+
+// mapped calls mount with a spec that has the lowers and the upper as they are to appear.
+func (m *Mounter) mapped(spec Spec, mount func(Spec) error) error {
 	if err := spec.validate(); err != nil {
 		return err
 	}
@@ -148,8 +158,5 @@ func (m *Mounter) Overlay(spec Spec, target *os.File) error {
 		}
 		defer unmap()
 	}
-	if m.features.MountAPI {
-		return m.mountWithAPI(spec, target)
-	}
-	return m.mountWithCommand(spec, target)
+	return mount(spec)
 }

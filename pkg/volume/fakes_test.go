@@ -180,6 +180,22 @@ func (m fakeMounter) Overlay(view overlay.Spec, target *os.File) error {
 	return nil
 }
 
+func (m fakeMounter) Detached(view overlay.Spec) (*os.File, error) {
+	if err := m.n.failing("detached"); err != nil {
+		return nil, err
+	}
+	return linux.Open(view.Upper, ".", linux.O_PATH|linux.O_DIRECTORY, 0)
+}
+
+func (m fakeMounter) Attach(view, target *os.File, _ overlay.Attributes) error {
+	defer view.Close()
+	if err := m.n.failing("attach"); err != nil {
+		return err
+	}
+	m.n.mounts[target.Name()] = overlay.Overlay
+	return nil
+}
+
 func (m fakeMounter) Bind(source, target *os.File, _ overlay.Attributes) error {
 	if err := m.n.failing("bind"); err != nil {
 		return err

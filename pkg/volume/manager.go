@@ -29,6 +29,8 @@ type dataRoot interface {
 // mounter mounts and unmounts views. The cost of a method does not depend on the number of mounts.
 type mounter interface {
 	Overlay(view overlay.Spec, target *os.File) error
+	Detached(view overlay.Spec) (*os.File, error)
+	Attach(view, target *os.File, attributes overlay.Attributes) error
 	Bind(source, target *os.File, attributes overlay.Attributes) error
 	Unmount(target string) error
 	At(path string) (overlay.Mounted, error)

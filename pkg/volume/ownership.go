@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/containerd/errdefs"
@@ -37,6 +39,56 @@ func groupFor(r *record.Record, fsGroup *uint32) *uint32 {
 // newGroup returns the group of files that are stored with it.
 func newGroup(id uint32) *record.Group { return &record.Group{ID: id, First: id, Stored: id} }
 
+// setGroup gives an upper that existed to the group of the publication.
+func (p *publishing) setGroup(ctx context.Context) error {
+	if !p.dirs.Existed {
+		return nil
+	}
+	if p.publication.Group == nil {
+		if err := p.takeWalkedGroup(); err != nil || p.publication.Group == nil {
+			return err
+		}
+	}
+	group, walked, err := groupChange{p.m.views, p.after, *p.publication.Group}.make(ctx, p.dirs.Upper)
+	if err != nil {
+		return fmt.Errorf("give the upper to group %d: %w", *p.publication.Group, err)
+	}
+	if sharesUpper(p.after) && (p.after.Group == nil || *p.after.Group != *group) {
+		p.after.Group = group
+		if walked && p.before != nil {
+			// That is not undone.
+			before := *p.before
+			before.Group = group
+			p.before = &before
+		}
+		// What pods write from now on is stored by this.
+		if err := p.m.ledger.saveDurably(p.after); err != nil {
+			return err
+		}
+	}
+	if !walked {
+		return nil
+	}
+	return linux.RemoveXattr(p.dirs.Upper, walkXattr)
+}
+
+// takeWalkedGroup has a publication without a group take the one to which the files of the upper were being given, for the first time,
+// when that was cut off: some of them belong to it, and that of the others is not known as the volume's.
+func (p *publishing) takeWalkedGroup() error {
+	if !sharesUpper(p.after) {
+		return nil
+	}
+	group, err := walkedGroup(p.dirs.Upper)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	p.publication.Group = &group
+	return nil
+}
+
 // groupChange gives an upper that exists to a group.
 type groupChange struct {
 	views  views
@@ -67,9 +119,9 @@ func (c groupChange) make(ctx context.Context, dir *os.File) (group *record.Grou
 
 // mustWalk reports whether the files of the upper have to be changed. If they do not, it says in group how they are stored.
 func (c groupChange) mustWalk(dir *os.File, root upper.RootAttr, group *record.Group) (bool, error) {
-	unfinished, err := hasXattr(dir, walkXattr)
-	if err != nil || unfinished {
-		return unfinished, err
+	unfinished, err := xattr(dir, walkXattr)
+	if err != nil || unfinished != "" {
+		return err == nil, err
 	}
 	if !sharesUpper(c.record) {
 		return root.GID != c.group, nil
@@ -86,9 +138,27 @@ func (c groupChange) mustWalk(dir *os.File, root upper.RootAttr, group *record.G
 	return !can, err
 }
 
-// walkXattr is an extended attribute of the root of an upper from before its files are given to a group until the record says so. Pods
-// cannot set it.
-const walkXattr = "trusted.overlay-csi.group-changing"
+// walkXattr is an extended attribute of the root of an upper from before its files are given to a group until the record says so. Its
+// value is walkPrefix and the group. Pods cannot set it.
+const (
+	walkXattr  = "trusted.overlay-csi.group-changing"
+	walkPrefix = "gid="
+)
+
+// walkedGroup returns the group to which the files of an upper were being given when that was cut off. It returns ErrNotFound if it was
+// not, and if the driver that did so did not store the group.
+func walkedGroup(dir *os.File) (uint32, error) {
+	value, err := xattr(dir, walkXattr)
+	if err != nil {
+		return 0, err
+	}
+	text, found := strings.CutPrefix(value, walkPrefix)
+	group, err := strconv.ParseUint(text, 10, 32)
+	if !found || err != nil {
+		return 0, fmt.Errorf("%w: no change of the group of %s was cut off", errdefs.ErrNotFound, dir.Name())
+	}
+	return uint32(group), nil
+}
 
 // walkUpper gives all files of an upper that is not mounted to a group. What was interrupted is repeated by the next publish, for
 // whichever group that is.
@@ -98,7 +168,7 @@ func walkUpper(ctx context.Context, dir *os.File, group uint32) error {
 		return err
 	}
 	defer root.Close()
-	if err := linux.SetXattr(root, walkXattr, []byte{'1'}); err != nil {
+	if err := linux.SetXattr(root, walkXattr, []byte(walkPrefix+strconv.FormatUint(uint64(group), 10))); err != nil {
 		return err
 	}
 	if done, err := chown.Tree(ctx, root, chown.Owners{Group: &group}); err != nil {
@@ -108,12 +178,13 @@ func walkUpper(ctx context.Context, dir *os.File, group uint32) error {
 	return linux.SyncDir(root)
 }
 
-func hasXattr(dir *os.File, name string) (bool, error) {
-	_, err := linux.GetXattr(dir, name)
+// xattr returns an extended attribute of an open directory, "" if it does not have it.
+func xattr(dir *os.File, name string) (string, error) {
+	value, err := linux.GetXattr(dir, name)
 	if errors.Is(err, syscall.ENODATA) {
-		return false, nil
+		return "", nil
 	}
-	return err == nil, err
+	return string(value), err
 }
 
 // layerOwner returns the owner of the layers' files that belong to root. A pod's group takes precedence over the volume's.
@@ -157,38 +228,49 @@ const ownersXattr = "trusted.overlay-csi.owners-changed"
 
 // ownersMark returns the value of ownersXattr, "" if no owners are changed.
 func ownersMark(r *record.Record, p *record.Publication) string {
-	if r.Spec.Ownership != spec.OwnershipChown || p.Attributes.ReadOnly || (p.Group == nil && r.Spec.LayerOwner == nil) {
+	if r.Spec.Ownership != spec.OwnershipChown || (p.Group == nil && r.Spec.LayerOwner == nil) {
 		return ""
 	}
 	owner := layerOwner(r, p)
 	return fmt.Sprintf("%d:%d:%t", owner.UID, owner.GID, p.Group != nil)
 }
 
-// ownersChanged reports whether the owners of a mounted view's files are as requested.
-func ownersChanged(r *record.Record, p *record.Publication) (bool, error) {
-	want := ownersMark(r, p)
-	if want == "" {
-		return true, nil
+// changeOwners goes over the files of the view before anybody has it, also for a pod that only reads, which gets it read-only afterwards.
+// A view that is shared was gone over before it was mounted.
+func (p *publishing) changeOwners(ctx context.Context) error {
+	want := ownersMark(p.after, p.publication)
+	if want == "" || p.shared != nil {
+		return nil
 	}
-	value, err := linux.GetXattrAt(nil, p.Target, ownersXattr)
-	if errors.Is(err, syscall.ENODATA) {
-		return false, nil
-	}
-	return string(value) == want, err
-}
-
-// changeOwners changes the owners and groups of the files of a mounted view, once for each owner.
-func changeOwners(ctx context.Context, r *record.Record, p *record.Publication) error {
-	if done, err := ownersChanged(r, p); err != nil || done {
+	has, err := xattr(p.dirs.Upper, ownersXattr)
+	if err != nil || has == want {
 		return err
 	}
-	return walkView(ctx, r, p)
+	if err := p.closeView(ctx); err != nil {
+		return err
+	}
+	if p.view, err = p.m.views.Detached(p.overlay()); err != nil {
+		return err
+	}
+	return walkView(ctx, p.view, p.after, p.publication)
 }
 
-// walkView changes the owners and groups of the files of a mounted view. overlayfs copies up their metadata alone (overlayfs
-// documentation, "Metadata only copy up"). A run that was interrupted is repeated, and leaves alone what is as requested.
-func walkView(ctx context.Context, r *record.Record, p *record.Publication) error {
-	root, err := linux.Open(nil, p.Target, os.O_RDONLY|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
+// closeView unmounts a view that is at no target.
+func (p *publishing) closeView(context.Context) error {
+	if p.view == nil {
+		return nil
+	}
+	// A copy in a process that is being started would keep the upper in use.
+	defer linux.HoldStarts()()
+	err := p.view.Close()
+	p.view = nil
+	return err
+}
+
+// walkView changes the owners and groups of the files of a view that is at no target yet. overlayfs copies up their metadata alone
+// (overlayfs documentation, "Metadata only copy up"). A run that was interrupted is repeated, and leaves alone what is as requested.
+func walkView(ctx context.Context, view *os.File, r *record.Record, p *record.Publication) error {
+	root, err := linux.Open(view, ".", os.O_RDONLY|linux.O_DIRECTORY, 0)
 	if err != nil {
 		return fmt.Errorf("change owners: %w", err)
 	}
@@ -202,43 +284,4 @@ func walkView(ctx context.Context, r *record.Record, p *record.Publication) erro
 		return fmt.Errorf("change owners, %d files done: %w", done, err)
 	}
 	return linux.SetXattr(root, ownersXattr, []byte(ownersMark(r, p)))
-}
-
-// changeOwnersForWriters changes the owners of the files of mounted views for the pods that can write to them. The files are the same for
-// all pods that share an upper, and a pod that only reads changes none.
-func (v views) changeOwnersForWriters(ctx context.Context, r *record.Record) error {
-	for i := range r.Publications {
-		p := &r.Publications[i]
-		if ownersMark(r, p) == "" {
-			continue
-		}
-		live, err := v.isLive(p)
-		if err != nil {
-			return err
-		}
-		if live {
-			return changeOwners(ctx, r, p)
-		}
-	}
-	return nil
-}
-
-// finishOwners changes the owners of the files of a view that is mounted where a publish wants it, if a crash cut that off. If it
-// fails, it unmounts the view, which no container has yet, unless another pod has it too.
-func (v views) finishOwners(ctx context.Context, r *record.Record, here *record.Publication) error {
-	if here.Attributes.ReadOnly && sharesUpper(r) {
-		return v.changeOwnersForWriters(ctx, r)
-	}
-	if done, err := ownersChanged(r, here); err != nil || done {
-		return err
-	}
-	err := walkView(ctx, r, here)
-	if err == nil {
-		return nil
-	}
-	_, otherErr := v.firstLive(r, here.Target)
-	if errdefs.IsNotFound(otherErr) {
-		return errors.Join(err, v.unmount(here.Target))
-	}
-	return err
 }

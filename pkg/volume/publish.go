@@ -73,7 +73,9 @@ type publishing struct {
 	upper    upper.Upper
 	dirs     upper.Dirs
 	prepared bool
-	mounted  bool
+	// view is the view before it is at the target, nil if it is mounted there at once.
+	view    *os.File
+	mounted bool
 }
 
 // step is a part of a publish. undo runs if do, or a later step, fails. It has to handle a do that failed half-way.
@@ -102,8 +104,8 @@ func (p *publishing) steps() []step {
 		{name: "record that the upper exists", do: p.saveMade},
 		{name: "check that the upper is free", do: p.checkUpperFree},
 		{name: "set the group", do: p.setGroup, again: true},
+		{name: "change owners", do: p.changeOwners, undo: p.closeView, again: true},
 		{name: "mount the view", do: p.mount, undo: p.unmount, again: true},
-		{name: "change owners", do: p.changeOwners},
 	}
 }
 

@@ -58,7 +58,7 @@ func (p *publishing) loadRecord(ctx context.Context) error {
 }
 
 // checkConflicts compares the request with the record.
-func (p *publishing) checkConflicts(ctx context.Context) error {
+func (p *publishing) checkConflicts(context.Context) error {
 	r, req := p.before, p.req
 	if r == nil {
 		return nil
@@ -78,7 +78,7 @@ func (p *publishing) checkConflicts(ctx context.Context) error {
 				return err
 			}
 			p.done = true
-			return p.m.views.finishOwners(ctx, r, here)
+			return nil
 		}
 	}
 	if req.Access != spec.ReadWriteOncePod && !req.Inline {
@@ -208,7 +208,7 @@ func (p *publishing) restoreRecord(context.Context) error {
 }
 
 // openShared opens the view of another pod with the same upper, if there is one: pods that share an upper share its view.
-func (p *publishing) openShared(ctx context.Context) error {
+func (p *publishing) openShared(context.Context) error {
 	if !sharesUpper(p.after) {
 		return nil
 	}
@@ -223,11 +223,7 @@ func (p *publishing) openShared(ctx context.Context) error {
 			"need the same one: wait until that pod is gone", errdefs.ErrFailedPrecondition, other.Target, other.Pod)
 	}
 	p.shared, err = linux.Open(nil, other.Target, linux.O_PATH|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
-	if err != nil {
-		return err
-	}
-	// A crash may have cut off the change of owners by that pod or another.
-	return p.m.views.changeOwnersForWriters(ctx, p.after)
+	return err
 }
 
 // makeBase makes the directory of the upper of a pod that shares the volume with others.
@@ -325,32 +321,18 @@ func (p *publishing) checkUpperFree(context.Context) error {
 	return p.upper.ClearWork()
 }
 
-// setGroup gives an upper that existed to the group of the publication.
-func (p *publishing) setGroup(ctx context.Context) error {
-	if !p.dirs.Existed || p.publication.Group == nil {
-		return nil
+// overlay describes the view.
+func (p *publishing) overlay() overlay.Spec {
+	return overlay.Spec{
+		Lowers:      p.layers.Dirs,
+		Upper:       p.dirs.Upper,
+		Work:        p.dirs.Work,
+		Volatile:    p.prepared && p.after.Spec.Ephemeral(),
+		LayerOwner:  mappedOwner(p.after, p.publication),
+		UpperGroups: p.after.Group.Swaps(),
+		Metacopy:    p.after.Spec.Ownership == spec.OwnershipChown,
+		Attributes:  p.publication.Attributes,
 	}
-	group, walked, err := groupChange{p.m.views, p.after, *p.publication.Group}.make(ctx, p.dirs.Upper)
-	if err != nil {
-		return fmt.Errorf("give the upper to group %d: %w", *p.publication.Group, err)
-	}
-	if sharesUpper(p.after) && (p.after.Group == nil || *p.after.Group != *group) {
-		p.after.Group = group
-		if walked && p.before != nil {
-			// That is not undone.
-			before := *p.before
-			before.Group = group
-			p.before = &before
-		}
-		// What pods write from now on is stored by this.
-		if err := p.m.ledger.saveDurably(p.after); err != nil {
-			return err
-		}
-	}
-	if !walked {
-		return nil
-	}
-	return linux.RemoveXattr(p.dirs.Upper, walkXattr)
 }
 
 func (p *publishing) mount(ctx context.Context) error {
@@ -358,19 +340,14 @@ func (p *publishing) mount(ctx context.Context) error {
 		return err
 	}
 	var err error
-	if p.shared != nil {
+	switch {
+	case p.shared != nil:
 		err = p.m.views.Bind(p.shared, p.target, p.publication.Attributes)
-	} else {
-		err = p.m.views.Overlay(overlay.Spec{
-			Lowers:      p.layers.Dirs,
-			Upper:       p.dirs.Upper,
-			Work:        p.dirs.Work,
-			Volatile:    p.prepared && p.after.Spec.Ephemeral(),
-			LayerOwner:  mappedOwner(p.after, p.publication),
-			UpperGroups: p.after.Group.Swaps(),
-			Metacopy:    p.after.Spec.Ownership == spec.OwnershipChown,
-			Attributes:  p.publication.Attributes,
-		}, p.target)
+	case p.view != nil:
+		err = p.m.views.Attach(p.view, p.target, p.publication.Attributes)
+		p.view = nil
+	default:
+		err = p.m.views.Overlay(p.overlay(), p.target)
 	}
 	p.mounted = err == nil
 	return err
@@ -381,9 +358,4 @@ func (p *publishing) unmount(context.Context) error {
 		return nil
 	}
 	return p.m.views.unmount(p.req.Target)
-}
-
-// changeOwners goes over the files of the view. One that is shared may not have been gone over: it is of a pod that cannot write.
-func (p *publishing) changeOwners(ctx context.Context) error {
-	return changeOwners(ctx, p.after, p.publication)
 }

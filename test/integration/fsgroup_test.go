@@ -14,6 +14,14 @@ import (
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
 
+// groupText is an fsGroup, "" for none.
+func groupText(group uint32) string {
+	if group == 0 {
+		return ""
+	}
+	return fmt.Sprint(group)
+}
+
 // withGroup is a volume for a pod with an fsGroup, "" for none.
 func withGroup(v drivertest.Volume, group string) drivertest.Volume {
 	v.Group = group
@@ -286,21 +294,28 @@ func TestGroupOfThePodByWalking(t *testing.T) {
 func TestGroupOfThePodInterrupted(t *testing.T) {
 	takesMinutes(t)
 	for name, c := range map[string]struct {
-		group     uint32
-		newKernel bool
+		// first is the group that the files have before.
+		first, group        uint32
+		newKernel, readOnly bool
+		// want is the group that they have afterwards, if that is not group.
+		want uint32
 	}{
-		"the group it was for":      {group: 2000},
-		"the group it was before":   {group: 1000},
-		"a third group":             {group: 3000},
-		"no group":                  {},
-		"another kernel":            {group: 2000, newKernel: true},
-		"another kernel, and group": {group: 3000, newKernel: true},
+		"the group it was for":             {first: 1000, group: 2000},
+		"the group it was before":          {first: 1000, group: 1000},
+		"a third group":                    {first: 1000, group: 3000},
+		"no group":                         {first: 1000, want: 1000},
+		"another kernel":                   {first: 1000, group: 2000, newKernel: true},
+		"another kernel, and group":        {first: 1000, group: 3000, newKernel: true},
+		"a reader":                         {first: 1000, group: 2000, readOnly: true},
+		"a reader of a third group":        {first: 1000, group: 3000, readOnly: true},
+		"no group, and there was none":     {want: 2000},
+		"a reader, and there was no group": {want: 2000, readOnly: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			node := startNode(t, noMappedUpper)
 			v := claim("walked", readWriteOnce, "layers", layersOf(t, node, map[string]string{"f": "f"}))
 			pod := newPod(t, node, "pod")
-			target := publish(t, pod, withGroup(v, "1000"))
+			target := publish(t, pod, withGroup(v, groupText(c.first)))
 			const files = 20000
 			for n := range files {
 				must(t, os.WriteFile(filepath.Join(target, fmt.Sprint("file-", n)), nil, 0o640))
@@ -331,18 +346,22 @@ func TestGroupOfThePodInterrupted(t *testing.T) {
 				node.RemoveArg(noMappedUpper)
 			}
 			start(t, node)
-			want, group := c.group, fmt.Sprint(c.group)
-			if group == "0" {
-				want, group = 1000, ""
-			}
+			unpublish(t, pod, v)
+			want := max(c.group, c.want)
 			next := newPod(t, node, "next")
-			target = publish(t, next, withGroup(v, group))
+			reading := withGroup(v, groupText(c.group))
+			reading.ReadOnly = c.readOnly
+			target = publish(t, next, reading)
+			wrong := 0
 			for n := range files {
-				if got := groupOf(t, filepath.Join(target, fmt.Sprint("file-", n))); got != want {
-					t.Fatalf("file %d has group %d, want %d", n, got, want)
+				if groupOf(t, filepath.Join(target, fmt.Sprint("file-", n))) != want {
+					wrong++
 				}
 			}
-			unpublish(t, next, v)
+			if wrong > 0 {
+				t.Errorf("%d of %d files are not of group %d", wrong, files, want)
+			}
+			unpublish(t, next, reading)
 			deleteVolume(t, node, v)
 		})
 	}

@@ -287,36 +287,66 @@ func TestOwnershipWalkOfASharedView(t *testing.T) {
 	}
 }
 
-// TestReaderGetsNoUnfinishedView: a pod that only reads a claim gets its files once they were all gone over, whoever has to be asked
-// for whom, and also where that was cut off twice.
+// TestReaderGetsNoUnfinishedView: a pod that only reads a claim gets its files once they were all gone over. The driver is killed amid the
+// walk for a pod that writes, which then goes away or stays, and amid that for the reader.
 func TestReaderGetsNoUnfinishedView(t *testing.T) {
 	takesMinutes(t)
 	files := map[string]string{}
 	for n := range 3000 {
 		files[fmt.Sprintf("dir-%d/file-%d", n%30, n)] = "x"
 	}
-	for name, readerIsFirst := range map[string]bool{"another reader is first": true, "the reader is cut off too": false} {
+	for name, c := range map[string]struct {
+		writerStays, cutOffAgain bool
+		group                    string
+		want                     uint32
+		args                     []string
+	}{
+		"the writer stays":          {writerStays: true, cutOffAgain: true, group: "2000", want: 2000},
+		"the writer goes":           {group: "2000", want: 2000},
+		"the writer goes, twice":    {cutOffAgain: true, group: "2000", want: 2000},
+		"another group":             {group: "3000", want: 3000},
+		"no group":                  {want: 2000},
+		"mount(8)":                  {group: "2000", want: 2000, args: kernels["mount(8)"]},
+		"mount(8), twice":           {cutOffAgain: true, group: "2000", want: 2000, args: kernels["mount(8)"]},
+		"no detached layers, twice": {cutOffAgain: true, group: "2000", want: 2000, args: kernels["no detached layers"]},
+	} {
 		t.Run(name, func(t *testing.T) {
-			node := startNode(t)
+			node := startNode(t, c.args...)
 			v := claim("walked", readWriteOnce, "layers", layersOf(t, node, files), "ownership", "chown")
-			v.Group = "2000"
-			reading := v
+			reading := withGroup(v, c.group)
 			reading.ReadOnly = true
-			first, writer, reader := newPod(t, node, "first"), newPod(t, node, "writer"), newPod(t, node, "reader")
+			v = withGroup(v, "2000")
+			writer, reader := newPod(t, node, "writer"), newPod(t, node, "reader")
 			upper := upperDir(node, writer, v)
-			if readerIsFirst {
-				publish(t, first, reading)
-			}
 			killInWalk(t, node, writer, v, upper, 2)
 			start(t, node)
-			if !readerIsFirst {
+			if !c.writerStays {
+				unpublish(t, writer, v)
+			}
+			if c.cutOffAgain {
 				killInWalk(t, node, reader, reading, upper, 12)
 				start(t, node)
 			}
 			target := publish(t, reader, reading)
+			wrong := 0
 			for name := range files {
-				wantOwner(t, filepath.Join(target, name), 0, 2000, 0o664)
+				if groupOf(t, filepath.Join(target, name)) != c.want {
+					wrong++
+				}
 			}
+			if wrong > 0 {
+				t.Errorf("%d of %d files are not of group %d", wrong, len(files), c.want)
+			}
+			wantOwner(t, filepath.Join(target, "dir-0/file-0"), 0, c.want, 0o664)
+			if err := os.WriteFile(filepath.Join(target, "new"), nil, 0o600); !errors.Is(err, unix.EROFS) {
+				t.Errorf("the reader wrote: %v", err)
+			}
+			unpublish(t, reader, reading)
+			if c.writerStays {
+				unpublish(t, writer, v)
+			}
+			deleteVolume(t, node, v)
+			wantNothingLeft(t, node)
 		})
 	}
 }
