@@ -100,21 +100,23 @@ func (p *puller) checkSizes(current *pull) error {
 func (p *puller) tryReserve(current *pull) (missing int64, _ error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	pulls := []*pull{current}
-	own := p.outstandingLocked(pulls)
+	own := p.outstandingLocked([]*pull{current})
+	all, fast := []*pull{current}, []*pull{current}
 	var ofSlow int64
 	for _, other := range p.pulls {
 		if other.reserved == nil || other == current {
 			continue
 		}
+		all = append(all, other)
 		left := p.outstandingLocked([]*pull{other})
 		if ahead := other.reserved.ahead(left, other.inSlot.elapsed()); ahead < left {
 			ofSlow += ahead
 			continue
 		}
-		pulls = append(pulls, other)
+		fast = append(fast, other)
 	}
-	outstanding := p.outstandingLocked(pulls) + ofSlow
+	// What a slow pull keeps may be of layers that others want too. Together they write no more than all of them have left.
+	outstanding := min(p.outstandingLocked(all), p.outstandingLocked(fast)+ofSlow)
 	// The usage is read last: what the other pulls write before that counts twice, and not as free.
 	usage, err := linux.FileSystemUsage(p.catalogue.root)
 	if err != nil {

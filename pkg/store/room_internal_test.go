@@ -83,6 +83,55 @@ func TestSlowPullsReserveLittle(t *testing.T) {
 	}
 }
 
+// TestLayersSharedWithASlowPull: what a slow pull has left counts once where the next pull wants the same layers.
+func TestLayersSharedWithASlowPull(t *testing.T) {
+	needs.Root(t)
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, 0) })
+	root, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	layer := func(name string, size int64) image.LayerBlob {
+		return image.LayerBlob{Descriptor: ocispec.Descriptor{Digest: digest.FromString(name), Size: size}}
+	}
+	for name, c := range map[string]struct {
+		host string
+		fits bool
+	}{"the same registry": {"registry", true}, "another registry": {"other", false}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				catalogue := &catalogue{layout: layout{root: root, path: dir}}
+				p := &puller{
+					catalogue: catalogue, parallel: 4, pulls: map[pullKey]*pull{},
+					fetcher: &fetcher{catalogue: catalogue, fetches: map[fetchKey]*fetch{}},
+				}
+				shared := layer("shared", 20<<20)
+				slow := &pull{blobs: []image.LayerBlob{shared}, from: source{host: "registry"}, mayUse: anyLayer}
+				p.pulls[pullKey{repository: "slow"}] = slow
+				fetching := &fetch{clocks: []*slotClock{&slow.inSlot}}
+				p.fetcher.fetches[fetchKeyOf(shared, slow.from)] = fetching
+				if missing, err := p.tryReserve(slow); err != nil || missing > 0 {
+					t.Fatalf("%d bytes are missing for the first pull: %v", missing, err)
+				}
+				p.fetcher.runClocks(fetching)
+				time.Sleep(10 * time.Minute)
+				fetching.received.Received.Store(2 << 20)
+				next := &pull{blobs: []image.LayerBlob{shared, layer("own", 10<<20)}, from: source{host: c.host}, mayUse: anyLayer}
+				p.pulls[pullKey{repository: "next"}] = next
+				missing, err := p.tryReserve(next)
+				if err != nil || (missing <= 0) != c.fits {
+					t.Errorf("%d bytes are missing for the second pull: %v", missing, err)
+				}
+			})
+		})
+	}
+}
+
 // TestRequestForInodes: a large layer on a disk that is short of inodes asks for as many as it may have, not for those of all layers.
 func TestRequestForInodes(t *testing.T) {
 	needs.Root(t)
