@@ -27,6 +27,9 @@ import (
 // cleanInterval is the time between two looks for nodes that are gone.
 const cleanInterval = time.Minute
 
+// keepBytesOfGone is how many bytes the requests may take that wait for nodes that are gone: about 30,000 deletions.
+const keepBytesOfGone = 16 << 20
+
 // runController creates the central controller's objects, and serves until ctx is done.
 func runController(ctx context.Context, opts controllerOptions) error {
 	config, err := kubeapi.Config(opts.kubeconfig)
@@ -51,7 +54,7 @@ func runController(ctx context.Context, opts controllerOptions) error {
 	}
 	defer stop()
 	dispatcher := overlaynode.NewDispatcher(ctx, client)
-	gone := &overlaynode.GoneNodes{Dispatcher: dispatcher, Exists: api.NodeExists, Grace: opts.gracePeriod}
+	gone := &overlaynode.GoneNodes{Dispatcher: dispatcher, Exists: api.NodeExists, Grace: opts.gracePeriod, KeepBytes: keepBytesOfGone}
 	server, err := driver.NewServer(opts.endpoint, klog.FromContext(ctx))
 	if err != nil {
 		return err

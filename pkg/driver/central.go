@@ -28,6 +28,8 @@ const (
 	// stay in the node's object, and the threads of the provisioner are for the volumes of other nodes too.
 	maxPatient = 50
 	silentWait = 2 * time.Second
+	// deletedAgain is after how long a volume that was deleted is looked for again.
+	deletedAgain = time.Minute
 )
 
 // nodes has the drivers of the nodes. It is an overlaynode.Dispatcher.
@@ -99,9 +101,11 @@ func (c *Central) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest
 		return nil, err
 	}
 	if !request.Spec.Persistent() {
-		if request.Spec.Layers, err = c.resolveLayers(ctx, req, request); err != nil {
+		layers, err := c.resolveLayers(ctx, req, request)
+		if err != nil {
 			return nil, err
 		}
+		request.Spec.Layers = layers.resolved
 		return &csi.CreateVolumeResponse{Volume: &csi.Volume{
 			VolumeId: nodelessHandle(req.GetName()), CapacityBytes: max(request.Spec.Size, request.Required),
 			VolumeContext: request.Spec.Parameters(),
@@ -111,37 +115,45 @@ func (c *Central) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest
 		return nil, err
 	}
 	candidates := c.candidates(req.GetAccessibilityRequirements())
+	var layers layers
 	if begun := c.findBegun(req.GetName(), candidates); begun != nil {
-		request.Spec.Layers, candidates = begun.layers, []candidate{begun.candidate}
-	} else if request.Spec.Layers, err = c.resolveLayers(ctx, req, request); err != nil {
+		layers, candidates = begun.layers, []candidate{begun.candidate}
+	} else if layers, err = c.resolveLayers(ctx, req, request); err != nil {
 		return nil, err
 	}
+	request.Spec.Layers, request.Resolved = layers.requested, layers.resolved
 	return c.createOnFirst(ctx, candidates, req, request)
 }
 
-// resolveLayers returns the layers of a request with digests for tags.
-func (c *Central) resolveLayers(
-	ctx context.Context, req *csi.CreateVolumeRequest, request volume.CreateRequest,
-) ([]reference.Reference, error) {
-	layers := request.Spec.Layers
+// layers are the layers of a request as requested, and with digests for tags.
+type layers struct{ requested, resolved []reference.Reference }
+
+func (c *Central) resolveLayers(ctx context.Context, req *csi.CreateVolumeRequest, request volume.CreateRequest) (layers, error) {
+	requested := request.Spec.Layers
 	if parameters := req.GetParameters(); parameters[spec.KeyLayersFrom] == spec.LayersFromClaim {
 		var err error
-		if layers, err = c.claimLayers.read(ctx, parameters[keyClaimNamespace], parameters[keyClaimName]); err != nil {
-			return nil, err
+		if requested, err = c.claimLayers.read(ctx, parameters[keyClaimNamespace], parameters[keyClaimName]); err != nil {
+			return layers{}, err
 		}
 	}
-	return c.Tags.ResolveTags(ctx, layers, req.GetSecrets(), request.Namespace)
+	resolved, err := c.Tags.ResolveTags(ctx, requested, req.GetSecrets(), request.Namespace)
+	return layers{requested, resolved}, err
 }
 
-// createOn has a node create the volume. What it answers is believed as far as the size goes.
+// createOn has a node create the volume. Of what it answers, the size is believed within the limits, and the layers: they are mounted on
+// that node alone.
 func (c *Central) createOn(
 	ctx context.Context, on candidate, req *csi.CreateVolumeRequest, request volume.CreateRequest,
 ) (*csi.CreateVolumeResponse, error) {
 	handle := centralHandle(req.GetName(), on.segment)
 	topology := &csi.Topology{Segments: map[string]string{c.topologyKey: on.segment}}
 	parameters := userKeys(req.GetParameters())
-	delete(parameters, spec.KeyLayersFrom)
 	parameters[spec.KeyLayers] = strings.Join(request.Spec.LayerNames(), "\n")
+	created := request.Spec
+	created.Layers = request.Resolved
+	if resolved := strings.Join(created.LayerNames(), "\n"); resolved != parameters[spec.KeyLayers] {
+		parameters[keyResolved] = resolved
+	}
 	answer := &csi.CreateVolumeResponse{}
 	limited, cancel := c.patience(ctx, on.object)
 	defer cancel()
@@ -149,8 +161,14 @@ func (c *Central) createOn(
 		Name: handle, CapacityRange: req.GetCapacityRange(), VolumeCapabilities: req.GetVolumeCapabilities(), Parameters: parameters,
 		AccessibilityRequirements: &csi.TopologyRequirement{Requisite: []*csi.Topology{topology}},
 	}, answer)
-	if err := c.unlessGone(ctx, on.object, err); err != nil {
+	if err := c.unlessGone(ctx, on.object, handle, err); err != nil {
 		return nil, err
+	}
+	if earlier, ok := answer.GetVolume().GetVolumeContext()[spec.KeyLayers]; ok {
+		// An earlier request made the volume, when the tags had another meaning.
+		if created.Layers, err = reference.ParseList(earlier); err != nil {
+			return nil, fmt.Errorf("%w: the answer of node %s has layers that cannot be read: %w", errdefs.ErrInternal, on.object.Spec.Node, err)
+		}
 	}
 	size := answer.GetVolume().GetCapacityBytes()
 	if size < request.Required || request.Limit > 0 && size > request.Limit {
@@ -158,13 +176,13 @@ func (c *Central) createOn(
 			errdefs.ErrInternal, on.object.Spec.Node, size, request.Required, request.Limit)
 	}
 	return &csi.CreateVolumeResponse{Volume: &csi.Volume{
-		VolumeId: handle, CapacityBytes: size, VolumeContext: request.Spec.Parameters(), AccessibleTopology: []*csi.Topology{topology},
+		VolumeId: handle, CapacityBytes: size, VolumeContext: created.Parameters(), AccessibleTopology: []*csi.Topology{topology},
 	}}, nil
 }
 
 // unlessGone returns the error of a creation. Where the node is gone for good it is ErrResourceExhausted, so that the volume is made on
-// another one; the request then expires.
-func (c *Central) unlessGone(ctx context.Context, object *overlaynode.OverlayNode, err error) error {
+// another one. The node has it deleted if it comes back: it may have made it, and not answered.
+func (c *Central) unlessGone(ctx context.Context, object *overlaynode.OverlayNode, handle string, err error) error {
 	if errdefs.IsNotFound(err) {
 		// That would say that nothing was made.
 		return fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
@@ -174,6 +192,15 @@ func (c *Central) unlessGone(ctx context.Context, object *overlaynode.OverlayNod
 	}
 	gone, checkErr := c.Gone.Check(ctx, object)
 	if checkErr == nil && gone {
+		limited, cancel := context.WithTimeout(ctx, silentWait)
+		defer cancel()
+		err := c.forwardDelete(limited, object, handle)
+		if errors.Is(err, overlaynode.ErrUnanswered) {
+			err = c.Nodes.Keep(ctx, object.Spec.Node, handle)
+		}
+		if err != nil {
+			return err
+		}
 		return fmt.Errorf("%w: node %s is gone; the volume has to be made on another one", errdefs.ErrResourceExhausted, object.Spec.Node)
 	}
 	return errors.Join(err, checkErr)
@@ -207,10 +234,12 @@ func (c *Central) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequest
 }
 
 func (c *Central) deleteOn(ctx context.Context, object *overlaynode.OverlayNode, handle string) error {
+	if isDeleted(object, handle) {
+		return nil
+	}
 	limited, cancel := c.patience(ctx, object)
 	defer cancel()
-	request, response := &csi.DeleteVolumeRequest{VolumeId: handle}, &csi.DeleteVolumeResponse{}
-	err := forward(limited, c.Nodes, object.Spec.Node, handle, methodDelete, request, response)
+	err := c.forwardDelete(limited, object, handle)
 	if !errors.Is(err, overlaynode.ErrUnanswered) {
 		return err
 	}
@@ -226,6 +255,19 @@ func (c *Central) deleteOn(ctx context.Context, object *overlaynode.OverlayNode,
 	c.Events.Eventf(&corev1.ObjectReference{APIVersion: "v1", Kind: "PersistentVolume", Name: name}, corev1.EventTypeWarning, "VolumeGivenUp",
 		"Node %s is gone: volume %s counts as deleted. If the node comes back, its driver deletes what is left of it", object.Spec.Node, handle)
 	return nil
+}
+
+func (c *Central) forwardDelete(ctx context.Context, object *overlaynode.OverlayNode, handle string) error {
+	request, response := &csi.DeleteVolumeRequest{VolumeId: handle}, &csi.DeleteVolumeResponse{}
+	return forward(ctx, c.Nodes, object.Spec.Node, handle, methodDelete, request, response)
+}
+
+// isDeleted reports whether the node has deleted a volume a moment ago, and nothing was asked about it since: external-provisioner deletes
+// many volumes twice.
+func isDeleted(object *overlaynode.OverlayNode, handle string) bool {
+	request := object.Spec.Requests[handle]
+	result, answered := object.Answer(handle)
+	return answered && result.Code == 0 && request.Method == methodDelete && time.Since(request.PostedAt.Time) < deletedAgain
 }
 
 // patience returns a context for a request to a node, and a function to call when it ended. It leaves time for what follows if the node

@@ -3,9 +3,11 @@ package driver
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/containerd/errdefs"
@@ -29,16 +31,21 @@ type testNode struct {
 }
 
 func (n *testNode) Create(_ context.Context, req volume.CreateRequest) (volume.Volume, error) {
-	if earlier, ok := n.volumes[req.Name]; ok && !earlier.Spec.Equal(req.Spec) {
+	earlier, ok := n.volumes[req.Name]
+	switch {
+	case ok && req.ClaimLayers == nil && !earlier.Spec.Equal(req.Spec):
 		return volume.Volume{}, fmt.Errorf("%w: another volume", errdefs.ErrAlreadyExists)
-	} else if !ok {
-		if n.room < req.Spec.Size {
-			return volume.Volume{}, fmt.Errorf("%w: no room", errdefs.ErrResourceExhausted)
-		}
+	case ok:
+		req = earlier
+	case n.room < req.Spec.Size:
+		return volume.Volume{}, fmt.Errorf("%w: no room", errdefs.ErrResourceExhausted)
+	default:
 		n.room -= req.Spec.Size
 		n.volumes[req.Name] = req
 	}
-	return volume.Volume{ID: req.Name, Capacity: req.Spec.Size, Spec: req.Spec, OnThisNode: true}, nil
+	created := req.Spec
+	created.Layers = req.Resolved
+	return volume.Volume{ID: req.Name, Capacity: req.Spec.Size, Spec: created, OnThisNode: true}, nil
 }
 
 func (n *testNode) Delete(_ context.Context, id string) error {
@@ -60,6 +67,8 @@ type testCluster struct {
 	affinity map[string]string
 	ensured  []string
 	kept     []string
+	// deletions are the handles of the DeleteVolume requests that were given to nodes.
+	deletions []string
 }
 
 const testDriver = "overlay-csi.github.io"
@@ -98,6 +107,9 @@ func (c *testCluster) All() (all []*overlaynode.OverlayNode) {
 
 func (c *testCluster) Call(ctx context.Context, node, handle, method string, body []byte) (overlaynode.Result, error) {
 	object := c.objects[node]
+	if method == methodDelete {
+		c.deletions = append(c.deletions, handle)
+	}
 	object.Spec.Requests[handle] = overlaynode.Request{ID: method, Method: method, Body: string(body), PostedAt: metav1.Now()}
 	if slices.Contains(c.away, node) {
 		return overlaynode.Result{}, fmt.Errorf("%w: node %s", overlaynode.ErrUnanswered, node)
@@ -239,6 +251,99 @@ func TestCentralTagsAreResolvedOnce(t *testing.T) {
 	}
 	if len(cluster.nodes["b"].volumes) > 0 {
 		t.Error("there is a second volume on node b")
+	}
+}
+
+// TestCentralTagMoves: a creation that is repeated when the first one is forgotten, and the tag has moved, returns the volume as it is.
+func TestCentralTagMoves(t *testing.T) {
+	for name, parameters := range map[string]map[string]string{
+		"of the claim":        {"layersFrom": "claim", keyClaimNamespace: "default", keyClaimName: "model"},
+		"of the StorageClass": {"layers": "oci://registry.example.com/model:latest"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cluster, central := newTestCluster(t, map[string]int64{"a": 1 << 40})
+			var first map[string]string
+			for range 2 {
+				response, err := central.CreateVolume(t.Context(), createOf(1<<30, parameters, "a"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if first == nil {
+					first = response.GetVolume().GetVolumeContext()
+				} else if second := response.GetVolume().GetVolumeContext(); !maps.Equal(first, second) {
+					t.Errorf("got %v; want %v", second, first)
+				}
+				cluster.latest = "sha256:" + strings.Repeat("b", 64)
+				clear(cluster.objects["a"].Spec.Requests)
+			}
+			if want := "oci://registry.example.com/model@sha256:" + strings.Repeat("a", 64); first["layers"] != want {
+				t.Errorf("got %v; want the layer %s", first, want)
+			}
+		})
+	}
+}
+
+// TestCentralCreationExpires: a claim for any node does not wait for one that did not answer in time.
+func TestCentralCreationExpires(t *testing.T) {
+	cluster, central := newTestCluster(t, map[string]int64{"a": 1 << 40, "b": 1 << 40})
+	cluster.away = []string{"a"}
+	if _, err := central.CreateVolume(t.Context(), createOf(1<<30, dirLayers, "a", "b")); !errdefs.IsUnavailable(err) {
+		t.Fatalf("got %v", err)
+	}
+	request := cluster.objects["a"].Spec.Requests["pvc-1@a"]
+	past := metav1.NewTime(time.Now().Add(-time.Minute))
+	request.PostedAt, request.ExpiresAt = past, &past
+	cluster.objects["a"].Spec.Requests["pvc-1@a"] = request
+	response, err := central.CreateVolume(t.Context(), createOf(1<<30, dirLayers, "b", "a"))
+	if err != nil || response.GetVolume().GetVolumeId() != "pvc-1@b" {
+		t.Errorf("got %v, %v", response, err)
+	}
+}
+
+// TestCentralCreationOnGoneNode: a claim does not wait for a node that is gone for good, which deletes what it may have made if it comes
+// back.
+func TestCentralCreationOnGoneNode(t *testing.T) {
+	cluster, central := newTestCluster(t, map[string]int64{"a": 1 << 40, "b": 1 << 40})
+	cluster.away = []string{"a"}
+	if _, err := central.CreateVolume(t.Context(), createOf(1<<30, dirLayers, "a", "b")); !errdefs.IsUnavailable(err) {
+		t.Fatalf("got %v", err)
+	}
+	now := metav1.Now()
+	cluster.gone, cluster.objects["a"].Spec.NodeGoneSince = []string{"a"}, &now
+	if _, err := central.CreateVolume(t.Context(), createOf(1<<30, dirLayers, "a", "b")); !errdefs.IsResourceExhausted(err) {
+		t.Fatalf("got %v", err)
+	}
+	response, err := central.CreateVolume(t.Context(), createOf(1<<30, dirLayers, "a", "b"))
+	if err != nil || response.GetVolume().GetVolumeId() != "pvc-1@b" {
+		t.Errorf("got %v, %v", response, err)
+	}
+	if left := cluster.objects["a"].Spec.Requests["pvc-1@a"]; left.Method != methodDelete || !slices.Equal(cluster.kept, []string{"pvc-1@a"}) {
+		t.Errorf("the node that is gone is asked for %q, and %q are kept", left.Method, cluster.kept)
+	}
+}
+
+// TestCentralDeletesOnce: a deletion that is repeated at once is answered without the node, and one after another creation is not.
+func TestCentralDeletesOnce(t *testing.T) {
+	cluster, central := newTestCluster(t, map[string]int64{"a": 1 << 40})
+	for want := 1; want <= 2; want++ {
+		if _, err := central.CreateVolume(t.Context(), createOf(1<<30, dirLayers, "a")); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if _, err := central.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: "pvc-1@a"}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if len(cluster.deletions) != want || len(cluster.nodes["a"].volumes) > 0 {
+			t.Errorf("the node was asked for %d deletions, and has %d volumes; want %d and none",
+				len(cluster.deletions), len(cluster.nodes["a"].volumes), want)
+		}
+	}
+	request := cluster.objects["a"].Spec.Requests["pvc-1@a"]
+	request.PostedAt = metav1.NewTime(time.Now().Add(-2 * deletedAgain))
+	cluster.objects["a"].Spec.Requests["pvc-1@a"] = request
+	if _, err := central.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: "pvc-1@a"}); err != nil || len(cluster.deletions) != 3 {
+		t.Errorf("a later deletion: %v, %d deletions", err, len(cluster.deletions))
 	}
 }
 

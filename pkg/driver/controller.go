@@ -63,14 +63,20 @@ func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	if err != nil {
 		return nil, err
 	}
-	if request.Spec.Upper == spec.UpperClaim && !c.servesTopology(req.GetAccessibilityRequirements()) {
-		return nil, fmt.Errorf("%w: the accessibility requirements do not include this node (%v)",
-			errdefs.ErrResourceExhausted, c.topology.GetSegments())
-	}
 	if req.GetParameters()[spec.KeyLayersFrom] == spec.LayersFromClaim {
 		request.ClaimLayers = func(ctx context.Context) ([]reference.Reference, error) {
 			return c.claimLayers.read(ctx, req.GetParameters()[keyClaimNamespace], req.GetParameters()[keyClaimName])
 		}
+	}
+	return c.create(ctx, req, request)
+}
+
+func (c *Controller) create(
+	ctx context.Context, req *csi.CreateVolumeRequest, request volume.CreateRequest,
+) (*csi.CreateVolumeResponse, error) {
+	if request.Spec.Upper == spec.UpperClaim && !c.servesTopology(req.GetAccessibilityRequirements()) {
+		return nil, fmt.Errorf("%w: the accessibility requirements do not include this node (%v)",
+			errdefs.ErrResourceExhausted, c.topology.GetSegments())
 	}
 	created, err := c.volumes.Create(ctx, request)
 	if err != nil {

@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 
@@ -14,6 +15,8 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/overlaynode"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
 )
 
 // The methods that a central controller forwards to nodes.
@@ -23,6 +26,10 @@ const (
 	methodValidate = "ValidateVolumeCapabilities"
 )
 
+// keyResolved is a parameter of a forwarded CreateVolume: the layers with digests for tags, if there are tags. The parameter layers has
+// them as requested, and layersFrom is beside it if the claim names them. Nobody else can give it: elsewhere the driver knows no such key.
+const keyResolved = "resolvedLayers"
+
 // ForwardedTo returns a handler that hands the requests of a central controller to the controller service of this node. It logs to logger,
 // as a server does.
 func ForwardedTo(controller *Controller, logger klog.Logger) overlaynode.Handler {
@@ -31,7 +38,7 @@ func ForwardedTo(controller *Controller, logger klog.Logger) overlaynode.Handler
 		var call grpc.UnaryHandler
 		switch method {
 		case methodCreate:
-			request, call = &csi.CreateVolumeRequest{}, unary(controller.CreateVolume)
+			request, call = &csi.CreateVolumeRequest{}, unary(controller.createForwarded)
 		case methodDelete:
 			request, call = &csi.DeleteVolumeRequest{}, unary(controller.DeleteVolume)
 		case methodValidate:
@@ -51,8 +58,7 @@ func ForwardedTo(controller *Controller, logger klog.Logger) overlaynode.Handler
 			return failed(err)
 		}
 		if created, ok := response.(*csi.CreateVolumeResponse); ok {
-			// The controller knows the rest, which can be long.
-			response = &csi.CreateVolumeResponse{Volume: &csi.Volume{CapacityBytes: created.GetVolume().GetCapacityBytes()}}
+			response = briefly(request.(*csi.CreateVolumeRequest), created)
 		}
 		answer, err := protojson.Marshal(response.(proto.Message))
 		if err != nil {
@@ -60,6 +66,39 @@ func ForwardedTo(controller *Controller, logger klog.Logger) overlaynode.Handler
 		}
 		return overlaynode.Result{Body: string(answer)}
 	}
+}
+
+// createForwarded creates a volume whose layers a central controller has resolved.
+func (c *Controller) createForwarded(ctx context.Context, req *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
+	plain := proto.CloneOf(req)
+	delete(plain.GetParameters(), keyResolved)
+	delete(plain.GetParameters(), spec.KeyLayersFrom)
+	request, err := createRequest(plain)
+	if err != nil {
+		return nil, err
+	}
+	request.Resolved = request.Spec.Layers
+	if text, ok := req.GetParameters()[keyResolved]; ok {
+		if request.Resolved, err = reference.ParseList(text); err != nil {
+			return nil, fmt.Errorf("key %q: %w", keyResolved, err)
+		}
+	}
+	if req.GetParameters()[spec.KeyLayersFrom] == spec.LayersFromClaim {
+		request.ClaimLayers = func(context.Context) ([]reference.Reference, error) { return request.Spec.Layers, nil }
+	}
+	return c.create(ctx, plain, request)
+}
+
+// briefly returns what a controller does not know of the answer to its request: the size, and the layers of a volume that was created
+// earlier, when the tags had another meaning.
+func briefly(req *csi.CreateVolumeRequest, created *csi.CreateVolumeResponse) *csi.CreateVolumeResponse {
+	answer := &csi.Volume{CapacityBytes: created.GetVolume().GetCapacityBytes()}
+	parameters := req.GetParameters()
+	layers, asked := created.GetVolume().GetVolumeContext()[spec.KeyLayers], cmp.Or(parameters[keyResolved], parameters[spec.KeyLayers])
+	if layers != asked {
+		answer.VolumeContext = map[string]string{spec.KeyLayers: layers}
+	}
+	return &csi.CreateVolumeResponse{Volume: answer}
 }
 
 func unary[Q, A proto.Message](method func(context.Context, Q) (A, error)) grpc.UnaryHandler {

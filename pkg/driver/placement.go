@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -58,7 +59,7 @@ func (c *Central) node(segment string) (*overlaynode.OverlayNode, error) {
 	}
 	for _, object := range c.Nodes.All() {
 		if segmentOf(object.Spec.Node) == segment {
-			return object, nil
+			return c.Nodes.Get(object.Spec.Node)
 		}
 	}
 	return nil, err
@@ -67,25 +68,29 @@ func (c *Central) node(segment string) (*overlaynode.OverlayNode, error) {
 // begun is a creation that an earlier request has begun.
 type begun struct {
 	candidate
-	layers []reference.Reference
+	layers layers
 }
 
 // findBegun returns the creation of a volume that an earlier request of that name has begun on one of the nodes, nil if there is none. It
-// goes on there, and with the layers that the tags meant then.
+// goes on there, and with the layers that the tags meant then. One that expired without an answer does not go on: the volume can be made
+// elsewhere.
 func (c *Central) findBegun(name string, candidates []candidate) *begun {
 	for _, candidate := range candidates {
 		handle := centralHandle(name, candidate.segment)
-		earlier, requested := candidate.object.Spec.Requests[handle]
+		earlier, asked := candidate.object.Spec.Requests[handle]
 		result, answered := candidate.object.Answer(handle)
-		if !requested || earlier.Method != methodCreate || answered && result.Code != 0 {
+		if !asked || earlier.Method != methodCreate || answered && result.Code != 0 || !answered && earlier.IsExpired() {
 			continue
 		}
 		request := &csi.CreateVolumeRequest{}
 		if unmarshal(earlier.Body, request) != nil {
 			continue
 		}
-		if layers, err := reference.ParseList(request.GetParameters()[spec.KeyLayers]); err == nil {
-			return &begun{candidate, layers}
+		parameters := request.GetParameters()
+		requested, err := reference.ParseList(parameters[spec.KeyLayers])
+		resolved, resolvedErr := reference.ParseList(cmp.Or(parameters[keyResolved], parameters[spec.KeyLayers]))
+		if err == nil && resolvedErr == nil {
+			return &begun{candidate, layers{requested, resolved}}
 		}
 	}
 	return nil

@@ -140,7 +140,7 @@ func (a *Agent) start(ctx context.Context, informer cache.SharedIndexInformer) {
 	})
 	for handle, request := range object.Spec.Requests {
 		if _, answered := object.Answer(handle); answered || a.done[handle].ID == request.ID || a.running[handle] != "" ||
-			request.isExpired() {
+			request.IsExpired() {
 			continue
 		}
 		a.running[handle] = request.ID

@@ -162,7 +162,7 @@ func needless(object *OverlayNode, calls map[string]int) []string {
 		case calls[handle] > 0:
 		case ok:
 			answered = append(answered, handle)
-		case request.isExpired():
+		case request.IsExpired():
 			expired = append(expired, handle)
 		}
 	}

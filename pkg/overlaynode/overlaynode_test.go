@@ -409,7 +409,7 @@ func TestGoneNodes(t *testing.T) {
 	s := newAPIServer(t)
 	exists := map[string]bool{"there": true}
 	d := NewDispatcher(t.Context(), s.client())
-	gone := &GoneNodes{Dispatcher: d, Grace: 50 * time.Millisecond}
+	gone := &GoneNodes{Dispatcher: d, Grace: 50 * time.Millisecond, KeepBytes: 1 << 10}
 	gone.Exists = func(_ context.Context, name string) (bool, error) { return exists[name], nil }
 	if err := gone.Clean(t.Context()); err != nil || d.begun.Load() {
 		t.Errorf("a controller that got no request watches the nodes, %v", err)
@@ -469,6 +469,13 @@ func TestGoneNodes(t *testing.T) {
 	if s.get("there") == nil || s.get("asked") == nil {
 		t.Error("the object of a node that is there, or that has a request, was removed")
 	}
+	gone.KeepBytes = 1
+	eventually(t, "a node whose requests are too many to be kept is given up", func() bool {
+		if err := gone.Clean(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		return s.get("asked") == nil
+	})
 	if _, err := s.client().Name(strings.Repeat("n", 240)); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("a long name: %v", err)
 	}

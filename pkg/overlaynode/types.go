@@ -58,8 +58,8 @@ type Request struct {
 	ExpiresAt *metav1.Time `json:"expiresAt"`
 }
 
-// isExpired reports whether the request is not to be carried out any more.
-func (r Request) isExpired() bool { return r.ExpiresAt != nil && time.Now().After(r.ExpiresAt.Time) }
+// IsExpired reports whether the request is not to be carried out any more.
+func (r Request) IsExpired() bool { return r.ExpiresAt != nil && time.Now().After(r.ExpiresAt.Time) }
 
 // size returns about how many bytes the request takes in the object.
 func (r Request) size() int { return len(r.Body) + requestOverhead }
@@ -111,7 +111,7 @@ func (n *OverlayNode) IsSilent() bool {
 		return true
 	}
 	for handle, request := range n.Spec.Requests {
-		if _, answered := n.Answer(handle); !answered && !request.isExpired() && time.Since(request.PostedAt.Time) > slowAfter {
+		if _, answered := n.Answer(handle); !answered && !request.IsExpired() && time.Since(request.PostedAt.Time) > slowAfter {
 			return true
 		}
 	}

@@ -24,6 +24,9 @@ type CreateRequest struct {
 	// ClaimLayers returns the layers that the claim names, and is nil if they are in Spec. It is called once: later changes of
 	// the claim's annotation do not change the volume.
 	ClaimLayers func(ctx context.Context) ([]reference.Reference, error)
+	// Resolved are the layers with digests for tags, if a central controller has resolved them, and nil if this node is to do it. A
+	// volume that exists keeps those that it was created with.
+	Resolved []reference.Reference
 	// Access is the widest of the requested access modes.
 	Access spec.AccessMode
 	// Secrets have the credentials for registries.
@@ -102,9 +105,12 @@ func (m *Manager) resolveRequested(ctx context.Context, req *CreateRequest) (req
 	if err := m.config.Layers.Check(requested); err != nil {
 		return nil, err
 	}
-	if req.Spec.Layers, err = m.config.Layers.ResolveTags(ctx, requested, req.Secrets, req.Namespace); err != nil {
-		return nil, err
+	if req.Resolved == nil {
+		if req.Resolved, err = m.config.Layers.ResolveTags(ctx, requested, req.Secrets, req.Namespace); err != nil {
+			return nil, err
+		}
 	}
+	req.Spec.Layers = req.Resolved
 	if slices.Equal(requested, req.Spec.Layers) {
 		return nil, nil
 	}

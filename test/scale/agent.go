@@ -112,10 +112,7 @@ func (n *agentNode) create(request *csi.CreateVolumeRequest) *csi.Volume {
 		n.volumes[handle] = size
 		n.free.Add(-size)
 	}
-	return &csi.Volume{
-		VolumeId: handle, CapacityBytes: size, VolumeContext: request.GetParameters(),
-		AccessibleTopology: request.GetAccessibilityRequirements().GetRequisite(),
-	}
+	return &csi.Volume{CapacityBytes: size}
 }
 
 func (n *agentNode) remove(handle string) {
@@ -123,7 +120,7 @@ func (n *agentNode) remove(handle string) {
 	defer n.mu.Unlock()
 	size, known := n.volumes[handle]
 	if !known {
-		return // external-provisioner deletes many volumes twice.
+		return // It was deleted, and the answer did not arrive.
 	}
 	delete(n.volumes, handle)
 	n.free.Add(size)
