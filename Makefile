@@ -117,6 +117,13 @@ scale: ## Print the tables of docs/scale.md: etcd and an API server with up to 5
 	go build -o bin/scale-test ./test/scale
 	bin/scale-test $(SCALE_FLAGS)
 
+# They have no packages of their own, and to build them takes a quarter of an hour. That all of their packages are found, with the checksums of
+# go.sum, takes seconds, and a minute where the modules are not there yet.
+.PHONY: scale-modules
+scale-modules: ## Check that what make scale builds is complete: etcd, Kubernetes and the sidecars (the Go module proxy)
+	@for module in test/scale/servers test/scale/servers/provisioner; do \
+	  (cd $$module && go list -mod=readonly -deps tool >/dev/null) || { echo "$$module: go mod tidy"; exit 1; }; done
+
 .PHONY: docs
 docs: ## Write docs/flags.md and the kernel features in docs/operations.md from the code
 	@{ printf '# Flags of overlay-csi\n\nMade from `overlay-csi --help` and `overlay-csi controller --help` by `make docs`.\n\n```\n'; \

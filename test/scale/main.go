@@ -23,7 +23,7 @@ type options struct {
 	mode                 string
 	nodes, rates         string
 	warm, duration, live time.Duration
-	grow                 int
+	grow, score          int
 	central              centralMode
 	compare, record      bool
 	audit                string
@@ -67,6 +67,7 @@ func main() {
 	flag.DurationVar(&o.duration, "duration", time.Minute, "how long it is measured")
 	flag.DurationVar(&o.live, "live", 15*time.Second, "how long a pod is left before it and its claim are deleted")
 	flag.IntVar(&o.grow, "grow", 10, "every so many claims grows")
+	flag.IntVar(&o.score, "score", 0, "percentageOfNodesToScore in the scheduler's configuration; 0: its default")
 	flag.StringVar(&o.etcd, "etcd", "", "etcd; otherwise that of the PATH, or built from test/scale/servers")
 	flag.StringVar(&o.apiserver, "apiserver", "", "kube-apiserver, likewise")
 	flag.StringVar(&o.manager, "controller-manager", "", "kube-controller-manager, likewise")
@@ -145,7 +146,8 @@ func run(ctx context.Context, o options) error {
 	return nil
 }
 
-// checkFileLimit fails where this process or the API server could not have three connections for each node.
+// checkFileLimit fails where this process or the API server could not have three connections for each node: those of the provisioner, the
+// resizer and the snapshotter. The driver has one too once a claim is made on its node.
 func checkFileLimit(nodes int) error {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
@@ -202,13 +204,17 @@ func measure(ctx context.Context, o options, m mode, n int, rates []float64) (re
 	return results, nil
 }
 
+// starting is how many nodes start at a time. All together would be another test: in a rolling update they start one after the other. A program
+// that starts has more than one connection for a moment, since each of its first requests opens one.
+const starting = 25
+
 // play starts the nodes, and returns once all of them have what exists.
 func play(ctx context.Context, o options, m mode, c *cluster, n int) (*churn, error) {
 	progress("%d nodes: making the objects of the nodes", n)
 	if err := c.addNodes(ctx, n); err != nil {
 		return nil, err
 	}
-	if err := c.startControllers(ctx, o.binaries); err != nil {
+	if err := c.startControllers(ctx, o.binaries, o.score); err != nil {
 		return nil, err
 	}
 	if err := m.start(ctx, c); err != nil {
@@ -216,13 +222,15 @@ func play(ctx context.Context, o options, m mode, c *cluster, n int) (*churn, er
 	}
 	began := time.Now()
 	var all sync.WaitGroup
-	// Nodes that start together would be another test: they start one after the other, as in a rolling update.
+	slots := make(chan struct{}, starting)
 	for i := range n {
-		all.Add(1)
-		go m.node(c, i).run(ctx, all.Done)
-		if i%10 == 9 && !sleep(ctx, 20*time.Millisecond) {
+		select {
+		case slots <- struct{}{}:
+		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
+		all.Add(1)
+		go m.node(c, i).run(ctx, func() { <-slots; all.Done() })
 	}
 	churn := newChurn(c, o.live, o.grow)
 	all.Add(1)
@@ -234,7 +242,16 @@ func play(ctx context.Context, o options, m mode, c *cluster, n int) (*churn, er
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	progress("%d nodes: started in %s", n, time.Since(began).Round(time.Second/10))
+	server, err := usageOf(c.apiserver.Process.Pid)
+	if err != nil {
+		return nil, err
+	}
+	own, err := usageOf(os.Getpid())
+	if err != nil {
+		return nil, err
+	}
+	progress("%d nodes: started in %s; the API server has %d open files, and this process %d",
+		n, time.Since(began).Round(time.Second/10), server.files, own.files)
 	return churn, nil
 }
 

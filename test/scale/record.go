@@ -28,7 +28,7 @@ func record(ctx context.Context, o options) (err error) {
 	if err := c.addNodes(ctx, nodes); err != nil {
 		return err
 	}
-	if err := c.startControllers(ctx, o.binaries); err != nil {
+	if err := c.startControllers(ctx, o.binaries, 0); err != nil {
 		return err
 	}
 	dir, remove, err := drivertest.WorkDir()

@@ -172,8 +172,9 @@ func startServers(ctx context.Context, b binaries, auditPolicy string) (_ *serve
 
 // startControllers starts what makes a claim bound beside the driver's own side: the scheduler, which chooses the node, and the
 // controllers that bind claims and remove the finalizers of claims and volumes. They are not limited in their requests, since the
-// churn is more than one cluster's worth for their default of 20 a second.
-func (s *servers) startControllers(ctx context.Context, b binaries) error {
+// churn is more than one cluster's worth for their default of 20 a second. score is the percentage of nodes that the scheduler scores, 0 for
+// its default.
+func (s *servers) startControllers(ctx context.Context, b binaries, score int) error {
 	kubeconfig := filepath.Join(s.dir, "kubeconfig")
 	if err := s.writeKubeconfig(kubeconfig, adminToken); err != nil {
 		return err
@@ -183,7 +184,8 @@ func (s *servers) startControllers(ctx context.Context, b binaries) error {
 kind: KubeSchedulerConfiguration
 clientConnection: {kubeconfig: %q, qps: 5000, burst: 10000}
 leaderElection: {leaderElect: false}
-`, kubeconfig), 0o600); err != nil {
+percentageOfNodesToScore: %d
+`, kubeconfig, score), 0o600); err != nil {
 		return err
 	}
 	certs := filepath.Join(s.dir, "certs-of-controllers")
@@ -267,6 +269,7 @@ func (s *servers) stop() error {
 type usage struct {
 	cpu      float64 // seconds
 	resident int     // bytes
+	files    int
 }
 
 func usageOf(pid int) (usage, error) {
@@ -278,7 +281,11 @@ func usageOf(pid int) (usage, error) {
 	if err != nil {
 		return usage{}, err
 	}
-	return usage{cpu: stat.CPUTime(), resident: stat.ResidentMemory()}, nil
+	files, err := process.FileDescriptorsLen()
+	if err != nil {
+		return usage{}, err
+	}
+	return usage{cpu: stat.CPUTime(), resident: stat.ResidentMemory(), files: files}, nil
 }
 
 func writeKey(path string) error {
