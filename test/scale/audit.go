@@ -110,14 +110,14 @@ func compare(ctx context.Context, o options) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.stop()) }()
-	c, err := newCluster(ctx, s, sidecarMode{})
+	c, err := newCluster(ctx, s, sidecarMode{o.central.helm})
 	if err != nil {
 		return err
 	}
 	playing, end := context.WithCancel(ctx)
 	defer end()
 	o.grow, o.live = 1, 5*time.Second
-	churn, err := play(playing, o, sidecarMode{}, c, 3)
+	churn, err := play(playing, o, sidecarMode{o.central.helm}, c, 3)
 	if err != nil {
 		return err
 	}

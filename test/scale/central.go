@@ -23,14 +23,18 @@ const (
 	deployment   = "overlay-csi-controller"
 )
 
-// manifests returns what the chart makes of its values for this mode. The plain manifests in deploy/ are those of the other one.
 func (m *centralMode) manifests(ctx context.Context) ([]byte, error) {
+	return renderChart(ctx, m.helm, "central")
+}
+
+// renderChart returns what the chart makes of its values in a mode.
+func renderChart(ctx context.Context, program, mode string) ([]byte, error) {
 	tree, err := sourceTree()
 	if err != nil {
 		return nil, err
 	}
-	helm := exec.CommandContext(ctx, m.helm, "template", "overlay-csi", "charts/overlay-csi", "--include-crds", "--namespace", namespace,
-		"--values", "deploy/values.yaml", "--set", "provisioner.mode=central")
+	helm := exec.CommandContext(ctx, program, "template", "overlay-csi", "charts/overlay-csi", "--include-crds", "--namespace", namespace,
+		"--values", "deploy/values.yaml", "--set", "provisioner.mode="+mode)
 	helm.Dir = tree
 	var problems bytes.Buffer
 	helm.Stderr = &problems
@@ -117,14 +121,8 @@ func (m *centralMode) findSidecars(ctx context.Context) error {
 	})
 }
 
-// findDriver builds the driver of this source tree and finds helm, where no flag names them.
+// findDriver builds the driver of this source tree where no flag names it.
 func (m *centralMode) findDriver(ctx context.Context) error {
-	if m.helm == "" {
-		m.helm = "helm"
-	}
-	if _, err := exec.LookPath(m.helm); err != nil {
-		return fmt.Errorf("-mode central renders the chart: %w; name helm by -helm", err)
-	}
 	if m.driver != "" {
 		return nil
 	}

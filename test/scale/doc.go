@@ -19,7 +19,7 @@
 // arguments and rights: `overlay-csi controller`, external-provisioner and external-resizer. Of the driver on each node the part that they
 // reach is real, an overlaynode.Agent with a client and a connection of its own. Behind it are no volumes: it remembers their sizes.
 //
-// The servers and sidecars are found by flags, in the PATH, or built from the module in test/scale/servers, which takes a quarter of an
-// hour once. That is a module of its own, since Kubernetes and etcd are dependencies of nothing else here. external-provisioner has
-// another one, since it needs another version of Kubernetes' modules.
+// The chart is rendered by helm. The servers and sidecars are found by flags, in the PATH, or built from the module in
+// test/scale/servers, which takes a quarter of an hour once. That is a module of its own, since Kubernetes and etcd are dependencies of
+// nothing else here. external-provisioner has another one, since it needs another version of Kubernetes' modules.
 package main

@@ -6,8 +6,8 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -42,15 +42,11 @@ type mode interface {
 	node(c *cluster, i int) player
 }
 
-// sidecarMode is the chart with its own values: sidecars on each node, and nothing central.
-type sidecarMode struct{}
+// sidecarMode is the chart with provisioner.mode=node: sidecars on each node, and nothing central.
+type sidecarMode struct{ helm string }
 
-func (sidecarMode) manifests(context.Context) ([]byte, error) {
-	tree, err := sourceTree()
-	if err != nil {
-		return nil, err
-	}
-	return os.ReadFile(filepath.Join(tree, "deploy", "overlay-csi.yaml"))
+func (m sidecarMode) manifests(ctx context.Context) ([]byte, error) {
+	return renderChart(ctx, m.helm, "node")
 }
 
 func (sidecarMode) start(context.Context, *cluster) error { return nil }
@@ -75,7 +71,7 @@ func main() {
 	flag.StringVar(&o.central.provisioner, "provisioner", "", "csi-provisioner, likewise, for -mode central and -record")
 	flag.StringVar(&o.central.resizer, "resizer", "", "csi-resizer, likewise")
 	flag.StringVar(&o.central.driver, "driver", "", "overlay-csi, for -mode central; otherwise built from this source tree")
-	flag.StringVar(&o.central.helm, "helm", "", "helm, for -mode central; otherwise that of the PATH")
+	flag.StringVar(&o.central.helm, "helm", "helm", "helm, which renders the chart")
 	flag.BoolVar(&o.record, "record", false, "print what the real programs on a node ask for, and measure nothing (root)")
 	flag.BoolVar(&o.compare, "compare", false, "compare what the played nodes ask for with what the real programs do, and measure nothing")
 	flag.StringVar(&o.audit, "audit", "", "print what the real programs ask for, from the audit log of an API server, and do nothing else")
@@ -94,7 +90,7 @@ func progress(format string, args ...any) {
 }
 
 func run(ctx context.Context, o options) error {
-	modes := map[string]mode{"node": sidecarMode{}, "central": &o.central}
+	modes := map[string]mode{"node": sidecarMode{o.central.helm}, "central": &o.central}
 	m, ok := modes[o.mode]
 	if !ok {
 		return fmt.Errorf("-mode=%s: it must be node or central", o.mode)
@@ -109,6 +105,9 @@ func run(ctx context.Context, o options) error {
 	rates, err := numbers(o.rates)
 	if err != nil {
 		return fmt.Errorf("-rates: %w", err)
+	}
+	if _, err := exec.LookPath(o.central.helm); err != nil {
+		return fmt.Errorf("find helm, which renders the chart: %w; name it by -helm", err)
 	}
 	if err := o.find(ctx); err != nil {
 		return err
@@ -204,8 +203,8 @@ func measure(ctx context.Context, o options, m mode, n int, rates []float64) (re
 	return results, nil
 }
 
-// starting is how many nodes start at a time. All together would be another test: in a rolling update they start one after the other. A program
-// that starts has more than one connection for a moment, since each of its first requests opens one.
+// starting is how many nodes start at a time. All together would be another test: in a rolling update they start one after the other. A
+// program that starts has more than one connection for a moment, since each of its first requests opens one.
 const starting = 25
 
 // play starts the nodes, and returns once all of them have what exists.

@@ -20,7 +20,7 @@ func record(ctx context.Context, o options) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.stop()) }()
-	c, err := newCluster(ctx, s, sidecarMode{})
+	c, err := newCluster(ctx, s, sidecarMode{o.central.helm})
 	if err != nil {
 		return err
 	}

@@ -172,8 +172,8 @@ func startServers(ctx context.Context, b binaries, auditPolicy string) (_ *serve
 
 // startControllers starts what makes a claim bound beside the driver's own side: the scheduler, which chooses the node, and the
 // controllers that bind claims and remove the finalizers of claims and volumes. They are not limited in their requests, since the
-// churn is more than one cluster's worth for their default of 20 a second. score is the percentage of nodes that the scheduler scores, 0 for
-// its default.
+// churn is more than one cluster's worth for their default of 20 a second. score is the percentage of nodes that the scheduler scores, 0
+// for its default.
 func (s *servers) startControllers(ctx context.Context, b binaries, score int) error {
 	kubeconfig := filepath.Join(s.dir, "kubeconfig")
 	if err := s.writeKubeconfig(kubeconfig, adminToken); err != nil {
