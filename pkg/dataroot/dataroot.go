@@ -14,6 +14,8 @@ import (
 // The names in a data root. The package comment has the layout.
 const (
 	Volumes     = "volumes"
+	Frozen      = "frozen"
+	Snapshots   = "snapshots"
 	Layers      = "layers"
 	Images      = "images"
 	Mounter     = "mounter"
@@ -25,6 +27,9 @@ const (
 	Record         = "volume.json"
 	PersistentMark = "persistent"
 	PodUppers      = "pods"
+
+	// SnapshotRecord is a name in the directory of a snapshot.
+	SnapshotRecord = "snapshot.json"
 )
 
 // ErrInUse is returned while another driver process uses the data root.
@@ -40,7 +45,7 @@ type Lock struct {
 // Acquire locks a data root for this process, and makes it if it is missing. It returns ErrInUse while another process has the
 // lock. The kernel releases the lock when the process ends.
 func Acquire(path string) (*Lock, error) {
-	for _, name := range []string{Volumes, Trash} {
+	for _, name := range []string{Volumes, Frozen, Snapshots, Trash} {
 		if err := os.MkdirAll(filepath.Join(path, name), 0o700); err != nil {
 			return nil, fmt.Errorf("prepare the data root: %w", err)
 		}

@@ -9,6 +9,8 @@
 //	volumes/<volume handle>/data/{upper/, work/}          directory, project quota or btrfs qgroup, disk image
 //	volumes/<volume handle>/disk.img
 //	volumes/<volume handle>/pods/<pod>/…                the same for each pod of a claim with upper: pod
+//	frozen/<id>/{upper/ or data/ or disk.img}           an upper that became read-only (pkg/upper)
+//	snapshots/<snapshot ID>/snapshot.json               what a snapshot consists of (pkg/record)
 //	layers/sha256/<diff ID>/{tree/, layer.json, implied}  unpacked layers (pkg/store)
 //	layers/incoming/<key>/…                             layers that are being pulled (pkg/store)
 //	images/<digest>.json                                what an image consists of (pkg/store)

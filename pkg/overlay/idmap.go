@@ -147,28 +147,91 @@ type mappedDirs struct {
 	attached string
 }
 
-// mapLowers returns the lowers on read-only ID-mapped mounts.
-func (m *Mounter) mapLowers(lowers []*os.File, ids IDs) (*mappedDirs, error) {
-	namespace, err := m.namespaces.open(idMaps{mapping(Swap{0, ids.UID}), mapping(Swap{0, ids.GID})})
+// mapLowers puts the frozen uppers of a view before its lowers, and maps the owners of both: each is then on a read-only ID-mapped mount
+// of its own. The caller closes the mounts after the overlay is mounted.
+func (m *Mounter) mapLowers(spec *Spec) (*mappedDirs, error) {
+	mapped := &mappedDirs{}
+	lowers := make([]*os.File, 0, len(spec.Frozen)+len(spec.Lowers))
+	for _, frozen := range spec.Frozen {
+		dir, err := m.mapFrozen(frozen, mapped)
+		if err != nil {
+			return nil, errors.Join(err, mapped.close())
+		}
+		lowers = append(lowers, dir)
+	}
+	if spec.LayerOwner == (IDs{}) {
+		lowers = append(lowers, spec.Lowers...)
+	} else if err := m.mapLayers(spec.Lowers, spec.LayerOwner, mapped, &lowers); err != nil {
+		return nil, errors.Join(err, mapped.close())
+	}
+	spec.Lowers, spec.Frozen = lowers, nil
+	return mapped, m.attachMapped(mapped)
+}
+
+// mapFrozen returns a frozen upper as the view has it, which is among the mapped directories then unless it can be used as it is.
+func (m *Mounter) mapFrozen(frozen FrozenUpper, mapped *mappedDirs) (*os.File, error) {
+	if len(frozen.Groups) == 0 && !(frozen.Detached && !m.features.DetachedLayer) {
+		return frozen.Dir, nil
+	}
+	if len(frozen.Groups) > 0 && !m.features.IDMappedUpper {
+		return nil, frozenGroupsError(frozen, errors.New("this kernel, or the node's limit of user namespaces, has no feature id-mapped-upper"))
+	}
+	dir, err := m.mountFrozen(frozen)
+	if errors.Is(err, errNotMappable) {
+		return nil, frozenGroupsError(frozen, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ID-map the frozen upper %s: %w", frozen.Dir.Name(), err)
+	}
+	mapped.dirs = append(mapped.dirs, dir)
+	return dir, nil
+}
+
+func frozenGroupsError(frozen FrozenUpper, reason error) error {
+	return fmt.Errorf("%w: the files of the frozen upper %s have another group than the pod's fsGroup, and the kernel cannot show them with "+
+		"that: %w; use the fsGroup that the volume had when the snapshot was made", errdefs.ErrFailedPrecondition, frozen.Dir.Name(), reason)
+}
+
+// mountFrozen returns the detached mount of a frozen upper, with its groups exchanged.
+func (m *Mounter) mountFrozen(frozen FrozenUpper) (*os.File, error) {
+	if len(frozen.Groups) == 0 {
+		return linux.Dup(frozen.Dir)
+	}
+	namespace, err := m.namespaces.open(idMaps{mapping(), mapping(frozen.Groups...)})
 	if err != nil {
 		return nil, err
 	}
 	defer namespace.Close()
-	mapped := &mappedDirs{}
-	for _, lower := range lowers {
+	if !frozen.Detached {
+		return mapMount(frozen.Dir, "", linux.MountAttrReadOnly, namespace)
+	}
+	// The kernel makes no clone of a mount that is in no namespace before Linux 6.15, and this one is nobody else's.
+	if err := mapDetached(frozen.Dir, linux.MountAttrReadOnly, namespace); err != nil {
+		return nil, err
+	}
+	return linux.Dup(frozen.Dir)
+}
+
+// mapLayers adds the layers on read-only ID-mapped mounts.
+func (m *Mounter) mapLayers(layers []*os.File, ids IDs, mapped *mappedDirs, lowers *[]*os.File) error {
+	namespace, err := m.namespaces.open(idMaps{mapping(Swap{0, ids.UID}), mapping(Swap{0, ids.GID})})
+	if err != nil {
+		return err
+	}
+	defer namespace.Close()
+	for _, lower := range layers {
 		dir, err := mapMount(lower, "", linux.MountAttrReadOnly, namespace)
 		if errors.Is(err, errNotMappable) {
-			err = fmt.Errorf("%w: layer %s cannot be ID-mapped: %w; set ownership to chown or none",
+			return fmt.Errorf("%w: layer %s cannot be ID-mapped: %w; set ownership to chown or none",
 				errdefs.ErrFailedPrecondition, lower.Name(), err)
-		} else if err != nil {
-			err = fmt.Errorf("ID-map layer %s: %w", lower.Name(), err)
 		}
 		if err != nil {
-			return nil, errors.Join(err, mapped.close())
+			return fmt.Errorf("ID-map layer %s: %w", lower.Name(), err)
 		}
 		mapped.dirs = append(mapped.dirs, dir)
+		*lowers = append(*lowers, dir)
 	}
-	return mapped, m.attachMapped(mapped)
+	return nil
 }
 
 // errNotMappable says that a file system cannot be mounted with an ID mapping.
@@ -181,22 +244,27 @@ func mapMount(dir *os.File, path string, attributes uint64, namespace *os.File) 
 	if err != nil {
 		return nil, err
 	}
+	if err := mapDetached(clone, attributes, namespace); err != nil {
+		clone.Close()
+		return nil, err
+	}
+	return clone, nil
+}
+
+// mapDetached gives a detached mount attributes and the ID mapping of a namespace.
+func mapDetached(mount *os.File, attributes uint64, namespace *os.File) error {
 	change := linux.MountChange{Set: linux.MountAttrIDMap | attributes, Private: true, UserNamespace: namespace}
-	err = linux.MountSetattr(clone, change)
-	if err == nil {
-		return clone, nil
-	}
-	clone.Close()
+	err := linux.MountSetattr(mount, change)
 	if errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.ENOSYS) || errors.Is(err, syscall.EPERM) {
-		return nil, fmt.Errorf("%w: %w", errNotMappable, err)
+		return fmt.Errorf("%w: %w", errNotMappable, err)
 	}
-	return nil, err
+	return err
 }
 
 // attachMapped attaches the mounts in the tree while the overlay is mounted: before Linux 6.15, overlayfs takes no directory on a mount
 // that is in no namespace. It closes the mounts if it fails.
 func (m *Mounter) attachMapped(mapped *mappedDirs) error {
-	if m.features.DetachedLayer {
+	if m.features.DetachedLayer || len(mapped.dirs) == 0 {
 		return nil
 	}
 	if err := m.attachEach(mapped); err != nil {

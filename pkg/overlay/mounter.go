@@ -136,21 +136,18 @@ func (m *Mounter) mapped(spec Spec, mount func(Spec) error) error {
 	if err := spec.validate(); err != nil {
 		return err
 	}
-	if spec.Upper == nil && len(spec.Lowers) == 1 {
+	if spec.Upper == nil && len(spec.Frozen)+len(spec.Lowers) == 1 {
 		// overlayfs takes no single lower without an upper. An empty one beneath it changes nothing in the view.
 		spec.Lowers = []*os.File{spec.Lowers[0], m.empty}
 	}
-	if spec.LayerOwner != (IDs{}) {
-		lowers, err := m.mapLowers(spec.Lowers, spec.LayerOwner)
-		if err != nil {
-			return err
-		}
-		spec.Lowers = lowers.dirs
-		defer func() {
-			// What cannot be unmounted now is unmounted when the next process starts, and is no reason to remove the view.
-			_ = lowers.close()
-		}()
+	mapped, err := m.mapLowers(&spec)
+	if err != nil {
+		return err
 	}
+	defer func() {
+		// What cannot be unmounted now is unmounted when the next process starts, and is no reason to remove the view.
+		_ = mapped.close()
+	}()
 	if len(spec.UpperGroups) > 0 {
 		unmap, err := m.mapUpper(&spec)
 		if err != nil {

@@ -13,6 +13,8 @@ const MaxLowers = 500
 // Spec describes an overlay. The directories are open handles (O_PATH is enough), so that nothing that is renamed or replaced between
 // their resolution and the mount can put another directory in their place.
 type Spec struct {
+	// Frozen are frozen uppers, which are lowers as well, the topmost first. They lie above Lowers.
+	Frozen []FrozenUpper
 	// Lowers are the read-only directories, the topmost first. One is enough, with and without an upper.
 	Lowers []*os.File
 	// Upper and Work are directories of one file system, reached through one mount. Both are nil in a read-only view.
@@ -20,24 +22,34 @@ type Spec struct {
 	// Volatile leaves out every sync to the upper's file system. An upper that was mounted so must not be mounted again after the
 	// machine went down (overlayfs documentation, "Volatile mount").
 	Volatile bool
-	// LayerOwner has root's files of the lowers appear to be owned by these IDs.
+	// LayerOwner has root's files of Lowers appear to be owned by these IDs.
 	LayerOwner IDs
 	// UpperGroups has the groups of the upper's files appear exchanged, one pair after the other. What is written through the view is
 	// stored exchanged back. Upper and Work must be in the same directory. See Mounter.MapsGroups.
 	UpperGroups []Swap
 	// Metacopy has changes of owners and modes copy up metadata only. Once an upper has been
-	// mounted with Metacopy, every later mount of it must have it too.
+	// mounted with Metacopy, every later mount of it must have it too, also as a frozen one.
 	Metacopy bool
 	// Attributes are those of the mount.
 	Attributes Attributes
+}
+
+// FrozenUpper is an upper that became read-only.
+type FrozenUpper struct {
+	Dir *os.File
+	// Groups has the groups of its files appear exchanged, one pair after the other.
+	Groups []Swap
+	// Detached is set if Dir is the root of a mount that is in no namespace, and that nobody else has.
+	Detached bool
 }
 
 func (s Spec) validate() error {
 	switch {
 	case len(s.Lowers) == 0:
 		return fmt.Errorf("%w: an overlay needs at least one lower directory", errdefs.ErrInvalidArgument)
-	case len(s.Lowers) > MaxLowers:
-		return fmt.Errorf("%w: %d lower directories: overlayfs takes at most %d", errdefs.ErrInvalidArgument, len(s.Lowers), MaxLowers)
+	case len(s.Frozen)+len(s.Lowers) > MaxLowers:
+		return fmt.Errorf("%w: %d lower directories: overlayfs takes at most %d",
+			errdefs.ErrInvalidArgument, len(s.Frozen)+len(s.Lowers), MaxLowers)
 	case (s.Upper == nil) != (s.Work == nil):
 		return fmt.Errorf("%w: an overlay takes an upper and a work directory or neither", errdefs.ErrInvalidArgument)
 	case s.Volatile && s.Upper == nil:
