@@ -18,8 +18,8 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
-// LayersInUse returns who uses each of the layers in the layer store: the IDs of volumes, and the targets of mounted views that are in
-// no record.
+// LayersInUse returns who uses each of the layers in the layer store: the IDs of volumes, snapshots as snapshots/ID, and the targets of
+// mounted views that are in no record.
 //
 // Of a record that cannot be read, every digest that still stands in it counts, and the mount table names the layers of mounted views.
 // Where it does not, any layer may be one of theirs, and LayersInUse returns ErrFailedPrecondition.
@@ -90,9 +90,44 @@ func (s *Store) isMounted(view overlay.View) (bool, error) {
 }
 
 // Unreadable returns the IDs of the volumes whose records cannot be used, in order, and of those that have an upper and no record.
+// Snapshots whose records cannot be used follow as snapshots/ID.
 func (s *Store) Unreadable() ([]string, error) {
 	all, err := s.survey()
-	return all.unreadable, err
+	return append(all.unreadable, all.unreadableSnapshots...), err
+}
+
+// FrozenInUse returns which volumes and snapshots list each of the frozen uppers. It returns ErrFailedPrecondition while a record cannot
+// be read: it may list any.
+func (s *Store) FrozenInUse() (map[string][]string, error) {
+	listed := map[string][]string{}
+	ids, err := s.List()
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range ids {
+		r, err := s.Load(id)
+		switch {
+		case err == nil:
+			for _, frozen := range r.Frozen {
+				listed[frozen.ID] = append(listed[frozen.ID], id)
+			}
+		case errdefs.IsNotFound(err) && !ContainsUppers(s.Dir(id)), errors.Is(err, ErrEmpty):
+			// No volume, or an ephemeral one.
+		default:
+			return nil, fmt.Errorf("%w: the record of volume %s may list frozen uppers, and cannot be read; restore it, or delete %s: %w",
+				errdefs.ErrFailedPrecondition, id, s.Dir(id), err)
+		}
+	}
+	snapshots, err := s.Snapshots().all()
+	if err != nil {
+		return nil, err
+	}
+	for _, snapshot := range snapshots {
+		for _, frozen := range snapshot.Frozen {
+			listed[frozen.ID] = append(listed[frozen.ID], snapshotUser(snapshot.ID))
+		}
+	}
+	return listed, nil
 }
 
 // survey is what all records of a node say.
@@ -100,6 +135,8 @@ type survey struct {
 	layers     map[digest.Digest][]string
 	targets    map[string]bool
 	unreadable []string
+	// unreadableSnapshots are named as users of layers are.
+	unreadableSnapshots []string
 }
 
 // add adds a user of a layer. All layers of one user are added before those of the next.
@@ -128,14 +165,38 @@ func (s *Store) survey() (survey, error) {
 			}
 		case !errdefs.IsNotFound(err):
 			all.unreadable = append(all.unreadable, id)
-			for _, layer := range s.readableDigests(id) {
+			for _, layer := range readableDigests(filepath.Join(s.Dir(id), dataroot.Record)) {
 				all.add(layer, id)
 			}
 		case ContainsUppers(s.Dir(id)):
 			all.unreadable = append(all.unreadable, id)
 		}
 	}
-	return all, nil
+	return all, s.surveySnapshots(&all)
+}
+
+// surveySnapshots adds what the records of snapshots say.
+func (s *Store) surveySnapshots(all *survey) error {
+	snapshots := s.Snapshots()
+	ids, err := snapshots.List()
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		snapshot, err := snapshots.Load(id)
+		var layers []digest.Digest
+		switch {
+		case err == nil:
+			layers = snapshot.Layers
+		case !errdefs.IsNotFound(err):
+			all.unreadableSnapshots = append(all.unreadableSnapshots, snapshotUser(id))
+			layers = readableDigests(filepath.Join(snapshots.Dir(id), dataroot.SnapshotRecord))
+		}
+		for _, layer := range layers {
+			all.add(layer, snapshotUser(id))
+		}
+	}
+	return nil
 }
 
 // ContainsUppers reports whether the directory of a volume contains the upper of the volume or uppers of pods. It returns true if that
@@ -161,8 +222,8 @@ func (s *Store) isUnknown(lower string) bool {
 const maxDamaged = 8 << 20
 
 // readableDigests returns what may be digests of layers in a record that cannot be used.
-func (s *Store) readableDigests(id string) []digest.Digest {
-	file, err := os.Open(filepath.Join(s.Dir(id), dataroot.Record))
+func readableDigests(path string) []digest.Digest {
+	file, err := os.Open(path)
 	if err != nil {
 		return nil
 	}

@@ -2,6 +2,7 @@ package record
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -15,8 +16,12 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
-// version is raised when an earlier driver could misread what this one writes.
-const version = 1
+// The versions of records. An earlier driver could misread what has version 2: it would mount the volume without its frozen uppers. A
+// volume that has none keeps version 1.
+const (
+	version       = 1
+	frozenVersion = 2
+)
 
 // Record describes one volume on this node.
 type Record struct {
@@ -35,6 +40,10 @@ type Record struct {
 	Made bool `json:"made,omitempty"`
 	// Group is the group of the files of a volume with a persistent upper, nil until it had a pod with an fsGroup.
 	Group *Group `json:"group,omitempty"`
+	// Frozen are the volume's frozen uppers, the topmost first. They lie between its upper and its layers.
+	Frozen []Frozen `json:"frozen,omitempty"`
+	// Freezing is set while the upper becomes the first of Frozen. Whoever loads the record to work on the volume finishes that.
+	Freezing bool `json:"freezing,omitempty"`
 	// Resolved has the image digests that references to images and archives were resolved to, and Layers the layers of
 	// these images by diff ID: garbage collection leaves them in the layer store.
 	Resolved reference.Digests `json:"resolved,omitempty"`
@@ -49,6 +58,14 @@ type Provisioned struct {
 	// RequestedLayers are the layers as requested, nil if they are those of the spec: there, tags are replaced by digests.
 	RequestedLayers []reference.Reference `json:"requestedLayers,omitempty"`
 	Access          spec.AccessMode       `json:"access"`
+	// Source is what the volume was cloned from, nil for one that began with an empty upper.
+	Source *Source `json:"source,omitempty"`
+}
+
+// Source is what a volume is cloned from: a snapshot or a volume. The other one is "".
+type Source struct {
+	Snapshot string `json:"snapshot,omitempty"`
+	Volume   string `json:"volume,omitempty"`
 }
 
 // Group is the group of a volume's files, which is the fsGroup of the last pod that had one. Files in the upper stay as they were
@@ -68,6 +85,34 @@ func (g *Group) Swaps() []overlay.Swap {
 		return nil
 	}
 	return []overlay.Swap{{A: g.Stored, B: g.First}, {A: g.First, B: g.ID}}
+}
+
+// Frozen is a frozen upper in a record: what is needed to mount it as a lower.
+type Frozen struct {
+	// ID names its directory in the data root.
+	ID      string        `json:"id"`
+	Backend upper.Backend `json:"backend"`
+	// Group is the group of its files when it was frozen, nil if they had none.
+	Group *Group `json:"group,omitempty"`
+	// Metacopy is set if it has files of which only the metadata was copied up. Views of it must be mounted with metacopy.
+	Metacopy bool `json:"metacopy,omitempty"`
+}
+
+// Swaps returns how the frozen upper's groups have to be exchanged in a view whose files belong to a group, nil if they need not. stored
+// is the group of the upper's root.
+func (f Frozen) Swaps(group *uint32, stored uint32) []overlay.Swap {
+	switch {
+	case group == nil:
+		return f.Group.Swaps()
+	case f.Group == nil:
+		return (&Group{ID: *group, First: *group, Stored: stored}).Swaps()
+	}
+	return (&Group{ID: *group, First: f.Group.First, Stored: f.Group.Stored}).Swaps()
+}
+
+// HasMetacopy reports whether one of the volume's uppers, frozen or not, may have files of which only the metadata was copied up.
+func (r *Record) HasMetacopy() bool {
+	return r.Spec.Ownership == spec.OwnershipChown || slices.ContainsFunc(r.Frozen, func(f Frozen) bool { return f.Metacopy })
 }
 
 // Publication is a volume at one target path.

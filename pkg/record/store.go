@@ -59,9 +59,9 @@ func (s *Store) Load(id string) (*Record, error) {
 	if err := json.Unmarshal(data, &r); err != nil {
 		return nil, fmt.Errorf("read the record of volume %s: %w: %s: %w", id, ErrDamaged, path, err)
 	}
-	if r.Version != version || r.ID != id {
-		return nil, fmt.Errorf("%w: read the record of volume %s: %s has version %d and volume %q; this driver reads version %d",
-			errdefs.ErrFailedPrecondition, id, path, r.Version, r.ID, version)
+	if r.Version != version && r.Version != frozenVersion || r.ID != id {
+		return nil, fmt.Errorf("%w: read the record of volume %s: %s has version %d and volume %q; this driver reads versions %d and %d",
+			errdefs.ErrFailedPrecondition, id, path, r.Version, r.ID, version, frozenVersion)
 	}
 	return &r, nil
 }
@@ -98,6 +98,9 @@ func (s *Store) SaveDurably(r *Record) error {
 
 func (s *Store) write(r *Record) error {
 	r.Version = version
+	if len(r.Frozen) > 0 {
+		r.Version = frozenVersion
+	}
 	data, err := json.Marshal(r)
 	if err != nil {
 		return err

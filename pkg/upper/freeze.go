@@ -1,0 +1,208 @@
+package upper
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+)
+
+// A frozen upper is an upper that became read-only, so that overlayfs can take it as a lower. It lies in a directory of its own,
+// frozen/<id>, with the name that its backend used.
+
+// frozenDir is the directory of all frozen uppers in the data root (dataroot.Frozen).
+const frozenDir = "frozen"
+
+// frozenIDBytes is how many random bytes an ID of a frozen upper has.
+const frozenIDBytes = 16
+
+// NewFrozenID returns an ID for a frozen upper.
+func NewFrozenID() string {
+	var id [frozenIDBytes]byte
+	// It never fails (crypto/rand).
+	_, _ = rand.Read(id[:])
+	return hex.EncodeToString(id[:])
+}
+
+// checkFrozenID returns ErrDataLoss for what NewFrozenID does not return: a record on a damaged disk may have it.
+func checkFrozenID(id string) error {
+	if raw, err := hex.DecodeString(id); err != nil || len(raw) != frozenIDBytes {
+		return fmt.Errorf("%w: %q is not the ID of a frozen upper", errdefs.ErrDataLoss, id)
+	}
+	return nil
+}
+
+// frozenName returns what an upper of a backend consists of in its base directory.
+func (b Backend) frozenName() (string, error) {
+	switch b {
+	case Directory:
+		return upperName, nil
+	case ProjectQuota, BtrfsQgroup:
+		return dataName, nil
+	case DiskImage:
+		return imageName, nil
+	case Tmpfs, PodVolume:
+	}
+	return "", fmt.Errorf("%w: an upper of the backend %q cannot be frozen", errdefs.ErrInvalidArgument, b)
+}
+
+// FrozenPath returns where a frozen upper is, beneath the data root.
+func FrozenPath(backend Backend, id string) string {
+	name, err := backend.frozenName()
+	if err != nil {
+		return filepath.Join(frozenDir, id)
+	}
+	if backend == ProjectQuota || backend == BtrfsQgroup {
+		name = filepath.Join(name, upperName)
+	}
+	return filepath.Join(frozenDir, id, name)
+}
+
+// PrepareFreeze releases an upper at rest, checks that nothing can write to it any more, and makes the directory of the frozen upper,
+// all that can be refused or fail for want of space. The caller has made certain that no overlay is mounted on the upper. It returns
+// ErrUnavailable where that passes.
+func (b *Backends) PrepareFreeze(ctx context.Context, at Location, id string) error {
+	if _, err := at.Backend.frozenName(); err != nil {
+		return err
+	}
+	resting := b.Open(at)
+	if err := resting.Release(ctx); err != nil {
+		return err
+	}
+	frozen, err := b.makeFrozen(id)
+	if err != nil {
+		return err
+	}
+	return frozen.Close()
+}
+
+// Freeze renames an upper at rest to a frozen one, and discards its work directory. It may be called again after a crash, and then
+// finishes what was left undone. It returns ErrDataLoss if there is neither the upper nor the frozen one.
+func (b *Backends) Freeze(at Location, id string) error {
+	if err := b.freeze(at, id); err != nil {
+		return fmt.Errorf("freeze the upper in %s: %w", filepath.Join(b.config.Root.Name(), at.Base), err)
+	}
+	return nil
+}
+
+func (b *Backends) freeze(at Location, id string) error {
+	name, err := at.Backend.frozenName()
+	if err != nil {
+		return err
+	}
+	frozen, err := b.makeFrozen(id)
+	if err != nil {
+		return err
+	}
+	defer frozen.Close()
+	base, err := linux.Open(b.config.Root, at.Base, linux.O_PATH|linux.O_DIRECTORY, linux.ResolveBeneath|linux.ResolveNoSymlinks)
+	if err != nil {
+		return err
+	}
+	defer base.Close()
+	if _, err := linux.Fstatat(frozen, name); errors.Is(err, fs.ErrNotExist) {
+		err = linux.Renameat(base, name, frozen, name, linux.RenameNoReplace)
+		if errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("%w: neither the upper nor the frozen one, %s, is there: %w", errdefs.ErrDataLoss, frozen.Name(), err)
+		}
+		if err != nil {
+			return err
+		}
+	} else if err != nil {
+		return err
+	}
+	if err := errors.Join(linux.SyncDir(frozen), linux.SyncDir(base)); err != nil {
+		return err
+	}
+	// It belongs to the upper that is gone. The next one gets another.
+	return b.config.Discard(filepath.Join(base.Name(), workName))
+}
+
+// makeFrozen makes the directory of a frozen upper if it is missing, writes its name to the disk, and opens it (O_PATH).
+func (b *Backends) makeFrozen(id string) (*os.File, error) {
+	if err := checkFrozenID(id); err != nil {
+		return nil, err
+	}
+	all, err := linux.OpenDirAt(b.config.Root, frozenDir)
+	if err != nil {
+		return nil, err
+	}
+	defer all.Close()
+	err = linux.Mkdirat(all, id, 0o700)
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, err
+	}
+	if err := linux.SyncDir(all); err != nil {
+		return nil, err
+	}
+	return linux.OpenDirAt(all, id)
+}
+
+// CopyInUse copies an upper that pods write to, as it is at one moment, into a new frozen upper. It returns ErrFailedPrecondition, with
+// what to do, for a backend that has no such moment. What a failed call left is discarded by DiscardFrozen.
+func (b *Backends) CopyInUse(_ context.Context, at Location, _ string) error {
+	return fmt.Errorf("%w: an upper of the backend %s cannot be copied while pods write to it; stop the pods, or use a volume with "+
+		"sizeEnforcement: image, or a data root on btrfs with quotas", errdefs.ErrFailedPrecondition, at.Backend)
+}
+
+// OpenFrozen opens the directory of a frozen upper (O_PATH). It returns ErrDataLoss if it is gone. That of a disk image is the root of a
+// detached read-only mount, which ends with the handle and with all views of it.
+func (b *Backends) OpenFrozen(_ context.Context, backend Backend, id string) (*os.File, error) {
+	if err := checkFrozenID(id); err != nil {
+		return nil, err
+	}
+	path := FrozenPath(backend, id)
+	dir, err := linux.Open(b.config.Root, path, linux.O_PATH|linux.O_DIRECTORY, linux.ResolveBeneath|linux.ResolveNoSymlinks)
+	return dir, lostFrozen(path, err)
+}
+
+// lostFrozen wraps ErrDataLoss around an error that says that a frozen upper does not exist.
+func lostFrozen(path string, err error) error {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%w: the frozen upper %s is gone, with what was written before the snapshot; restore it, or delete what was made "+
+			"of it: %w", errdefs.ErrDataLoss, path, err)
+	case err != nil:
+		return fmt.Errorf("open a frozen upper: %w", err)
+	}
+	return nil
+}
+
+// CheckFrozen returns ErrNotFound if a frozen upper is gone. It does not look into disk images.
+func (b *Backends) CheckFrozen(backend Backend, id string) error {
+	path := filepath.Join(b.config.Root.Name(), FrozenPath(backend, id))
+	there, err := exists(path)
+	if err == nil && !there {
+		err = fmt.Errorf("%w: the frozen upper %s is gone, with what was written before the snapshot", errdefs.ErrNotFound, path)
+	}
+	return err
+}
+
+// ListFrozen returns the IDs of all frozen uppers.
+func (b *Backends) ListFrozen() ([]string, error) {
+	entries, err := os.ReadDir(filepath.Join(b.config.Root.Name(), frozenDir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("list frozen uppers: %w", err)
+	}
+	ids := make([]string, len(entries))
+	for i, entry := range entries {
+		ids[i] = entry.Name()
+	}
+	return ids, nil
+}
+
+// DiscardFrozen moves a frozen upper to the trash. It returns nil if there is none.
+func (b *Backends) DiscardFrozen(id string) error {
+	if err := b.config.Discard(filepath.Join(b.config.Root.Name(), frozenDir, id)); err != nil {
+		return fmt.Errorf("discard a frozen upper: %w", err)
+	}
+	return nil
+}
