@@ -75,7 +75,9 @@ func newFakeNode(t *testing.T) *fakeNode {
 		t: t, dir: t.TempDir(), mounts: map[string]overlay.Mounted{}, views: map[string]overlay.Spec{}, inUse: map[string]bool{},
 		limits: map[string]upper.Limit{}, gone: map[string]bool{}, fail: map[string]error{},
 	}
-	for _, name := range []string{"data/" + dataroot.Volumes, "data/" + dataroot.Trash, "pods", "other", "layer"} {
+	for _, name := range []string{
+		"data/" + dataroot.Volumes, "data/" + dataroot.Snapshots, "data/" + dataroot.Trash, "pods", "other", "layer",
+	} {
 		check(t, os.MkdirAll(filepath.Join(n.dir, name), 0o755))
 	}
 	layerDir, err := linux.OpenDir(filepath.Join(n.dir, "layer"))
@@ -303,6 +305,71 @@ func (b fakeBackends) OpenUnrecorded(base string) upper.Upper {
 func (b fakeBackends) FindPodVolumes(string, upper.LockHolder) (upper.FoundPodVolumes, error) {
 	return b.n.found, b.n.failing("find pod volumes")
 }
+
+// frozenDir is where a frozen upper is.
+func (b fakeBackends) frozenDir(id string) string {
+	return filepath.Join(b.n.dir, "data", dataroot.Frozen, id)
+}
+
+func (b fakeBackends) PrepareFreeze(_ context.Context, _ upper.Location, id string) error {
+	if err := b.n.failing("prepare freeze"); err != nil {
+		return err
+	}
+	return os.MkdirAll(b.frozenDir(id), 0o700)
+}
+
+func (b fakeBackends) Freeze(at upper.Location, id string) error {
+	if err := b.n.failing("freeze"); err != nil {
+		return err
+	}
+	base := filepath.Join(b.n.dir, "data", at.Base)
+	if exists(filepath.Join(b.frozenDir(id), "upper")) {
+		return nil
+	}
+	check(b.n.t, os.MkdirAll(b.frozenDir(id), 0o700))
+	err := os.Rename(filepath.Join(base, "upper"), filepath.Join(b.frozenDir(id), "upper"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return errdefs.ErrDataLoss
+	}
+	return err
+}
+
+func (b fakeBackends) CopyInUse(_ context.Context, at upper.Location, id string) error {
+	if err := b.n.failing("copy in use"); err != nil {
+		return err
+	}
+	check(b.n.t, os.MkdirAll(b.frozenDir(id), 0o700))
+	return os.CopyFS(filepath.Join(b.frozenDir(id), "upper"), os.DirFS(filepath.Join(b.n.dir, "data", at.Base, "upper")))
+}
+
+func (b fakeBackends) OpenFrozen(_ context.Context, _ upper.Backend, id string) (*os.File, error) {
+	dir, err := linux.OpenDir(filepath.Join(b.frozenDir(id), "upper"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, errdefs.ErrDataLoss
+	}
+	return dir, errors.Join(err, b.n.failing("open frozen"))
+}
+
+func (b fakeBackends) CheckFrozen(_ upper.Backend, id string) error {
+	if !exists(b.frozenDir(id)) {
+		return errdefs.ErrNotFound
+	}
+	return nil
+}
+
+func (b fakeBackends) ListFrozen() ([]string, error) {
+	entries, err := os.ReadDir(filepath.Join(b.n.dir, "data", dataroot.Frozen))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	var ids []string
+	for _, entry := range entries {
+		ids = append(ids, entry.Name())
+	}
+	return ids, err
+}
+
+func (b fakeBackends) DiscardFrozen(id string) error { return fakeRoot{b.n}.Discard(b.frozenDir(id)) }
 
 // fakeUpper keeps to the life cycle of upper.Upper.
 type fakeUpper struct {

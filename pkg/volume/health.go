@@ -382,8 +382,8 @@ func (f *findings) addRecords(records *record.Store) {
 	case err != nil:
 		f.addError(err, dataRootState)
 	case len(ids) > 0:
-		f.add(Degraded, reasonRecordsDamaged, fmt.Sprintf("the records of %d volumes are damaged or missing (%s); restore them, or the "+
-			"layers that they use may be removed once they are not mounted",
+		f.add(Degraded, reasonRecordsDamaged, fmt.Sprintf("the records of %d volumes and snapshots are damaged or missing (%s); restore "+
+			"them, or the layers that they use may be removed once they are not mounted; until then, no frozen upper is deleted",
 			len(ids), strings.Join(ids[:min(len(ids), maxNamed)], ", ")))
 	}
 }

@@ -19,6 +19,22 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 )
 
+// Keys of log messages.
+const (
+	keyVolume   = "volume"
+	keyTarget   = "target"
+	keyPod      = "pod"
+	keyBytes    = "bytes"
+	keyBackend  = "backend"
+	keyReason   = "reason"
+	keyStep     = "step"
+	keyDigests  = "digests"
+	keyLayers   = "layers"
+	keyDir      = "directory"
+	keySnapshot = "snapshot"
+	keyFrozen   = "frozen"
+)
+
 // dataRoot is where the volumes are.
 type dataRoot interface {
 	Path() string
@@ -60,6 +76,18 @@ type backends interface {
 	Open(at upper.Location) upper.Upper
 	OpenUnrecorded(base string) upper.Upper
 	FindPodVolumes(dir string, holder upper.LockHolder) (upper.FoundPodVolumes, error)
+	frozenBackends
+}
+
+// frozenBackends freeze uppers, and open and discard frozen ones.
+type frozenBackends interface {
+	PrepareFreeze(ctx context.Context, at upper.Location, id string) error
+	Freeze(at upper.Location, id string) error
+	CopyInUse(ctx context.Context, at upper.Location, id string) error
+	OpenFrozen(ctx context.Context, backend upper.Backend, id string) (*os.File, error)
+	CheckFrozen(backend upper.Backend, id string) error
+	ListFrozen() ([]string, error)
+	DiscardFrozen(id string) error
 }
 
 // pods knows which pods are on the node.
@@ -98,11 +126,12 @@ type Manager struct {
 	uppers  uppers
 	// unrecorded is for volumes whose records cannot be read.
 	unrecorded unrecorded
-	ledger     *ledger
-	usage      usageCache
-	locks      *locks
-	checker    *checker
-	ready      atomic.Bool
+	*snapshots
+	ledger  *ledger
+	usage   usageCache
+	locks   *locks
+	checker *checker
+	ready   atomic.Bool
 }
 
 // NewManager returns a manager of the volumes in a data root.
@@ -111,15 +140,20 @@ func NewManager(config Config) *Manager {
 	views := views{config.Mounter}
 	ledger := newLedger(config, uppers)
 	locks := newLocks()
+	unrecorded := unrecorded{config.Records, uppers, views, ledger}
 	return &Manager{
 		config:     config,
 		records:    config.Records,
 		views:      views,
 		uppers:     uppers,
-		unrecorded: unrecorded{config.Records, uppers, views, ledger},
-		ledger:     ledger,
-		locks:      locks,
-		checker:    &checker{records: config.Records, views: views, uppers: uppers, layers: config.Layers, locks: locks},
+		unrecorded: unrecorded,
+		snapshots: &snapshots{
+			node: config.Node, root: config.Root, volumes: config.Records, records: config.Records.Snapshots(), uppers: uppers, views: views,
+			ledger: ledger, locks: locks,
+		},
+		ledger:  ledger,
+		locks:   locks,
+		checker: &checker{records: config.Records, views: views, uppers: uppers, layers: config.Layers, locks: locks},
 	}
 }
 

@@ -22,7 +22,8 @@ import (
 // groupDirMode is what a pod's fsGroup may do with the root of a view.
 const groupDirMode = chown.GroupDirMode
 
-func sameGroup(a, b *uint32) bool {
+// same reports whether both are nil, or both have the same value.
+func same[T comparable](a, b *T) bool {
 	return (a == nil) == (b == nil) && (a == nil || *a == *b)
 }
 
@@ -249,7 +250,11 @@ func (p *publishing) changeOwners(ctx context.Context) error {
 	if err := p.closeView(ctx); err != nil {
 		return err
 	}
-	if p.view, err = p.m.views.Detached(p.overlay()); err != nil {
+	view, err := p.overlay()
+	if err != nil {
+		return err
+	}
+	if p.view, err = p.m.views.Detached(view); err != nil {
 		return err
 	}
 	return walkView(ctx, p.view, p.after, p.publication)

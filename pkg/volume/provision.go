@@ -35,6 +35,8 @@ type CreateRequest struct {
 	Namespace string
 	// Required and Limit bound the capacity in bytes. Zero is no bound.
 	Required, Limit int64
+	// Source is what the volume begins with. The zero value is an empty upper.
+	Source Source
 }
 
 // Volume is a provisioned volume.
@@ -69,6 +71,9 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error)
 	if err := m.unrecorded.checkNoUppers(id); err != nil {
 		return Volume{}, fmt.Errorf("create volume %s: %w", req.Name, err)
 	}
+	if req.Source != (Source{}) {
+		return m.clone(ctx, id, req)
+	}
 	requested, err := m.resolveRequested(ctx, &req)
 	if err != nil {
 		return Volume{}, err
@@ -76,33 +81,74 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error)
 	if !req.Spec.Persistent() {
 		return Volume{ID: id, Capacity: max(req.Spec.Size, req.Required), Spec: req.Spec}, nil
 	}
-	if err := m.config.Layers.CheckPresent(ctx, req.Spec.Layers); err != nil {
-		return Volume{}, err
-	}
-	r = &record.Record{
+	return m.provision(ctx, &record.Record{
 		ID: id, Spec: req.Spec, Size: req.Spec.Size,
 		Provisioned: &record.Provisioned{Name: req.Name, Access: req.Access, RequestedLayers: requested},
+	})
+}
+
+// provision makes a volume with a persistent upper.
+func (m *Manager) provision(ctx context.Context, r *record.Record) (Volume, error) {
+	err := m.config.Layers.CheckPresent(ctx, r.Spec.Layers)
+	if err != nil {
+		return Volume{}, err
 	}
 	if r.Backend, err = m.ledger.choose(r); err != nil {
-		return Volume{}, fmt.Errorf("create volume %s: %w", req.Name, err)
+		return Volume{}, fmt.Errorf("create volume %s: %w", r.Provisioned.Name, err)
 	}
 	if err := m.ledger.reserve(ctx, r); err != nil {
-		return Volume{}, errors.Join(err, m.ledger.discard(id))
+		return Volume{}, errors.Join(err, m.ledger.discard(r.ID))
 	}
-	klog.FromContext(ctx).Info("Volume created", keyVolume, id, keyBytes, r.Size, keyBackend, r.Backend)
+	klog.FromContext(ctx).Info("Volume created", keyVolume, r.ID, keyBytes, r.Size, keyBackend, r.Backend)
 	return toVolume(r), nil
 }
 
-// resolveRequested replaces the tags in the layers of a request by digests. It returns the layers as requested, nil if that changed
-// nothing.
-func (m *Manager) resolveRequested(ctx context.Context, req *CreateRequest) (requested []reference.Reference, err error) {
+// clone makes a volume that begins with what its source has: the frozen uppers and the layers of that.
+func (m *Manager) clone(ctx context.Context, id string, req CreateRequest) (Volume, error) {
+	if err := checkSource(req.Source, id); err != nil {
+		return Volume{}, fmt.Errorf("create volume %s: %w", req.Name, err)
+	}
+	requested, err := m.requestedLayers(ctx, req)
+	if err != nil {
+		return Volume{}, err
+	}
+	m.listing.RLock()
+	defer m.listing.RUnlock()
+	original, err := m.original(ctx, &req, requested)
+	if err != nil {
+		return Volume{}, fmt.Errorf("create volume %s: %w", req.Name, err)
+	}
+	req.Spec.Layers = original.Spec.Layers
+	// What is asked for is not less. If nothing is, it is the size of the source.
+	req.Spec.Size = max(req.Spec.Size, original.Size)
+	r := &record.Record{
+		ID: id, Spec: req.Spec, Size: req.Spec.Size, Frozen: original.Frozen, Resolved: original.Resolved, Layers: original.Layers,
+		Provisioned: &record.Provisioned{
+			Name: req.Name, Access: req.Access, RequestedLayers: original.RequestedLayers, Source: &req.Source,
+		},
+	}
+	if original.Group != nil {
+		// Its upper, which is to be made, is stored with the group that pods see.
+		r.Group = newGroup(original.Group.ID)
+	}
+	return m.provision(ctx, r)
+}
+
+// requestedLayers returns the layers of a request as they were requested.
+func (m *Manager) requestedLayers(ctx context.Context, req CreateRequest) (requested []reference.Reference, err error) {
 	requested = req.Spec.Layers
 	if req.ClaimLayers != nil {
 		if requested, err = req.ClaimLayers(ctx); err != nil {
 			return nil, err
 		}
 	}
-	if err := m.config.Layers.Check(requested); err != nil {
+	return requested, m.config.Layers.Check(requested)
+}
+
+// resolveRequested replaces the tags in the layers of a request by digests. It returns the layers as requested, nil if that changed
+// nothing.
+func (m *Manager) resolveRequested(ctx context.Context, req *CreateRequest) (requested []reference.Reference, err error) {
+	if requested, err = m.requestedLayers(ctx, *req); err != nil {
 		return nil, err
 	}
 	if req.Resolved == nil {
@@ -144,11 +190,18 @@ func (m *Manager) Delete(ctx context.Context, id string) error {
 	if err := m.uppers.releaseAll(ctx, r); err != nil {
 		return err
 	}
-	// An undo that failed, or a crash in it, leaves uppers that are in no publication.
+	// An undo that failed, or a crash in it, leaves uppers that are in no publication. An upper that was about to be frozen is either here
+	// or among the frozen ones.
 	if err := m.unrecorded.discard(ctx, id); err != nil {
 		return err
 	}
-	return m.records.Sync()
+	if err := m.records.Sync(); err != nil {
+		return err
+	}
+	if len(r.Frozen) > 0 {
+		m.sweepAfter(ctx)
+	}
+	return nil
 }
 
 // releaseAll releases all uppers of a volume.
@@ -218,6 +271,8 @@ func checkCreated(r *record.Record, req CreateRequest) error {
 	switch {
 	case created == nil || created.Name != req.Name:
 		return fmt.Errorf("%w: another volume has the ID %s of volume %q", errdefs.ErrAlreadyExists, r.ID, req.Name)
+	case !madeOf(created, req.Source):
+		return fmt.Errorf("%w: volume %q exists with another source", errdefs.ErrAlreadyExists, req.Name)
 	case !r.Spec.Equal(req.Spec) || created.Access != req.Access:
 		return fmt.Errorf("%w: volume %q exists with other layers, another upper policy or another access mode",
 			errdefs.ErrAlreadyExists, req.Name)
@@ -227,6 +282,14 @@ func checkCreated(r *record.Record, req CreateRequest) error {
 		return fmt.Errorf("%w: volume %q exists with %d bytes", errdefs.ErrAlreadyExists, req.Name, r.Size)
 	}
 	return nil
+}
+
+// madeOf reports whether a volume was made of a source.
+func madeOf(created *record.Provisioned, source Source) bool {
+	if created.Source == nil {
+		return source == (Source{})
+	}
+	return *created.Source == source
 }
 
 // HandleFor returns the handle of the volume with a name: the name if it can be a handle, as the provisioner's names can.

@@ -67,6 +67,8 @@ type publishing struct {
 	madeTarget    bool
 	// shared is the root of a mounted view of the same upper, nil if there is none.
 	shared *os.File
+	// frozen are the volume's frozen uppers, the topmost first.
+	frozen []*os.File
 	// madeBase is set if the directory of the pod's upper is new.
 	madeBase bool
 	// upper is nil if the view has none, or shares a view that has one. prepared is set while it is in use.
@@ -99,6 +101,7 @@ func (p *publishing) steps() []step {
 		{name: "discard a stale upper", do: p.discardStaleUpper},
 		{name: "save the record", do: p.saveRecord, undo: p.restoreRecord},
 		{name: "open a view to share", do: p.openShared},
+		{name: "open the frozen uppers", do: p.openFrozen},
 		{name: "make the directory of the pod's upper", do: p.makeBase, undo: p.discardBase},
 		{name: "prepare the upper", do: p.prepareUpper, undo: p.releaseUpper},
 		{name: "record that the upper exists", do: p.saveMade},
@@ -150,6 +153,7 @@ func undo(ctx context.Context, steps []step) error {
 // close closes what the steps opened.
 func (p *publishing) close() {
 	p.closeDirs()
+	closeAll(p.frozen)
 	for _, file := range []*os.File{p.target, p.shared} {
 		if file != nil {
 			file.Close()

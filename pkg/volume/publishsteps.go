@@ -27,7 +27,7 @@ func (p *publishing) loadRecord(ctx context.Context) error {
 	r, err := m.records.Load(id)
 	if err == nil {
 		p.before = r
-		return nil
+		return m.finishFreezing(r)
 	}
 	if !errdefs.IsNotFound(err) && !errors.Is(err, record.ErrEmpty) {
 		return err
@@ -97,7 +97,7 @@ func (p *publishing) checkConflicts(context.Context) error {
 
 // checkPublished compares the request with a mounted view at its target.
 func checkPublished(req PublishRequest, r *record.Record, here *record.Publication) error {
-	if here.Attributes != req.Attributes || here.Access != req.Access || !sameGroup(here.Group, groupFor(r, req.Group)) {
+	if here.Attributes != req.Attributes || here.Access != req.Access || !same(here.Group, groupFor(r, req.Group)) {
 		return fmt.Errorf("%w: the volume is published at %s with other mount options, another access mode or another group",
 			errdefs.ErrAlreadyExists, req.Target)
 	}
@@ -114,9 +114,13 @@ func (p *publishing) resolveLayers(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if len(p.layers.Dirs) > overlay.MaxLowers {
-		return fmt.Errorf("%w: the images have %d layers together; overlayfs takes at most %d",
-			errdefs.ErrInvalidArgument, len(p.layers.Dirs), overlay.MaxLowers)
+	frozen := 0
+	if p.before != nil {
+		frozen = len(p.before.Frozen)
+	}
+	if len(p.layers.Dirs)+frozen > overlay.MaxLowers {
+		return fmt.Errorf("%w: the images have %d layers together, and the volume %d frozen uppers; overlayfs takes at most %d",
+			errdefs.ErrInvalidArgument, len(p.layers.Dirs), frozen, overlay.MaxLowers)
 	}
 	return nil
 }
@@ -218,11 +222,20 @@ func (p *publishing) openShared(context.Context) error {
 		return nil
 	case err != nil:
 		return err
-	case !sameGroup(other.Group, p.publication.Group):
+	case !same(other.Group, p.publication.Group):
 		return fmt.Errorf("%w: the volume is published at %s for pod %s with another fsGroup; pods that share an upper at the same time "+
 			"need the same one: wait until that pod is gone", errdefs.ErrFailedPrecondition, other.Target, other.Pod)
 	}
 	p.shared, err = linux.Open(nil, other.Target, linux.O_PATH|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
+	return err
+}
+
+// openFrozen opens the frozen uppers, which a view that is shared has already.
+func (p *publishing) openFrozen(ctx context.Context) (err error) {
+	if p.shared != nil {
+		return nil
+	}
+	p.frozen, err = p.m.openFrozen(ctx, p.after)
 	return err
 }
 
@@ -251,13 +264,21 @@ func (p *publishing) prepareUpper(ctx context.Context) error {
 	if err := checkNotLost(p.upper, p.after, p.m.records.Dir(p.after.ID)); err != nil {
 		return err
 	}
-	root, err := rootAttr(p.after, p.publication, p.layers.Dirs[0])
+	root, err := p.rootAttr()
 	if err != nil {
 		return err
 	}
 	p.dirs, err = p.upper.Prepare(ctx, root)
 	p.prepared = err == nil
 	return err
+}
+
+// rootAttr returns the attributes of the root of a new upper: those of the topmost directory below it.
+func (p *publishing) rootAttr() (upper.RootAttr, error) {
+	if len(p.frozen) > 0 {
+		return frozenRootAttr(p.after, p.publication, p.frozen[0])
+	}
+	return rootAttr(p.after, p.publication, p.layers.Dirs[0])
 }
 
 // checkNotLost returns ErrDataLoss if the upper was made and does not exist.
@@ -322,17 +343,19 @@ func (p *publishing) checkUpperFree(context.Context) error {
 }
 
 // overlay describes the view.
-func (p *publishing) overlay() overlay.Spec {
+func (p *publishing) overlay() (overlay.Spec, error) {
+	frozen, err := frozenLowers(p.after, p.publication, p.frozen)
 	return overlay.Spec{
+		Frozen:      frozen,
 		Lowers:      p.layers.Dirs,
 		Upper:       p.dirs.Upper,
 		Work:        p.dirs.Work,
 		Volatile:    p.prepared && p.after.Spec.Ephemeral(),
 		LayerOwner:  mappedOwner(p.after, p.publication),
 		UpperGroups: p.after.Group.Swaps(),
-		Metacopy:    p.after.Spec.Ownership == spec.OwnershipChown,
+		Metacopy:    p.after.HasMetacopy(),
 		Attributes:  p.publication.Attributes,
-	}
+	}, err
 }
 
 func (p *publishing) mount(ctx context.Context) error {
@@ -347,10 +370,18 @@ func (p *publishing) mount(ctx context.Context) error {
 		err = p.m.views.Attach(p.view, p.target, p.publication.Attributes)
 		p.view = nil
 	default:
-		err = p.m.views.Overlay(p.overlay(), p.target)
+		err = p.mountOverlay()
 	}
 	p.mounted = err == nil
 	return err
+}
+
+func (p *publishing) mountOverlay() error {
+	view, err := p.overlay()
+	if err != nil {
+		return err
+	}
+	return p.m.views.Overlay(view, p.target)
 }
 
 func (p *publishing) unmount(context.Context) error {

@@ -48,6 +48,9 @@ func (m *Manager) reconcile(ctx context.Context) {
 		})
 	}
 	_ = group.Wait()
+	if err := m.sweep(ctx); err != nil {
+		klog.FromContext(ctx).Error(err, "Could not discard frozen uppers, will retry")
+	}
 }
 
 // reconcileInTime reconciles a volume, and waits at most reconcilePatience for that.
@@ -84,6 +87,9 @@ func (m *Manager) reconcileVolume(ctx context.Context, id string) error {
 	}
 	// A person may have restored it.
 	m.ledger.set(r)
+	if err := m.finishFreezing(r); err != nil {
+		return err
+	}
 	var failed error
 	for _, p := range r.Publications {
 		failed = errors.Join(failed, m.reconcilePublication(ctx, r, p))

@@ -26,10 +26,15 @@ type uppers struct {
 // open returns the upper of a publication. p may be nil if all publications of the volume share one upper. A volume with
 // upper: none has no upper, and must not come here.
 func (u uppers) open(r *record.Record, p *record.Publication) upper.Upper {
+	return u.backends.Open(u.location(r, p))
+}
+
+// location says where the upper of a publication is.
+func (u uppers) location(r *record.Record, p *record.Publication) upper.Location {
 	if p == nil {
 		p = &record.Publication{}
 	}
-	return u.backends.Open(upper.Location{
+	return upper.Location{
 		Backend:   r.Backend,
 		Base:      u.base(r, p.Target),
 		Limit:     r.Limit(),
@@ -39,7 +44,7 @@ func (u uppers) open(r *record.Record, p *record.Publication) upper.Upper {
 		PodDir:    u.podDir(p.Target),
 		Holder:    upper.LockHolder{Node: u.node, BootID: p.BootID, VolumeID: r.ID, Target: p.Target},
 		Layers:    r.Spec.LayerNames(),
-	})
+	}
 }
 
 // base returns the base directory of an upper, beneath the data root.

@@ -1,0 +1,260 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/record"
+	"github.com/overlay-csi/overlay-csi/pkg/spec"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
+)
+
+// maxFrozen is how many frozen uppers a volume or snapshot may have. Each of them is one more directory to look for a name in.
+const maxFrozen = 64
+
+// capture returns the frozen uppers that have what was written to a volume until now. It freezes the volume's upper, and takes that over
+// into r, or copies the upper while pods write to it. The caller holds the volume's lock, and s.listing for reading until a record has
+// the list.
+func (s *snapshots) capture(ctx context.Context, r *record.Record) ([]record.Frozen, error) {
+	if err := s.finishFreezing(r); err != nil {
+		return nil, err
+	}
+	_, err := s.views.firstLive(r, "")
+	if err == nil {
+		return s.copyInUse(ctx, r)
+	}
+	if !errdefs.IsNotFound(err) {
+		return nil, err
+	}
+	if err := s.freeze(ctx, r); err != nil {
+		return nil, err
+	}
+	return r.Frozen, nil
+}
+
+// freeze freezes the upper of a volume that is not mounted, if it has one. The record says so before it is done, so that a crash between
+// two steps leaves a volume that has all that was written to it.
+func (s *snapshots) freeze(ctx context.Context, r *record.Record) error {
+	if r.Backend == "" {
+		return nil // It was never published.
+	}
+	u := s.uppers.open(r, nil)
+	if err := checkNotLost(u, r, s.volumes.Dir(r.ID)); err != nil {
+		return err
+	}
+	there, err := u.Exists()
+	if err != nil || !there {
+		return err
+	}
+	if err := checkRoom(r); err != nil {
+		return err
+	}
+	if err := s.checkFree(u); err != nil {
+		return err
+	}
+	if reserves(r) && r.Size > 0 {
+		// The size is for what is written from now on, and what was written stays on the disk as well.
+		taken, err := u.DiskUsage(ctx)
+		if err != nil {
+			return err
+		}
+		release, err := s.ledger.reserveMore(ctx, r, taken)
+		if err != nil {
+			return fmt.Errorf("keep what was written beside what may be written: %w", err)
+		}
+		defer release()
+	}
+	frozen := frozenOf(r)
+	if err := s.uppers.backends.PrepareFreeze(ctx, s.uppers.location(r, nil), frozen.ID); err != nil {
+		return errors.Join(err, s.uppers.backends.DiscardFrozen(frozen.ID))
+	}
+	changed := *r
+	changed.Frozen = slices.Concat([]record.Frozen{frozen}, r.Frozen)
+	changed.Freezing, changed.Made = true, false
+	if r.Group != nil {
+		// The next upper is stored with the group that pods see.
+		changed.Group = newGroup(r.Group.ID)
+	}
+	if err := s.ledger.saveDurably(&changed); err != nil {
+		return err
+	}
+	*r = changed
+	return s.finishFreezing(r)
+}
+
+// frozenOf returns the frozen upper that a volume's upper becomes.
+func frozenOf(r *record.Record) record.Frozen {
+	return record.Frozen{ID: upper.NewFrozenID(), Backend: r.Backend, Group: r.Group, Metacopy: r.HasMetacopy()}
+}
+
+// checkRoom returns ErrFailedPrecondition if a volume can have no other frozen upper.
+func checkRoom(r *record.Record) error {
+	switch count := len(r.Frozen) + 1; {
+	case count > maxFrozen:
+		return fmt.Errorf("%w: volume %s has %d frozen uppers, one for each snapshot and clone that was made of it, and %d are the most; "+
+			"copy its files to a new volume", errdefs.ErrFailedPrecondition, r.ID, len(r.Frozen), maxFrozen)
+	// Each reference is one directory, or an image whose layers are in Layers.
+	case count+len(r.Layers)+len(r.Spec.Layers) > overlay.MaxLowers:
+		return fmt.Errorf("%w: volume %s has %d layers and %d frozen uppers; overlayfs takes at most %d together",
+			errdefs.ErrFailedPrecondition, r.ID, len(r.Layers), len(r.Frozen), overlay.MaxLowers)
+	}
+	return nil
+}
+
+// checkFree returns ErrUnavailable if an overlay is mounted on an upper that no view is known of: a container that has not ended keeps
+// one that was unmounted.
+func (s *snapshots) checkFree(u upper.Upper) error {
+	path, _ := u.Paths()
+	dir, err := linux.Open(nil, path, linux.O_PATH|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // It is in a disk image that is not mounted.
+	}
+	if err != nil {
+		return fmt.Errorf("open the upper: %w", err)
+	}
+	defer dir.Close()
+	inUse, err := s.views.UpperInUse(dir)
+	if err != nil {
+		return err
+	}
+	if inUse {
+		return fmt.Errorf("%w: %w: %s; a container that had the volume may still be running, try again later",
+			errdefs.ErrUnavailable, overlay.ErrUpperInUse, path)
+	}
+	return nil
+}
+
+// finishFreezing renames the upper of a volume whose record says that it is frozen, unless that was done, and takes the mark back. The
+// caller holds the volume's lock.
+func (s *snapshots) finishFreezing(r *record.Record) error {
+	if !r.Freezing {
+		return nil
+	}
+	if len(r.Frozen) == 0 {
+		return fmt.Errorf("%w: the record of volume %s has no frozen upper, and says that one is made", errdefs.ErrDataLoss, r.ID)
+	}
+	if err := s.uppers.backends.Freeze(s.uppers.location(r, nil), r.Frozen[0].ID); err != nil {
+		return err
+	}
+	changed := *r
+	changed.Freezing = false
+	if err := s.ledger.saveDurably(&changed); err != nil {
+		return err
+	}
+	*r = changed
+	return nil
+}
+
+// copyInUse copies the upper of a volume that is mounted. The volume does not change.
+func (s *snapshots) copyInUse(ctx context.Context, r *record.Record) ([]record.Frozen, error) {
+	if err := checkRoom(r); err != nil {
+		return nil, err
+	}
+	frozen := frozenOf(r)
+	if err := s.uppers.backends.CopyInUse(ctx, s.uppers.location(r, nil), frozen.ID); err != nil {
+		return nil, errors.Join(err, s.uppers.backends.DiscardFrozen(frozen.ID))
+	}
+	return slices.Concat([]record.Frozen{frozen}, r.Frozen), nil
+}
+
+// openFrozen opens the frozen uppers of a volume. The caller closes them.
+func (s *snapshots) openFrozen(ctx context.Context, r *record.Record) ([]*os.File, error) {
+	var dirs []*os.File
+	for _, frozen := range r.Frozen {
+		dir, err := s.uppers.backends.OpenFrozen(ctx, frozen.Backend, frozen.ID)
+		if err != nil {
+			closeAll(dirs)
+			return nil, err
+		}
+		dirs = append(dirs, dir)
+	}
+	return dirs, nil
+}
+
+func closeAll(files []*os.File) {
+	for _, file := range files {
+		file.Close()
+	}
+}
+
+// frozenRootAttr returns the attributes of the root of a frozen upper as the view shows them, and open to the pod's group.
+func frozenRootAttr(r *record.Record, p *record.Publication, dir *os.File) (upper.RootAttr, error) {
+	root, err := upper.RootAttrOf(dir)
+	if err != nil {
+		return upper.RootAttr{}, err
+	}
+	if r.Spec.Ownership != spec.OwnershipChown {
+		for _, swap := range r.Frozen[0].Swaps(p.Group, root.GID) {
+			root.GID = swap.Of(root.GID)
+		}
+	}
+	if p.Group != nil {
+		root.GID = *p.Group
+		root.Mode |= groupDirMode
+	}
+	return root, nil
+}
+
+// frozenLowers returns the frozen uppers as a view takes them.
+func frozenLowers(r *record.Record, p *record.Publication, dirs []*os.File) ([]overlay.FrozenUpper, error) {
+	var lowers []overlay.FrozenUpper
+	for i, dir := range dirs {
+		lower := overlay.FrozenUpper{Dir: dir, Detached: r.Frozen[i].Backend == upper.DiskImage}
+		if r.Spec.Ownership != spec.OwnershipChown {
+			root, err := upper.RootAttrOf(dir)
+			if err != nil {
+				return nil, err
+			}
+			lower.Groups = r.Frozen[i].Swaps(p.Group, root.GID)
+		}
+		lowers = append(lowers, lower)
+	}
+	return lowers, nil
+}
+
+// sweep discards the frozen uppers that no record lists, and what a crash left of a snapshot before it had a record. While a record
+// cannot be read, it discards nothing: a person may restore it. It does nothing while one is being made: the next reconciliation does it.
+func (s *snapshots) sweep(ctx context.Context) error {
+	if !s.listing.TryLock() {
+		return nil
+	}
+	defer s.listing.Unlock()
+	unfinished, err := s.records.Unfinished()
+	if err != nil {
+		return err
+	}
+	for _, id := range unfinished {
+		if err := s.records.Remove(id, s.root.Discard); err != nil {
+			return err
+		}
+	}
+	ids, err := s.uppers.backends.ListFrozen()
+	if err != nil || len(ids) == 0 {
+		return err
+	}
+	listed, err := s.volumes.FrozenInUse()
+	if err != nil {
+		return fmt.Errorf("find the frozen uppers that nothing uses: %w", err)
+	}
+	var failed error
+	for _, id := range ids {
+		if len(listed[id]) > 0 {
+			continue
+		}
+		if err := s.uppers.backends.DiscardFrozen(id); err != nil {
+			failed = errors.Join(failed, err)
+			continue
+		}
+		klog.FromContext(ctx).Info("Frozen upper discarded", keyFrozen, id)
+	}
+	return failed
+}

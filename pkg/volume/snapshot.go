@@ -1,0 +1,259 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/record"
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
+)
+
+// snapshots makes snapshots and clones of volumes. Both are lists of frozen uppers in records: nothing is copied, except of volumes that
+// pods write to.
+type snapshots struct {
+	node    string
+	root    dataRoot
+	volumes *record.Store
+	records *record.Snapshots
+	uppers  uppers
+	views   views
+	ledger  *ledger
+	locks   *locks
+	// listing is held for reading from before a frozen upper exists, or is taken over from another record, until the record that lists it
+	// is saved. The sweep of those that no record lists holds it for writing.
+	listing sync.RWMutex
+}
+
+// SnapshotRequest asks for a snapshot of a volume.
+type SnapshotRequest struct {
+	// Name identifies the snapshot in repeated requests.
+	Name string
+	// Volume is the ID of the volume.
+	Volume string
+}
+
+// Snapshot is a snapshot on this node.
+type Snapshot struct {
+	ID, Volume string
+	// Size is the least size in bytes of a volume that is made of it, 0 if it may have none.
+	Size    int64
+	Created time.Time
+	// Ready is set if volumes can be made of it.
+	Ready bool
+}
+
+// CreateSnapshot keeps what was written to a volume until now. It returns the same snapshot for a repeated request, and
+// ErrAlreadyExists if the name is that of a snapshot of another volume. A volume that is mounted is copied at one moment, where its
+// backend can do that: else the error is ErrFailedPrecondition.
+func (s *snapshots) CreateSnapshot(ctx context.Context, req SnapshotRequest) (Snapshot, error) {
+	id := HandleFor(req.Name)
+	if err := record.CheckID(req.Volume); err != nil {
+		return Snapshot{}, err
+	}
+	unlock, err := s.locks.acquire(ctx, snapshotLock(id))
+	if err != nil {
+		return Snapshot{}, err
+	}
+	defer unlock()
+	made, err := s.records.Load(id)
+	switch {
+	case err == nil && (made.Name != req.Name || made.Volume != req.Volume):
+		return Snapshot{}, fmt.Errorf("%w: snapshot %s is of volume %s", errdefs.ErrAlreadyExists, id, made.Volume)
+	case err == nil:
+		return toSnapshot(made), nil
+	case !errdefs.IsNotFound(err):
+		return Snapshot{}, err
+	}
+	unlockVolume, err := s.locks.acquire(ctx, req.Volume)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	defer unlockVolume()
+	made, err = s.create(ctx, id, req)
+	if err != nil {
+		return Snapshot{}, fmt.Errorf("make snapshot %s: %w", id, err)
+	}
+	klog.FromContext(ctx).Info("Snapshot created", keySnapshot, id, keyVolume, req.Volume)
+	return toSnapshot(made), nil
+}
+
+func (s *snapshots) create(ctx context.Context, id string, req SnapshotRequest) (*record.Snapshot, error) {
+	r, err := s.volumes.Load(req.Volume)
+	if err != nil {
+		return nil, err
+	}
+	if !r.Spec.Persistent() {
+		return nil, fmt.Errorf("%w: volume %s has upper %q: only one with upper claim can have snapshots",
+			errdefs.ErrInvalidArgument, r.ID, r.Spec.Upper)
+	}
+	s.listing.RLock()
+	defer s.listing.RUnlock()
+	frozen, err := s.capture(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	made := &record.Snapshot{
+		ID: id, Name: req.Name, Volume: r.ID, Created: time.Now().UTC(), Size: r.Size, Spec: r.Spec, Resolved: r.Resolved, Layers: r.Layers,
+		Group: r.Group, Frozen: frozen,
+	}
+	if r.Provisioned != nil {
+		made.RequestedLayers = r.Provisioned.RequestedLayers
+	}
+	// After an error the disk may have the record: the sweep knows.
+	return made, s.records.Save(made)
+}
+
+// snapshotLock is the name of the lock of a snapshot. No volume has that ID.
+func snapshotLock(id string) string { return "snapshot/" + id }
+
+// DeleteSnapshot deletes a snapshot. It returns nil if there is none. Volumes that were made of it stay as they are.
+func (s *snapshots) DeleteSnapshot(ctx context.Context, id string) error {
+	if record.CheckID(id) != nil {
+		return nil // No snapshot has that ID.
+	}
+	unlock, err := s.locks.acquire(ctx, snapshotLock(id))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	_, err = s.records.Load(id)
+	switch {
+	case errdefs.IsNotFound(err):
+		// A process that was killed may have deleted it.
+		return s.records.Remove(id, s.root.Discard)
+	case err != nil && !errors.Is(err, record.ErrDamaged):
+		return err
+	}
+	if err := s.records.Remove(id, s.root.Discard); err != nil {
+		return err
+	}
+	klog.FromContext(ctx).Info("Snapshot deleted", keySnapshot, id)
+	s.sweepAfter(ctx)
+	return nil
+}
+
+// sweepAfter sweeps after a record was removed. What fails is done by the next reconciliation.
+func (s *snapshots) sweepAfter(ctx context.Context) {
+	if err := s.sweep(context.WithoutCancel(ctx)); err != nil {
+		klog.FromContext(ctx).Error(err, "Could not discard frozen uppers, will retry")
+	}
+}
+
+// GetSnapshot returns a snapshot. It returns ErrNotFound if there is none.
+func (s *snapshots) GetSnapshot(id string) (Snapshot, error) {
+	if err := record.CheckID(id); err != nil {
+		return Snapshot{}, fmt.Errorf("%w: snapshot %q does not exist on this node", errdefs.ErrNotFound, id)
+	}
+	made, err := s.records.Load(id)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	return toSnapshot(made), nil
+}
+
+// ListSnapshots returns the snapshots on this node whose IDs follow after, by ID, and at most limit of them if that is positive. With a
+// volume, it returns those of that volume. more reports whether there are others.
+func (s *snapshots) ListSnapshots(after string, limit int, volume string) (found []Snapshot, more bool, err error) {
+	ids, err := s.records.List()
+	if err != nil {
+		return nil, false, err
+	}
+	for _, id := range ids {
+		if id <= after {
+			continue
+		}
+		made, err := s.records.Load(id)
+		if err != nil || volume != "" && made.Volume != volume {
+			// A record that cannot be read must not hide the others: StorageHealth reports it.
+			continue
+		}
+		if limit > 0 && len(found) == limit {
+			return found, true, nil
+		}
+		found = append(found, toSnapshot(made))
+	}
+	return found, false, nil
+}
+
+func toSnapshot(made *record.Snapshot) Snapshot {
+	return Snapshot{ID: made.ID, Volume: made.Volume, Size: made.Size, Created: made.Created, Ready: true}
+}
+
+// Source is what a volume is cloned from: a snapshot or a volume on this node. Exactly one is set.
+type Source = record.Source
+
+// checkSource returns ErrInvalidArgument or ErrNotFound for a source that the volume with an ID cannot have.
+func checkSource(source Source, id string) error {
+	switch {
+	case (source.Snapshot == "") == (source.Volume == ""):
+		return fmt.Errorf("%w: a volume has a snapshot or a volume for its source", errdefs.ErrInvalidArgument)
+	case source.Volume == id || record.CheckID(source.Volume+source.Snapshot) != nil:
+		// A volume that is being made is none yet.
+		return fmt.Errorf("%w: the source %q does not exist on this node", errdefs.ErrNotFound, source.Volume+source.Snapshot)
+	}
+	return nil
+}
+
+// original is what a source consists of. The caller holds s.listing for reading until the record of the new volume is saved. The source
+// volume's lock is held while its upper is frozen.
+func (s *snapshots) original(ctx context.Context, req *CreateRequest, requested []reference.Reference) (*record.Snapshot, error) {
+	if id := req.Source.Snapshot; id != "" {
+		made, err := s.records.Load(id)
+		if err != nil {
+			return nil, err
+		}
+		return made, checkClone(made, req, requested)
+	}
+	unlock, err := s.locks.acquire(ctx, req.Source.Volume)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	r, err := s.volumes.Load(req.Source.Volume)
+	if err != nil {
+		return nil, err
+	}
+	made := &record.Snapshot{Volume: r.ID, Size: r.Size, Spec: r.Spec}
+	if r.Provisioned != nil {
+		made.RequestedLayers = r.Provisioned.RequestedLayers
+	}
+	// Before the volume is frozen for a clone that cannot be made.
+	if err := checkClone(made, req, requested); err != nil {
+		return nil, err
+	}
+	if made.Frozen, err = s.capture(ctx, r); err != nil {
+		return nil, err
+	}
+	made.Resolved, made.Layers, made.Group = r.Resolved, r.Layers, r.Group
+	return made, nil
+}
+
+// checkClone checks a request for a volume against its source.
+func checkClone(made *record.Snapshot, req *CreateRequest, requested []reference.Reference) error {
+	source := req.Source.Snapshot + req.Source.Volume
+	asRequested := made.RequestedLayers
+	if asRequested == nil {
+		asRequested = made.Spec.Layers
+	}
+	switch {
+	case !made.Spec.Persistent() || !req.Spec.Persistent():
+		return fmt.Errorf("%w: a volume with upper %q cannot be made of %s, whose upper is %q: both must be claim",
+			errdefs.ErrInvalidArgument, req.Spec.Upper, source, made.Spec.Upper)
+	case !slices.Equal(requested, asRequested) && !slices.Equal(requested, made.Spec.Layers):
+		return fmt.Errorf("%w: the volume is to have layers %v, and its source %s has %v; what was written stays on the layers that it was "+
+			"written on: request the same ones", errdefs.ErrInvalidArgument, requested, source, asRequested)
+	case made.Spec.Ownership != req.Spec.Ownership || !same(made.Spec.LayerOwner, req.Spec.LayerOwner):
+		return fmt.Errorf("%w: the volume is to have another ownership or layerOwner than its source %s; request the same ones",
+			errdefs.ErrInvalidArgument, source)
+	case req.Required > 0 && req.Required < made.Size, req.Limit > 0 && req.Limit < made.Size:
+		return fmt.Errorf("%w: the source %s has %d bytes, and the volume must not have less", errdefs.ErrOutOfRange, source, made.Size)
+	}
+	return nil
+}
