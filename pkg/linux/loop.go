@@ -54,7 +54,7 @@ func attachLoop(file *os.File, flags uint32) (*os.File, error) {
 			return nil, err
 		}
 		var loop *os.File
-		if loop, err = openLoop(fmt.Sprintf("loop%d", number)); err != nil {
+		if loop, err = openLoop(fmt.Sprintf("loop%d", number), os.O_RDWR); err != nil {
 			if isGone(err) {
 				continue
 			}
@@ -89,7 +89,7 @@ func FindLoop(path, mountPoint string) (*os.File, error) {
 		device, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(mounted.Dev), unix.Minor(mounted.Dev)))
 		if err == nil && strings.HasPrefix(filepath.Base(device), "loop") {
 			// Where it cannot be opened, the search below says why.
-			if loop, err := openLoopOf(filepath.Base(device), file.ID()); err == nil {
+			if loop, err := openLoopOf(filepath.Base(device), os.O_RDWR, file.ID()); err == nil {
 				return loop, nil
 			}
 		}
@@ -114,8 +114,39 @@ func FindLoop(path, mountPoint string) (*os.File, error) {
 		if !strings.HasPrefix(name, "loop") || !mayBeBoundTo(name, resolved) {
 			continue
 		}
-		if loop, err := openLoopOf(name, file.ID()); !isGone(err) {
+		if loop, err := openLoopOf(name, os.O_RDWR, file.ID()); !isGone(err) {
 			return loop, err
+		}
+	}
+	return nil, &os.PathError{Op: "find loop device", Path: path, Err: fs.ErrNotExist}
+}
+
+// FindReadOnlyLoop opens a loop device that a file is bound to which nobody writes to any more, to read from it. The error is
+// fs.ErrNotExist where none is found.
+func FindReadOnlyLoop(path string) (*os.File, error) {
+	file, err := StatPath(path)
+	if err != nil {
+		return nil, err
+	}
+	resolved, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return nil, err
+	}
+	devices, err := os.Open("/sys/block")
+	if err != nil {
+		return nil, err
+	}
+	defer devices.Close()
+	names, err := devices.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		if !strings.HasPrefix(name, "loop") || !mayBeBoundTo(name, resolved) {
+			continue
+		}
+		if loop, err := openLoopOf(name, os.O_RDONLY, file.ID()); err == nil {
+			return loop, nil
 		}
 	}
 	return nil, &os.PathError{Op: "find loop device", Path: path, Err: fs.ErrNotExist}
@@ -168,8 +199,8 @@ func mayBeBoundTo(name, path string) bool {
 
 // openLoopOf opens a loop device if that file is bound to it. The error is fs.ErrNotExist, or another one that isGone knows, if it is not.
 // What cannot be told is another error: a second device of one image would be a second file system on it.
-func openLoopOf(name string, file FileID) (*os.File, error) {
-	loop, err := openLoop(name)
+func openLoopOf(name string, flags int, file FileID) (*os.File, error) {
+	loop, err := openLoop(name, flags)
 	if err != nil {
 		return nil, err
 	}
@@ -267,9 +298,9 @@ func RemoveLoop(name string) error {
 
 // openLoop opens a loop device, and makes its node where it is missing: a container's /dev has only those of the devices that there
 // were when the container was made.
-func openLoop(name string) (*os.File, error) {
+func openLoop(name string, flags int) (*os.File, error) {
 	path := "/dev/" + name
-	loop, err := Open(nil, path, os.O_RDWR, 0)
+	loop, err := Open(nil, path, flags, 0)
 	if !errors.Is(err, fs.ErrNotExist) {
 		return loop, err
 	}
@@ -284,5 +315,5 @@ func openLoop(name string) (*os.File, error) {
 	if err := Mknodat(nil, path, unix.S_IFBLK|0o600, unix.Mkdev(major, minor)); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err
 	}
-	return Open(nil, path, os.O_RDWR, 0)
+	return Open(nil, path, flags, 0)
 }

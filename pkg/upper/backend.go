@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sync/singleflight"
@@ -57,9 +58,14 @@ type Backends struct {
 	handles     *handles
 	// imageChecks are the checks of disk images in progress.
 	imageChecks singleflight.Group
+	// moments is held while the file system of a disk image is frozen.
+	moments sync.Mutex
+	// attaching lets one caller at a time look for a loop device of a frozen disk image, or attach one.
+	attaching sync.Mutex
 }
 
-// NewBackends probes which backends the data root supports, and removes the mount points and loop devices that an earlier process left.
+// NewBackends probes which backends the data root supports, removes the mount points and loop devices that an earlier process left, and
+// thaws what it left frozen.
 func NewBackends(config Config) *Backends {
 	clearMountDir(config.MountDir)
 	removeFreeLoops()
@@ -69,6 +75,7 @@ func NewBackends(config Config) *Backends {
 		BtrfsQgroup:  probeBtrfs(config.Root, config.Commands),
 		DiskImage:    probeDiskImage(config.Root, config.Commands, config.Sparse),
 	}
+	_ = b.Thaw()
 	return b
 }
 

@@ -39,8 +39,13 @@ func newDataRoot(t *testing.T, name string) *os.File {
 
 func newBackends(t *testing.T, root *os.File) *upper.Backends {
 	t.Helper()
+	return newBackendsAt(t, root, t.TempDir())
+}
+
+func newBackendsAt(t *testing.T, root *os.File, mountDir string) *upper.Backends {
+	t.Helper()
 	return upper.NewBackends(upper.Config{
-		Root: root, MountDir: t.TempDir(), Discard: os.RemoveAll, Commands: utilexec.New(),
+		Root: root, MountDir: mountDir, Discard: os.RemoveAll, Commands: utilexec.New(),
 		Mounter: bindMounter{}, InUse: func(upper.LockHolder) (upper.PodVolumePath, bool) { return upper.PodVolumePath{}, true },
 	})
 }

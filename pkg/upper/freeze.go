@@ -77,6 +77,12 @@ func (b *Backends) PrepareFreeze(ctx context.Context, at Location, id string) er
 	if err := resting.Release(ctx); err != nil {
 		return err
 	}
+	if image, ok := resting.(diskImage); ok {
+		// It is mounted without a replay of its journal.
+		if err := image.check(ctx); err != nil {
+			return err
+		}
+	}
 	frozen, err := b.makeFrozen(id)
 	if err != nil {
 		return err
@@ -122,6 +128,9 @@ func (b *Backends) freeze(at Location, id string) error {
 	if err := errors.Join(linux.SyncDir(frozen), linux.SyncDir(base)); err != nil {
 		return err
 	}
+	if at.Backend == DiskImage {
+		digHoles(frozen)
+	}
 	// It belongs to the upper that is gone. The next one gets another.
 	return b.config.Discard(filepath.Join(base.Name(), workName))
 }
@@ -146,34 +155,66 @@ func (b *Backends) makeFrozen(id string) (*os.File, error) {
 	return linux.OpenDirAt(all, id)
 }
 
+// WrittenBytes returns how much of the disk an upper takes once it is frozen or copied.
+func (b *Backends) WrittenBytes(ctx context.Context, at Location) (int64, error) {
+	u := b.Open(at)
+	if image, ok := u.(diskImage); ok {
+		return image.writtenBytes()
+	}
+	return u.DiskUsage(ctx)
+}
+
 // CopyInUse copies an upper that pods write to, as it is at one moment, into a new frozen upper. It returns ErrFailedPrecondition, with
 // what to do, for a backend that has no such moment. What a failed call left is discarded by DiscardFrozen.
-func (b *Backends) CopyInUse(_ context.Context, at Location, _ string) error {
-	return fmt.Errorf("%w: an upper of the backend %s cannot be copied while pods write to it; stop the pods, or use a volume with "+
-		"sizeEnforcement: image, or a data root on btrfs with quotas", errdefs.ErrFailedPrecondition, at.Backend)
+func (b *Backends) CopyInUse(ctx context.Context, at Location, id string) error {
+	if at.Backend != BtrfsQgroup && at.Backend != DiskImage {
+		return fmt.Errorf("%w: an upper of the backend %s cannot be copied while pods write to it; stop the pods, or use a volume with "+
+			"sizeEnforcement: image, or a data root on btrfs with quotas", errdefs.ErrFailedPrecondition, at.Backend)
+	}
+	frozen, err := b.makeFrozen(id)
+	if err != nil {
+		return err
+	}
+	defer frozen.Close()
+	if at.Backend == BtrfsQgroup {
+		from, to := filepath.Join(b.config.Root.Name(), at.Base, dataName), filepath.Join(frozen.Name(), dataName)
+		_, err = runBtrfs(ctx, b.config.Commands, "subvolume", "snapshot", "-r", from, to)
+	} else {
+		err = b.copyImage(ctx, b.Open(at).(diskImage), frozen)
+	}
+	if err == nil {
+		err = linux.SyncDir(frozen)
+	}
+	if err != nil {
+		return fmt.Errorf("copy the upper in %s: %w", filepath.Join(b.config.Root.Name(), at.Base), err)
+	}
+	return nil
 }
 
 // OpenFrozen opens the directory of a frozen upper (O_PATH). It returns ErrDataLoss if it is gone. That of a disk image is the root of a
 // detached read-only mount, which ends with the handle and with all views of it.
-func (b *Backends) OpenFrozen(_ context.Context, backend Backend, id string) (*os.File, error) {
+func (b *Backends) OpenFrozen(ctx context.Context, backend Backend, id string) (*os.File, error) {
 	if err := checkFrozenID(id); err != nil {
 		return nil, err
 	}
 	path := FrozenPath(backend, id)
+	if backend == DiskImage {
+		return b.openFrozenImage(ctx, path)
+	}
 	dir, err := linux.Open(b.config.Root, path, linux.O_PATH|linux.O_DIRECTORY, linux.ResolveBeneath|linux.ResolveNoSymlinks)
-	return dir, lostFrozen(path, err)
+	if err != nil {
+		return nil, lostFrozen(path, err)
+	}
+	return dir, nil
 }
 
 // lostFrozen wraps ErrDataLoss around an error that says that a frozen upper does not exist.
 func lostFrozen(path string, err error) error {
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%w: the frozen upper %s is gone, with what was written before the snapshot; restore it, or delete what was made "+
 			"of it: %w", errdefs.ErrDataLoss, path, err)
-	case err != nil:
-		return fmt.Errorf("open a frozen upper: %w", err)
 	}
-	return nil
+	return fmt.Errorf("open a frozen upper: %w", err)
 }
 
 // CheckFrozen returns ErrNotFound if a frozen upper is gone. It does not look into disk images.
@@ -201,8 +242,20 @@ func (b *Backends) ListFrozen() ([]string, error) {
 
 // DiscardFrozen moves a frozen upper to the trash. It returns nil if there is none.
 func (b *Backends) DiscardFrozen(id string) error {
+	b.makeWritable(id)
 	if err := b.config.Discard(filepath.Join(b.config.Root.Name(), frozenDir, id)); err != nil {
 		return fmt.Errorf("discard a frozen upper: %w", err)
 	}
 	return nil
+}
+
+// makeWritable lets the files of a snapshot of btrfs be deleted. Where that fails, they stay in the trash, and the log says so.
+func (b *Backends) makeWritable(id string) {
+	if b.unavailable[BtrfsQgroup] != nil {
+		return
+	}
+	data := filepath.Join(b.config.Root.Name(), frozenDir, id, dataName)
+	if there, err := exists(data); err == nil && there {
+		_, _ = runBtrfs(context.Background(), b.config.Commands, "property", "set", "-ts", data, "ro", "false")
+	}
 }

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/containerd/errdefs"
 
@@ -26,6 +27,9 @@ func clearMountDir(dir string) {
 		return
 	}
 	for _, entry := range entries {
+		if strings.HasPrefix(entry.Name(), attachedPrefix) {
+			_ = linux.UnmountLazily(filepath.Join(dir, entry.Name()))
+		}
 		// rmdir(2) refuses a mount point (EBUSY) and a directory that is not empty.
 		_ = linux.Rmdirat(nil, filepath.Join(dir, entry.Name()))
 	}

@@ -2,6 +2,7 @@ package volume
 
 import (
 	"context"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -24,8 +25,10 @@ type Description struct {
 	SizeBytes int64
 	Backend   upper.Backend
 	// Resolved has the image digests that references were resolved to, and Layers the layers of these images by diff ID.
-	Resolved     reference.Digests
-	Layers       []digest.Digest
+	Resolved reference.Digests
+	Layers   []digest.Digest
+	// Frozen are the paths of the volume's frozen uppers in the data root, the topmost first.
+	Frozen       []string
 	Publications []Publication
 	Conditions   []Condition
 }
@@ -50,6 +53,7 @@ func (m *Manager) Describe(ctx context.Context, id string) (Description, error) 
 	}
 	d := Description{
 		ID: r.ID, Spec: r.Spec, Inline: r.Inline, SizeBytes: r.Size, Backend: r.Backend, Resolved: r.Resolved, Layers: r.Layers,
+		Frozen: m.uppers.frozenPaths(r),
 	}
 	for i := range r.Publications {
 		p := &r.Publications[i]
@@ -67,11 +71,21 @@ func (m *Manager) Describe(ctx context.Context, id string) (Description, error) 
 
 // graphDriverData returns the directories of a view.
 func (u uppers) graphDriverData(r *record.Record, p *record.Publication) map[string]string {
-	data := map[string]string{"LowerDir": strings.Join(p.LowerDirs, ":"), "MergedDir": p.Target}
+	lowers := slices.Concat(u.frozenPaths(r), p.LowerDirs)
+	data := map[string]string{"LowerDir": strings.Join(lowers, ":"), "MergedDir": p.Target}
 	if hasUpper(r) {
 		data["UpperDir"], data["WorkDir"] = u.open(r, p).Paths()
 	}
 	return data
+}
+
+// frozenPaths returns where the frozen uppers of a volume are.
+func (u uppers) frozenPaths(r *record.Record) []string {
+	var paths []string
+	for _, frozen := range r.Frozen {
+		paths = append(paths, filepath.Join(u.root, upper.FrozenPath(frozen.Backend, frozen.ID)))
+	}
+	return paths
 }
 
 // IDs returns the IDs of all volumes on this node in order.

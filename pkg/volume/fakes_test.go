@@ -334,6 +334,12 @@ func (b fakeBackends) Freeze(at upper.Location, id string) error {
 	return err
 }
 
+func (b fakeBackends) WrittenBytes(ctx context.Context, at upper.Location) (int64, error) {
+	return b.Open(at).DiskUsage(ctx)
+}
+
+func (b fakeBackends) Thaw() error { return b.n.failing("thaw") }
+
 func (b fakeBackends) CopyInUse(_ context.Context, at upper.Location, id string) error {
 	if err := b.n.failing("copy in use"); err != nil {
 		return err

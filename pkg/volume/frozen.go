@@ -61,18 +61,11 @@ func (s *snapshots) freeze(ctx context.Context, r *record.Record) error {
 	if err := s.checkFree(u); err != nil {
 		return err
 	}
-	if reserves(r) && r.Size > 0 {
-		// The size is for what is written from now on, and what was written stays on the disk as well.
-		taken, err := u.DiskUsage(ctx)
-		if err != nil {
-			return err
-		}
-		release, err := s.ledger.reserveMore(ctx, r, taken)
-		if err != nil {
-			return fmt.Errorf("keep what was written beside what may be written: %w", err)
-		}
-		defer release()
+	release, err := s.keepWritten(ctx, r)
+	if err != nil {
+		return err
 	}
+	defer release()
 	frozen := frozenOf(r)
 	if err := s.uppers.backends.PrepareFreeze(ctx, s.uppers.location(r, nil), frozen.ID); err != nil {
 		return errors.Join(err, s.uppers.backends.DiscardFrozen(frozen.ID))
@@ -89,6 +82,22 @@ func (s *snapshots) freeze(ctx context.Context, r *record.Record) error {
 	}
 	*r = changed
 	return s.finishFreezing(r)
+}
+
+// keepWritten finds out whether there is room for what was written to a volume beside what may be written to it from now on, which is as
+// much as its size. The room counts as taken until release is called.
+func (s *snapshots) keepWritten(ctx context.Context, r *record.Record) (release func(), err error) {
+	if r.Size == 0 || !reserves(r) {
+		return func() {}, nil
+	}
+	bytes, err := s.uppers.backends.WrittenBytes(ctx, s.uppers.location(r, nil))
+	if err != nil {
+		return nil, err
+	}
+	if release, err = s.ledger.reserveMore(ctx, r, bytes); err != nil {
+		return nil, fmt.Errorf("keep what was written to volume %s: %w", r.ID, err)
+	}
+	return release, nil
 }
 
 // frozenOf returns the frozen upper that a volume's upper becomes.
@@ -159,6 +168,11 @@ func (s *snapshots) copyInUse(ctx context.Context, r *record.Record) ([]record.F
 	if err := checkRoom(r); err != nil {
 		return nil, err
 	}
+	release, err := s.keepWritten(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
 	frozen := frozenOf(r)
 	if err := s.uppers.backends.CopyInUse(ctx, s.uppers.location(r, nil), frozen.ID); err != nil {
 		return nil, errors.Join(err, s.uppers.backends.DiscardFrozen(frozen.ID))

@@ -273,6 +273,10 @@ func (c *checker) checkMounted(ctx context.Context, current *healthCheck, r *rec
 		current.asks("layer " + p.LowerDirs[i])
 		found.addError(layer.CheckUnchanged(p.LowerDirs[i], fingerprint), mountedLayer)
 	}
+	for _, frozen := range r.Frozen {
+		current.asks("a frozen upper of " + p.Target)
+		found.addError(c.uppers.backends.CheckFrozen(frozen.Backend, frozen.ID), mountedUpper)
+	}
 	if hasUpper(r) {
 		current.asks("the upper of " + p.Target)
 		addUpper(ctx, &found, c.uppers.open(r, p))
@@ -294,6 +298,10 @@ func (c *checker) isExpected(id, target string) bool {
 func (c *checker) checkNextPublish(ctx context.Context, current *healthCheck, r *record.Record) {
 	current.asks("a layer")
 	current.found.addError(c.layers.CheckPresent(ctx, r.Spec.Layers), neededLayer)
+	for _, frozen := range r.Frozen {
+		current.asks("a frozen upper")
+		current.found.addError(c.uppers.backends.CheckFrozen(frozen.Backend, frozen.ID), persistentUpper)
+	}
 	if r.Made {
 		current.asks("the upper")
 		persistent := c.uppers.open(r, nil)

@@ -83,11 +83,13 @@ type backends interface {
 type frozenBackends interface {
 	PrepareFreeze(ctx context.Context, at upper.Location, id string) error
 	Freeze(at upper.Location, id string) error
+	WrittenBytes(ctx context.Context, at upper.Location) (int64, error)
 	CopyInUse(ctx context.Context, at upper.Location, id string) error
 	OpenFrozen(ctx context.Context, backend upper.Backend, id string) (*os.File, error)
 	CheckFrozen(backend upper.Backend, id string) error
 	ListFrozen() ([]string, error)
 	DiscardFrozen(id string) error
+	Thaw() error
 }
 
 // pods knows which pods are on the node.

@@ -29,6 +29,9 @@ func (m *Manager) reconcile(ctx context.Context) {
 	if err := m.config.Ballast.Fill(); err != nil {
 		klog.FromContext(ctx).Error(err, "Could not reconcile the ballast")
 	}
+	if err := m.config.Backends.Thaw(); err != nil {
+		klog.FromContext(ctx).Error(err, "Could not thaw the disk images")
+	}
 	ids, err := m.records.List()
 	if err != nil {
 		klog.FromContext(ctx).Error(err, "Could not reconcile")
