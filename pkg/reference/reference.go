@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/url"
 	"regexp"
+	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -224,6 +225,40 @@ func (r Reference) WithDigest(id digest.Digest) (Reference, error) {
 	}
 	r.name, r.platform = canonical.String(), ""
 	return r, nil
+}
+
+// isResolved reports whether other is the same reference, or that with a digest as WithDigest adds it.
+func (r Reference) isResolved(other Reference) bool {
+	if r == other || r.scheme != OCI || other.scheme != OCI {
+		return r == other
+	}
+	if _, ok := r.digest(); ok && r.platform == "" {
+		return false
+	}
+	id, ok := other.digest()
+	if !ok {
+		return false
+	}
+	resolved, err := r.WithDigest(id)
+	return err == nil && resolved == other
+}
+
+// digest returns the digest in the name of an image.
+func (r Reference) digest() (id digest.Digest, ok bool) {
+	named, err := dockerref.ParseNormalizedNamed(r.name)
+	if err != nil {
+		return "", false
+	}
+	canonical, ok := named.(dockerref.Canonical)
+	if !ok {
+		return "", false
+	}
+	return canonical.Digest(), true
+}
+
+// AreResolved reports whether others are the references, in the same order, with digests as [Reference.WithDigest] adds them.
+func AreResolved(refs, others []Reference) bool {
+	return slices.EqualFunc(refs, others, Reference.isResolved)
 }
 
 // String returns the canonical form of the reference, which Parse parses to the same value.

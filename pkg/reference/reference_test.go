@@ -167,3 +167,41 @@ func FuzzParseList(f *testing.F) {
 		}
 	})
 }
+
+func TestAreResolved(t *testing.T) {
+	digests := []string{"@sha256:" + strings.Repeat("a", 64), "@sha256:" + strings.Repeat("b", 64)}
+	for name, c := range map[string]struct {
+		refs, others string
+		want         bool
+	}{
+		"the same":           {"dir://a/b,oci://r.example.com/i:1", "dir://a/b,oci://r.example.com/i:1", true},
+		"a tag":              {"oci://r.example.com/i:1,dir://a", "oci://r.example.com/i:1" + digests[0] + ",dir://a", true},
+		"a path":             {"oci://r.example.com/i:1?path=/p", "oci://r.example.com/i:1" + digests[0] + "?path=/p", true},
+		"a platform":         {"oci://r.example.com/i:1?platform=linux/arm64", "oci://r.example.com/i:1" + digests[0], true},
+		"a digest":           {"oci://r.example.com/i" + digests[0], "oci://r.example.com/i" + digests[0], true},
+		"another digest":     {"oci://r.example.com/i" + digests[0], "oci://r.example.com/i" + digests[1], false},
+		"another tag":        {"oci://r.example.com/i:1", "oci://r.example.com/i:2" + digests[0], false},
+		"another path":       {"oci://r.example.com/i:1?path=/p", "oci://r.example.com/i:1" + digests[0], false},
+		"another repository": {"oci://r.example.com/i:1", "oci://r.example.com/j:1" + digests[0], false},
+		"another scheme":     {"oci://r.example.com/i:1", "dir://r.example.com/i", false},
+		"another order":      {"dir://a,dir://b", "dir://b,dir://a", false},
+		"one more":           {"dir://a", "dir://a,dir://b", false},
+		"a digest too little": {
+			"oci://r.example.com/i:1" + digests[0], "oci://r.example.com/i:1", false,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			refs, err := ParseList(c.refs)
+			if err != nil {
+				t.Fatal(err)
+			}
+			others, err := ParseList(c.others)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := AreResolved(refs, others); got != c.want {
+				t.Errorf("%t; want %t", got, c.want)
+			}
+		})
+	}
+}
