@@ -31,10 +31,14 @@ const (
 	// measureTimeout is how long to measure the capacity may take.
 	measureTimeout = 5 * time.Second
 	// maxMessage is the maximum length of a result's message in bytes, and maxMessageIfMany that where all results take more than
-	// manyResults bytes: an object of the API server has at most 1.5 MiB.
+	// manyResults bytes: an object of the API server has at most 1.5 MiB. What has a larger body than maxBodyIfMany is to be asked for again
+	// then.
 	maxMessage       = 1024
 	maxMessageIfMany = 128
 	manyResults      = 256 << 10
+	maxBodyIfMany    = 1024
+	// unavailable is gRPC's code.
+	unavailable = 14
 )
 
 // Handler carries out a request. It is called again with a request that it has carried out before, after a crash.
@@ -261,6 +265,9 @@ func (a *Agent) newResults(object *OverlayNode) (results map[string]*Result, ans
 	}
 	for handle, result := range a.done {
 		if object.Status.Results[handle].ID != result.ID {
+			if size+result.size() > manyResults && len(result.Body) > maxBodyIfMany {
+				result = Result{ID: result.ID, Code: unavailable, Message: "the answers of this node take too much space at the moment; ask again"}
+			}
 			if size += result.size(); size > manyResults {
 				result.Message = cut(result.Message, maxMessageIfMany)
 			}

@@ -14,7 +14,7 @@ import (
 
 const (
 	// keepAnswered is how long an answered request stays, so that a controller that takes over finds what the one before has begun, and
-	// keepBytes is how many bytes they may take.
+	// keepBytes is how many bytes they may take, with their answers.
 	keepAnswered = 15 * time.Minute
 	keepBytes    = 64 << 10
 	// maxRequests is the maximum size of all requests of a node in bytes. An object of the API server has at most 1.5 MiB, and the answers
@@ -170,7 +170,7 @@ func needless(object *OverlayNode, calls map[string]int) []string {
 	slices.SortFunc(answered, func(a, b string) int { return cmp.Or(posted(b).Compare(posted(a)), strings.Compare(a, b)) })
 	size := 0
 	for i, handle := range answered {
-		size += object.Spec.Requests[handle].size()
+		size += object.Spec.Requests[handle].size() + len(object.Status.Results[handle].Body)
 		if size > keepBytes || time.Since(posted(handle)) > keepAnswered {
 			return append(expired, answered[i:]...)
 		}

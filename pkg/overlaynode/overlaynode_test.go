@@ -405,6 +405,55 @@ func TestLongMessageIsCut(t *testing.T) {
 	}
 }
 
+// TestLongAnswersAreBounded: each long answer arrives at last, and the object never has all of them.
+func TestLongAnswersAreBounded(t *testing.T) {
+	s := newAPIServer(t)
+	long := `"` + strings.Repeat("x", 60<<10) + `"`
+	release := make(chan struct{})
+	runAgent(t, s, "a", func(context.Context, string, []byte) Result {
+		<-release
+		return Result{Body: long}
+	})
+	d := newDispatcher(t, s, "a")
+	const calls = 16
+	var work sync.WaitGroup
+	var again atomic.Int32
+	for i := range calls {
+		work.Go(func() {
+			for {
+				result, err := call(t, d, "a", fmt.Sprint("v", i), "List", `{}`)
+				switch {
+				case err != nil:
+					t.Errorf("call %d: %v", i, err)
+					return
+				case result.Code == 0 && result.Body == long:
+					return
+				case result.Code != unavailable:
+					t.Errorf("call %d: %d %s", i, result.Code, result.Message)
+					return
+				}
+				again.Add(1)
+			}
+		})
+	}
+	eventually(t, "all calls are written", func() bool { o := s.get("a"); return o != nil && len(o.Spec.Requests) == calls })
+	close(release)
+	done := make(chan struct{})
+	go func() { work.Wait(); close(done) }()
+	eventually(t, "all calls are answered", func() bool {
+		if encoded, err := json.Marshal(s.get("a")); err != nil || len(encoded) > 400<<10 {
+			t.Fatalf("the object has %d bytes, %v", len(encoded), err)
+		}
+		select {
+		case <-done:
+			return true
+		default:
+			return false
+		}
+	})
+	t.Logf("%d answers were to be asked for again", again.Load())
+}
+
 func TestGoneNodes(t *testing.T) {
 	s := newAPIServer(t)
 	exists := map[string]bool{"there": true}
