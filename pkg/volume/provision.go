@@ -120,7 +120,12 @@ func (m *Manager) clone(ctx context.Context, id string, req CreateRequest) (Volu
 	}
 	req.Spec.Layers = original.Spec.Layers
 	// What is asked for is not less. If nothing is, it is the size of the source.
-	req.Spec.Size = max(req.Spec.Size, original.Size)
+	if req.Spec.Size = max(req.Spec.Size, original.Size); req.Spec.Size == 0 {
+		req.Spec.Size = req.Limit
+	}
+	if err := req.Spec.CheckSized(); err != nil {
+		return Volume{}, err
+	}
 	r := &record.Record{
 		ID: id, Spec: req.Spec, Size: req.Spec.Size, Frozen: original.Frozen, Resolved: original.Resolved, Layers: original.Layers,
 		Provisioned: &record.Provisioned{
@@ -263,7 +268,8 @@ func toVolume(r *record.Record) Volume {
 // checkCreated returns nil if an earlier request like this one created the volume.
 func checkCreated(r *record.Record, req CreateRequest) error {
 	created := r.Provisioned
-	if req.ClaimLayers != nil || created == nil || slices.Equal(req.Spec.Layers, created.RequestedLayers) {
+	if req.ClaimLayers != nil || created == nil || slices.Equal(req.Spec.Layers, created.RequestedLayers) ||
+		created.Source != nil && reference.AreResolved(req.Spec.Layers, r.Spec.Layers) {
 		req.Spec.Layers = r.Spec.Layers
 	}
 	// The size is compared below: the volume may have been expanded.

@@ -246,13 +246,14 @@ func checkClone(made *record.Snapshot, req *CreateRequest, requested []reference
 	case !made.Spec.Persistent() || !req.Spec.Persistent():
 		return fmt.Errorf("%w: a volume with upper %q cannot be made of %s, whose upper is %q: both must be claim",
 			errdefs.ErrInvalidArgument, req.Spec.Upper, source, made.Spec.Upper)
-	case !slices.Equal(requested, asRequested) && !slices.Equal(requested, made.Spec.Layers):
+	case !slices.Equal(requested, asRequested) && !reference.AreResolved(requested, made.Spec.Layers):
+		// A central controller resolved the tags of the source, and the node never had them.
 		return fmt.Errorf("%w: the volume is to have layers %v, and its source %s has %v; what was written stays on the layers that it was "+
 			"written on: request the same ones", errdefs.ErrInvalidArgument, requested, source, asRequested)
 	case made.Spec.Ownership != req.Spec.Ownership || !same(made.Spec.LayerOwner, req.Spec.LayerOwner):
 		return fmt.Errorf("%w: the volume is to have another ownership or layerOwner than its source %s; request the same ones",
 			errdefs.ErrInvalidArgument, source)
-	case req.Required > 0 && req.Required < made.Size, req.Limit > 0 && req.Limit < made.Size:
+	case req.Spec.Size > 0 && req.Spec.Size < made.Size, req.Limit > 0 && req.Limit < made.Size:
 		return fmt.Errorf("%w: the source %s has %d bytes, and the volume must not have less", errdefs.ErrOutOfRange, source, made.Size)
 	}
 	return nil

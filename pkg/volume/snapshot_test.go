@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -370,10 +371,11 @@ func TestCloneRefused(t *testing.T) {
 			}
 			req.Spec.Layers = []reference.Reference{other}
 		}, errdefs.ErrInvalidArgument},
-		"no size":     {Source{Snapshot: "s"}, nil, nil},
-		"as large":    {Source{Snapshot: "s"}, size(gib, gib), nil},
-		"larger":      {Source{Volume: "v"}, size(2*gib, 0), nil},
-		"at most 2Gi": {Source{Volume: "v"}, size(0, 2*gib), nil},
+		"no size":                  {Source{Snapshot: "s"}, nil, nil},
+		"less than any volume has": {Source{Volume: "v"}, func(req *CreateRequest) { req.Required, req.Spec.Size = 1, gib }, nil},
+		"as large":                 {Source{Snapshot: "s"}, size(gib, gib), nil},
+		"larger":                   {Source{Volume: "v"}, size(2*gib, 0), nil},
+		"at most 2Gi":              {Source{Volume: "v"}, size(0, 2*gib), nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newFakeNode(t)
@@ -397,6 +399,32 @@ func TestCloneRefused(t *testing.T) {
 				t.Errorf("what was refused left\n%s\nwant\n%s", after, before)
 			}
 		})
+	}
+}
+
+// TestCloneOfResolvedLayers: of a volume that a central controller had made, the node knows the digests alone.
+func TestCloneOfResolvedLayers(t *testing.T) {
+	digests := []string{"@sha256:" + strings.Repeat("a", 64), "@sha256:" + strings.Repeat("b", 64)}
+	const image = "oci://registry.example.com/image:"
+	layers := func(text string) []reference.Reference {
+		list, err := reference.ParseList(text)
+		check(t, err)
+		return list
+	}
+	for requested, want := range map[string]error{
+		image + "1": nil, image + "1" + digests[0]: nil,
+		image + "2": errdefs.ErrInvalidArgument, image + "1" + digests[1]: errdefs.ErrInvalidArgument,
+	} {
+		source := &record.Snapshot{Spec: spec.Spec{Upper: spec.UpperClaim, Layers: layers(image + "1" + digests[0])}}
+		req := CreateRequest{Spec: spec.Spec{Upper: spec.UpperClaim, Layers: layers(requested)}}
+		wantKind(t, checkClone(source, &req, req.Spec.Layers), want)
+		created := &record.Record{
+			Spec: source.Spec, Provisioned: &record.Provisioned{Name: "c", Source: &Source{Volume: "v"}},
+		}
+		req.Name, req.Source = "c", Source{Volume: "v"}
+		if err := checkCreated(created, req); (err == nil) != (want == nil) {
+			t.Errorf("%s again: %v", requested, err)
+		}
 	}
 }
 
