@@ -260,7 +260,8 @@ func newController(opts options, manager *volume.Manager, api kubeapi.Reader) *d
 		DriverName: opts.driverName,
 		NodeID:     opts.nodeID,
 		Volumes:    manager,
-		Claims:     api,
+		Snapshots:  manager,
+		Cluster:    api,
 		Health:     opts.volumeHealth,
 	})
 }

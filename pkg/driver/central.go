@@ -10,6 +10,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sync/semaphore"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -93,12 +94,15 @@ func NewCentral(config CentralConfig) *Central {
 	}
 }
 
-// CreateVolume has the node that the topology asks for create the volume. A volume without a persistent upper is on no node, and needs no
+// CreateVolume has the node that the topology asks for create the volume, or the node of the content that it is to have. A volume without a persistent upper is on no node, and needs no
 // more than an answer.
 func (c *Central) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
 	request, err := createRequest(req)
 	if err != nil {
 		return nil, err
+	}
+	if request.Source != (volume.Source{}) {
+		return c.createFromSource(ctx, req, request)
 	}
 	if !request.Spec.Persistent() {
 		layers, err := c.resolveLayers(ctx, req, request)
@@ -128,13 +132,20 @@ func (c *Central) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest
 // layers are the layers of a request as requested, and with digests for tags.
 type layers struct{ requested, resolved []reference.Reference }
 
-func (c *Central) resolveLayers(ctx context.Context, req *csi.CreateVolumeRequest, request volume.CreateRequest) (layers, error) {
-	requested := request.Spec.Layers
+// requestedLayers returns the layers of a request: those of the claim if it is to name them.
+func (c *Central) requestedLayers(
+	ctx context.Context, req *csi.CreateVolumeRequest, request volume.CreateRequest,
+) ([]reference.Reference, error) {
 	if parameters := req.GetParameters(); parameters[spec.KeyLayersFrom] == spec.LayersFromClaim {
-		var err error
-		if requested, err = c.claimLayers.read(ctx, parameters[keyClaimNamespace], parameters[keyClaimName]); err != nil {
-			return layers{}, err
-		}
+		return c.claimLayers.read(ctx, parameters[keyClaimNamespace], parameters[keyClaimName])
+	}
+	return request.Spec.Layers, nil
+}
+
+func (c *Central) resolveLayers(ctx context.Context, req *csi.CreateVolumeRequest, request volume.CreateRequest) (layers, error) {
+	requested, err := c.requestedLayers(ctx, req, request)
+	if err != nil {
+		return layers{}, err
 	}
 	resolved, err := c.Tags.ResolveTags(ctx, requested, req.GetSecrets(), request.Namespace)
 	return layers{requested, resolved}, err
@@ -145,12 +156,14 @@ func (c *Central) resolveLayers(ctx context.Context, req *csi.CreateVolumeReques
 func (c *Central) createOn(
 	ctx context.Context, on candidate, req *csi.CreateVolumeRequest, request volume.CreateRequest,
 ) (*csi.CreateVolumeResponse, error) {
-	handle := centralHandle(req.GetName(), on.segment)
-	topology := &csi.Topology{Segments: map[string]string{c.topologyKey: on.segment}}
+	handle := handleOn(req.GetName(), on.segment)
+	topology := c.topology(on.segment)
 	parameters := userKeys(req.GetParameters())
 	parameters[spec.KeyLayers] = strings.Join(request.Spec.LayerNames(), "\n")
 	created := request.Spec
-	created.Layers = request.Resolved
+	if request.Source == (volume.Source{}) {
+		created.Layers = request.Resolved
+	}
 	if resolved := strings.Join(created.LayerNames(), "\n"); resolved != parameters[spec.KeyLayers] {
 		parameters[keyResolved] = resolved
 	}
@@ -160,14 +173,20 @@ func (c *Central) createOn(
 	err := forward(limited, c.Nodes, on.object.Spec.Node, handle, methodCreate, &csi.CreateVolumeRequest{
 		Name: handle, CapacityRange: req.GetCapacityRange(), VolumeCapabilities: req.GetVolumeCapabilities(), Parameters: parameters,
 		AccessibilityRequirements: &csi.TopologyRequirement{Requisite: []*csi.Topology{topology}},
+		VolumeContentSource:       req.GetVolumeContentSource(),
 	}, answer)
-	if err := c.unlessGone(ctx, on.object, handle, err); err != nil {
+	if request.Source != (volume.Source{}) {
+		err = c.unlessLost(ctx, on.object, err)
+	} else {
+		err = c.unlessGone(ctx, on.object, handle, err)
+	}
+	if err != nil {
 		return nil, err
 	}
-	if earlier, ok := answer.GetVolume().GetVolumeContext()[spec.KeyLayers]; ok {
-		// An earlier request made the volume, when the tags had another meaning.
-		if created.Layers, err = reference.ParseList(earlier); err != nil {
-			return nil, fmt.Errorf("%w: the answer of node %s has layers that cannot be read: %w", errdefs.ErrInternal, on.object.Spec.Node, err)
+	if made, ok := answer.GetVolume().GetVolumeContext()[spec.KeyLayers]; ok {
+		// An earlier request made the volume, when the tags had another meaning, or its source has the digests.
+		if created.Layers, err = layersOfAnswer(made, request); err != nil {
+			return nil, fmt.Errorf("the answer of node %s: %w", on.object.Spec.Node, err)
 		}
 	}
 	size := answer.GetVolume().GetCapacityBytes()
@@ -177,16 +196,13 @@ func (c *Central) createOn(
 	}
 	return &csi.CreateVolumeResponse{Volume: &csi.Volume{
 		VolumeId: handle, CapacityBytes: size, VolumeContext: created.Parameters(), AccessibleTopology: []*csi.Topology{topology},
+		ContentSource: req.GetVolumeContentSource(),
 	}}, nil
 }
 
 // unlessGone returns the error of a creation. Where the node is gone for good it is ErrResourceExhausted, so that the volume is made on
 // another one. The node has it deleted if it comes back: it may have made it, and not answered.
 func (c *Central) unlessGone(ctx context.Context, object *overlaynode.OverlayNode, handle string, err error) error {
-	if errdefs.IsNotFound(err) {
-		// That would say that nothing was made.
-		return fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
-	}
 	if !errors.Is(err, overlaynode.ErrUnanswered) {
 		return err
 	}
@@ -194,7 +210,8 @@ func (c *Central) unlessGone(ctx context.Context, object *overlaynode.OverlayNod
 	if checkErr == nil && gone {
 		limited, cancel := context.WithTimeout(ctx, silentWait)
 		defer cancel()
-		err := c.forwardDelete(limited, object, handle)
+		err := forward(limited, c.Nodes, object.Spec.Node, handle, methodDelete,
+			&csi.DeleteVolumeRequest{VolumeId: handle}, &csi.DeleteVolumeResponse{})
 		if errors.Is(err, overlaynode.ErrUnanswered) {
 			err = c.Nodes.Keep(ctx, object.Spec.Node, handle)
 		}
@@ -214,32 +231,51 @@ func (c *Central) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequest
 	if err != nil {
 		return nil, err
 	}
+	response := &csi.DeleteVolumeResponse{}
+	name, _, _ := strings.Cut(handle, handleSeparator)
 	for _, segment := range segments {
-		object, err := c.node(segment)
-		if errdefs.IsNotFound(err) {
-			err = fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
-			if !digestSegment.MatchString(segment) {
-				// Whether the node is gone is noted in its object.
-				err = errors.Join(err, c.Gone.Ensure(ctx, segment))
-			}
-		}
+		err := c.deleteOn(ctx, segment, deletion{
+			what: "volume " + handle, key: handle, method: methodDelete,
+			request: &csi.DeleteVolumeRequest{VolumeId: handle}, response: response, log: []any{logVolume, handle},
+			reason: "VolumeGivenUp", object: &corev1.ObjectReference{APIVersion: "v1", Kind: "PersistentVolume", Name: name},
+		})
 		if err != nil {
 			return nil, err
 		}
-		if err := c.deleteOn(ctx, object, handle); err != nil {
-			return nil, err
-		}
 	}
-	return &csi.DeleteVolumeResponse{}, nil
+	return response, nil
 }
 
-func (c *Central) deleteOn(ctx context.Context, object *overlaynode.OverlayNode, handle string) error {
-	if isDeleted(object, handle) {
+// deletion is what a node deletes: a volume or a snapshot.
+type deletion struct {
+	what              string
+	key, method       string
+	request, response proto.Message
+	log               []any
+	// reason and object are those of the event about a deletion that a node is too gone for.
+	reason string
+	object *corev1.ObjectReference
+}
+
+// deleteOn has the node with a topology segment delete something.
+func (c *Central) deleteOn(ctx context.Context, segment string, d deletion) error {
+	object, err := c.node(segment)
+	if errdefs.IsNotFound(err) {
+		err = fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
+		if !digestSegment.MatchString(segment) {
+			// Whether the node is gone is noted in its object.
+			err = errors.Join(err, c.Gone.Ensure(ctx, segment))
+		}
+	}
+	if err != nil {
+		return err
+	}
+	if isDeleted(object, d) {
 		return nil
 	}
 	limited, cancel := c.patience(ctx, object)
 	defer cancel()
-	err := c.forwardDelete(limited, object, handle)
+	err = forward(limited, c.Nodes, object.Spec.Node, d.key, d.method, d.request, d.response)
 	if !errors.Is(err, overlaynode.ErrUnanswered) {
 		return err
 	}
@@ -247,27 +283,21 @@ func (c *Central) deleteOn(ctx context.Context, object *overlaynode.OverlayNode,
 	if checkErr != nil || !gone {
 		return errors.Join(err, checkErr)
 	}
-	if err := c.Nodes.Keep(ctx, object.Spec.Node, handle); err != nil {
+	if err := c.Nodes.Keep(ctx, object.Spec.Node, d.key); err != nil {
 		return err
 	}
-	klog.FromContext(ctx).Info("Volume given up, its node is gone", logVolume, handle, logNode, object.Spec.Node)
-	name, _, _ := strings.Cut(handle, handleSeparator)
-	c.Events.Eventf(&corev1.ObjectReference{APIVersion: "v1", Kind: "PersistentVolume", Name: name}, corev1.EventTypeWarning, "VolumeGivenUp",
-		"Node %s is gone: volume %s counts as deleted. If the node comes back, its driver deletes what is left of it", object.Spec.Node, handle)
+	klog.FromContext(ctx).Info("Given up, its node is gone", append(d.log, logNode, object.Spec.Node)...)
+	c.Events.Eventf(d.object, corev1.EventTypeWarning, d.reason,
+		"Node %s is gone: %s counts as deleted. If the node comes back, its driver deletes what is left of it", object.Spec.Node, d.what)
 	return nil
 }
 
-func (c *Central) forwardDelete(ctx context.Context, object *overlaynode.OverlayNode, handle string) error {
-	request, response := &csi.DeleteVolumeRequest{VolumeId: handle}, &csi.DeleteVolumeResponse{}
-	return forward(ctx, c.Nodes, object.Spec.Node, handle, methodDelete, request, response)
-}
-
-// isDeleted reports whether the node has deleted a volume a moment ago, and nothing was asked about it since: external-provisioner deletes
+// isDeleted reports whether the node has deleted something a moment ago, and nothing was asked about it since: external-provisioner deletes
 // many volumes twice.
-func isDeleted(object *overlaynode.OverlayNode, handle string) bool {
-	request := object.Spec.Requests[handle]
-	result, answered := object.Answer(handle)
-	return answered && result.Code == 0 && request.Method == methodDelete && time.Since(request.PostedAt.Time) < deletedAgain
+func isDeleted(object *overlaynode.OverlayNode, d deletion) bool {
+	request := object.Spec.Requests[d.key]
+	result, answered := object.Answer(d.key)
+	return answered && result.Code == 0 && request.Method == d.method && time.Since(request.PostedAt.Time) < deletedAgain
 }
 
 // patience returns a context for a request to a node, and a function to call when it ended. It leaves time for what follows if the node
@@ -338,5 +368,9 @@ func (c *Central) ControllerGetCapabilities(context.Context, *csi.ControllerGetC
 		csi.ControllerServiceCapability_RPC_CREATE_DELETE_VOLUME,
 		csi.ControllerServiceCapability_RPC_GET_CAPACITY,
 		csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
+		csi.ControllerServiceCapability_RPC_CREATE_DELETE_SNAPSHOT,
+		csi.ControllerServiceCapability_RPC_LIST_SNAPSHOTS,
+		csi.ControllerServiceCapability_RPC_GET_SNAPSHOT,
+		csi.ControllerServiceCapability_RPC_CLONE_VOLUME,
 	), nil
 }

@@ -26,11 +26,30 @@ import (
 // testNode is a node whose volumes are in memory. Its controller service is the real one.
 type testNode struct {
 	provisioner
-	room    int64
-	volumes map[string]volume.CreateRequest
+	room      int64
+	volumes   map[string]volume.CreateRequest
+	snapshots map[string]volume.Snapshot
+	// made are the layers that a restored volume has, "" for those of the request.
+	made string
 }
 
 func (n *testNode) Create(_ context.Context, req volume.CreateRequest) (volume.Volume, error) {
+	if source := req.Source; source != (volume.Source{}) {
+		_, isSnapshot := n.snapshots[source.Snapshot]
+		if _, isVolume := n.volumes[source.Volume]; !isSnapshot && !isVolume {
+			return volume.Volume{}, fmt.Errorf("%w: source %v", errdefs.ErrNotFound, source)
+		}
+		req.Resolved = req.Spec.Layers
+		switch {
+		case n.made == "none":
+			req.Resolved = nil
+		case n.made != "":
+			var err error
+			if req.Resolved, err = reference.ParseList(n.made); err != nil {
+				return volume.Volume{}, err
+			}
+		}
+	}
 	earlier, ok := n.volumes[req.Name]
 	switch {
 	case ok && req.ClaimLayers == nil && !earlier.Spec.Equal(req.Spec):
@@ -46,6 +65,13 @@ func (n *testNode) Create(_ context.Context, req volume.CreateRequest) (volume.V
 	created := req.Spec
 	created.Layers = req.Resolved
 	return volume.Volume{ID: req.Name, Capacity: req.Spec.Size, Spec: created, OnThisNode: true}, nil
+}
+
+func (n *testNode) Get(id string) (volume.Volume, error) {
+	if _, ok := n.volumes[id]; !ok {
+		return volume.Volume{}, fmt.Errorf("%w: volume %s", errdefs.ErrNotFound, id)
+	}
+	return volume.Volume{ID: id}, nil
 }
 
 func (n *testNode) Delete(_ context.Context, id string) error {
@@ -80,7 +106,7 @@ func newTestCluster(t *testing.T, rooms map[string]int64) (*testCluster, *Centra
 		latest: "sha256:" + strings.Repeat("a", 64),
 	}
 	for name, room := range rooms {
-		c.nodes[name] = &testNode{room: room, volumes: map[string]volume.CreateRequest{}}
+		c.nodes[name] = &testNode{room: room, volumes: map[string]volume.CreateRequest{}, snapshots: map[string]volume.Snapshot{}}
 		c.objects[name] = &overlaynode.OverlayNode{
 			Spec:   overlaynode.Spec{Node: name, Requests: map[string]overlaynode.Request{}},
 			Status: overlaynode.Status{CapacityBytes: room, ReportedAt: metav1.Now(), Results: map[string]overlaynode.Result{}},
@@ -114,12 +140,18 @@ func (c *testCluster) Call(ctx context.Context, node, handle, method string, bod
 	if slices.Contains(c.away, node) {
 		return overlaynode.Result{}, fmt.Errorf("%w: node %s", overlaynode.ErrUnanswered, node)
 	}
-	controller := NewController(ControllerConfig{DriverName: testDriver, NodeID: node, Volumes: c.nodes[node]})
-	result := ForwardedTo(controller, klog.Background())(ctx, method, body)
+	result := ForwardedTo(c.controller(node), klog.Background())(ctx, method, body)
 	result.ID = method
 	object.Status.Results[handle] = result
 	object.Status.CapacityBytes = c.nodes[node].room
 	return result, nil
+}
+
+// controller returns the controller service of a node.
+func (c *testCluster) controller(node string) *Controller {
+	return NewController(ControllerConfig{
+		DriverName: testDriver, NodeID: node, Volumes: c.nodes[node], Snapshots: c.nodes[node], Cluster: c,
+	})
 }
 
 func (c *testCluster) Keep(_ context.Context, _, handle string) error {
@@ -417,7 +449,7 @@ func TestForwardedErrors(t *testing.T) {
 	if status.Code(toStatus(err)) != codes.AlreadyExists || !strings.Contains(err.Error(), "node a: ") {
 		t.Errorf("got %v", err)
 	}
-	result := ForwardedTo(NewController(ControllerConfig{}), klog.Background())(t.Context(), "CreateSnapshot", []byte(`{}`))
+	result := ForwardedTo(NewController(ControllerConfig{}), klog.Background())(t.Context(), "ForkVolume", []byte(`{}`))
 	if codes.Code(result.Code) != codes.Unavailable || !strings.Contains(result.Message, "older than the controller") {
 		t.Errorf("a method of a newer controller: %+v", result)
 	}

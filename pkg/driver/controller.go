@@ -31,8 +31,12 @@ type provisioner interface {
 // external-provisioner's --node-deployment, and creates volumes on that node alone.
 type Controller struct {
 	csi.UnimplementedControllerServer
+	driverName  string
 	volumes     provisioner
+	snapshots   snapshotter
+	cluster     cluster
 	claimLayers claimLayers
+	segment     string
 	topology    *csi.Topology
 	health      bool
 }
@@ -42,7 +46,8 @@ type ControllerConfig struct {
 	DriverName string
 	NodeID     string
 	Volumes    provisioner
-	Claims     claims
+	Snapshots  snapshotter
+	Cluster    cluster
 	// Health enables the health RPCs.
 	Health bool
 }
@@ -50,14 +55,18 @@ type ControllerConfig struct {
 // NewController returns the service of a node.
 func NewController(config ControllerConfig) *Controller {
 	return &Controller{
+		driverName:  config.DriverName,
 		volumes:     config.Volumes,
-		claimLayers: newClaimLayers(config.Claims, config.DriverName),
+		snapshots:   config.Snapshots,
+		cluster:     config.Cluster,
+		claimLayers: newClaimLayers(config.Cluster, config.DriverName),
+		segment:     segmentOf(config.NodeID),
 		topology:    nodeTopology(config.DriverName, config.NodeID),
 		health:      config.Health,
 	}
 }
 
-// CreateVolume creates a volume on this node.
+// CreateVolume creates a volume on this node, an empty one or one with the content of a snapshot or volume of this node.
 func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
 	request, err := createRequest(req)
 	if err != nil {
@@ -79,10 +88,15 @@ func (c *Controller) create(
 			errdefs.ErrResourceExhausted, c.topology.GetSegments())
 	}
 	created, err := c.volumes.Create(ctx, request)
+	if errdefs.IsNotFound(err) && request.Source != (volume.Source{}) {
+		err = c.unlessElsewhere(ctx, request.Source, err)
+	}
 	if err != nil {
 		return nil, err
 	}
-	return &csi.CreateVolumeResponse{Volume: c.toCSIVolume(created)}, nil
+	answer := c.toCSIVolume(created)
+	answer.ContentSource = req.GetVolumeContentSource()
+	return &csi.CreateVolumeResponse{Volume: answer}, nil
 }
 
 // servesTopology reports whether this node meets a volume's topology requirement.
@@ -147,7 +161,7 @@ func (c *Controller) ValidateVolumeCapabilities(ctx context.Context, req *csi.Va
 	}}, nil
 }
 
-// tokenPrefix begins a pagination token. The ID of the last volume on the page follows.
+// tokenPrefix begins a pagination token. The ID of the last volume or snapshot on the page follows.
 const tokenPrefix = "after:"
 
 // pageRequest is a request for one page of a list.
@@ -156,7 +170,7 @@ type pageRequest interface {
 	GetStartingToken() string
 }
 
-// parsePage returns the ID of the volume that the page begins after. It returns ErrAborted if the token is not one of this
+// parsePage returns the ID of the volume or snapshot that the page begins after. It returns ErrAborted if the token is not one of this
 // driver's.
 func parsePage(req pageRequest) (after string, err error) {
 	if req.GetMaxEntries() < 0 {
@@ -164,10 +178,14 @@ func parsePage(req pageRequest) (after string, err error) {
 	}
 	after, isToken := strings.CutPrefix(req.GetStartingToken(), tokenPrefix)
 	if req.GetStartingToken() != "" && !isToken {
-		return "", fmt.Errorf("%w: starting token %q was not issued by this driver; list again from the beginning",
-			errdefs.ErrAborted, req.GetStartingToken())
+		return "", badToken(req)
 	}
 	return after, nil
+}
+
+func badToken(req pageRequest) error {
+	return fmt.Errorf("%w: starting token %q was not issued by this driver; list again from the beginning",
+		errdefs.ErrAborted, req.GetStartingToken())
 }
 
 // ListVolumes lists the volumes of this node, by ID.
@@ -210,6 +228,10 @@ func (c *Controller) ControllerGetCapabilities(context.Context, *csi.ControllerG
 		csi.ControllerServiceCapability_RPC_LIST_VOLUMES,
 		csi.ControllerServiceCapability_RPC_GET_CAPACITY,
 		csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
+		csi.ControllerServiceCapability_RPC_CREATE_DELETE_SNAPSHOT,
+		csi.ControllerServiceCapability_RPC_LIST_SNAPSHOTS,
+		csi.ControllerServiceCapability_RPC_GET_SNAPSHOT,
+		csi.ControllerServiceCapability_RPC_CLONE_VOLUME,
 	}
 	if c.health {
 		rpcs = append(rpcs, csi.ControllerServiceCapability_RPC_GET_VOLUME_HEALTH, csi.ControllerServiceCapability_RPC_LIST_VOLUME_HEALTH)

@@ -24,6 +24,11 @@ const (
 	methodCreate   = "CreateVolume"
 	methodDelete   = "DeleteVolume"
 	methodValidate = "ValidateVolumeCapabilities"
+
+	methodCreateSnapshot = "CreateSnapshot"
+	methodDeleteSnapshot = "DeleteSnapshot"
+	methodGetSnapshot    = "GetSnapshot"
+	methodListSnapshots  = "ListSnapshots"
 )
 
 // keyResolved is a parameter of a forwarded CreateVolume: the layers with digests for tags, if there are tags. The parameter layers has
@@ -34,16 +39,8 @@ const keyResolved = "resolvedLayers"
 // as a server does.
 func ForwardedTo(controller *Controller, logger klog.Logger) overlaynode.Handler {
 	return func(ctx context.Context, method string, body []byte) overlaynode.Result {
-		var request proto.Message
-		var call grpc.UnaryHandler
-		switch method {
-		case methodCreate:
-			request, call = &csi.CreateVolumeRequest{}, unary(controller.createForwarded)
-		case methodDelete:
-			request, call = &csi.DeleteVolumeRequest{}, unary(controller.DeleteVolume)
-		case methodValidate:
-			request, call = &csi.ValidateVolumeCapabilitiesRequest{}, unary(controller.ValidateVolumeCapabilities)
-		default:
+		request, call := controller.forwarded(method)
+		if call == nil {
 			return failed(fmt.Errorf("%w: the driver of this node is older than the controller: it does not know %s; upgrade it",
 				errdefs.ErrUnavailable, method))
 		}
@@ -68,11 +65,38 @@ func ForwardedTo(controller *Controller, logger klog.Logger) overlaynode.Handler
 	}
 }
 
-// createForwarded creates a volume whose layers a central controller has resolved.
+// forwarded returns an empty request of a method, and what carries it out. Both are nil if the driver does not know the method.
+func (c *Controller) forwarded(method string) (proto.Message, grpc.UnaryHandler) {
+	switch method {
+	case methodCreate:
+		return &csi.CreateVolumeRequest{}, unary(c.createForwarded)
+	case methodDelete:
+		return &csi.DeleteVolumeRequest{}, unary(c.DeleteVolume)
+	case methodValidate:
+		return &csi.ValidateVolumeCapabilitiesRequest{}, unary(c.ValidateVolumeCapabilities)
+	case methodCreateSnapshot:
+		return &csi.CreateSnapshotRequest{}, unary(func(ctx context.Context, req *csi.CreateSnapshotRequest) (*csi.CreateSnapshotResponse, error) {
+			// The controller has put the node into the name.
+			return c.createSnapshot(ctx, req, req.GetName())
+		})
+	case methodDeleteSnapshot:
+		return &csi.DeleteSnapshotRequest{}, unary(c.DeleteSnapshot)
+	case methodGetSnapshot:
+		return &csi.GetSnapshotRequest{}, unary(c.GetSnapshot)
+	case methodListSnapshots:
+		return &csi.ListSnapshotsRequest{}, unary(c.ListSnapshots)
+	}
+	return nil, nil
+}
+
+// createForwarded creates a volume whose layers a central controller has read and resolved. Those of a volume with a source are resolved by
+// the source, and may be missing.
 func (c *Controller) createForwarded(ctx context.Context, req *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
 	plain := proto.CloneOf(req)
 	delete(plain.GetParameters(), keyResolved)
-	delete(plain.GetParameters(), spec.KeyLayersFrom)
+	if plain.GetParameters()[spec.KeyLayers] != "" {
+		delete(plain.GetParameters(), spec.KeyLayersFrom)
+	}
 	request, err := createRequest(plain)
 	if err != nil {
 		return nil, err
@@ -90,7 +114,7 @@ func (c *Controller) createForwarded(ctx context.Context, req *csi.CreateVolumeR
 }
 
 // briefly returns what a controller does not know of the answer to its request: the size, and the layers of a volume that was created
-// earlier, when the tags had another meaning.
+// earlier, when the tags had another meaning, or from a source.
 func briefly(req *csi.CreateVolumeRequest, created *csi.CreateVolumeResponse) *csi.CreateVolumeResponse {
 	answer := &csi.Volume{CapacityBytes: created.GetVolume().GetCapacityBytes()}
 	parameters := req.GetParameters()
@@ -115,13 +139,21 @@ func isResourceExhausted(err error) bool {
 	return status.Code(toStatus(err)) == codes.ResourceExhausted
 }
 
-// forward hands a request to the driver of a node and reads its answer into response. It returns the status of the node if that is not OK.
-func forward(ctx context.Context, to nodes, node, handle, method string, request, response proto.Message) error {
+// isNotFound reports whether an error gets the code NotFound, or is a status with it.
+func isNotFound(err error) bool { return status.Code(toStatus(err)) == codes.NotFound }
+
+// forward hands a request to the driver of a node and reads its answer into response. key is that of the request in the node's object. It
+// returns the status of the node if that is not OK.
+func forward(ctx context.Context, to nodes, node, key, method string, request, response proto.Message) error {
 	body, err := protojson.Marshal(request)
 	if err != nil {
 		return err
 	}
-	result, err := to.Call(ctx, node, handle, method, body)
+	result, err := to.Call(ctx, node, key, method, body)
+	if errdefs.IsNotFound(err) {
+		// That would be the answer about what the request is for.
+		return fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
+	}
 	if err != nil {
 		return err
 	}

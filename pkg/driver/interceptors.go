@@ -7,6 +7,7 @@ import (
 	"runtime/debug"
 	"time"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/kubernetes-csi/csi-lib-utils/protosanitizer"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/status"
@@ -17,6 +18,7 @@ import (
 const (
 	logMethod   = "method"
 	logVolume   = "volume"
+	logSnapshot = "snapshot"
 	logPod      = "pod"
 	logTarget   = "target"
 	logNode     = "node"
@@ -70,13 +72,17 @@ func withLog(logger klog.Logger) grpc.UnaryServerInterceptor {
 // readOnlyRPC matches the full method names of RPCs that change nothing.
 var readOnlyRPC = regexp.MustCompile(`/(Get|NodeGet|ControllerGet|Validate|List|ControllerList|Probe)[^/]*$`)
 
-// requestLogValues returns the volume, the pod and the target of a request as log values.
+// requestLogValues returns the volume, the snapshot, the pod and the target of a request as log values.
 func requestLogValues(req any) []any {
 	var values []any
 	if r, ok := req.(interface{ GetVolumeId() string }); ok {
 		values = append(values, logVolume, r.GetVolumeId())
+	} else if r, ok := req.(*csi.CreateSnapshotRequest); ok {
+		values = append(values, logVolume, r.GetSourceVolumeId(), logSnapshot, r.GetName())
 	} else if r, ok := req.(interface{ GetName() string }); ok {
 		values = append(values, logVolume, r.GetName())
+	} else if r, ok := req.(interface{ GetSnapshotId() string }); ok {
+		values = append(values, logSnapshot, r.GetSnapshotId())
 	}
 	if r, ok := req.(interface{ GetVolumeContext() map[string]string }); ok {
 		if pod := r.GetVolumeContext()[keyPodName]; pod != "" {

@@ -76,7 +76,7 @@ type begun struct {
 // elsewhere.
 func (c *Central) findBegun(name string, candidates []candidate) *begun {
 	for _, candidate := range candidates {
-		handle := centralHandle(name, candidate.segment)
+		handle := handleOn(name, candidate.segment)
 		earlier, asked := candidate.object.Spec.Requests[handle]
 		result, answered := candidate.object.Answer(handle)
 		if !asked || earlier.Method != methodCreate || answered && result.Code != 0 || !answered && earlier.IsExpired() {
@@ -142,12 +142,12 @@ func (c *Central) segmentsOf(ctx context.Context, handle string) ([]string, erro
 	return segments, err
 }
 
-// handleSeparator is between the name of a volume and the topology segment of its node, in the handle of a volume that a central
+// handleSeparator is between the name and the topology segment of the node, in the handle of a snapshot and of a volume that a central
 // controller created.
 const handleSeparator = "@"
 
-// centralHandle returns the handle of the volume of that name on the node with a topology segment.
-func centralHandle(name, segment string) string {
+// handleOn returns the handle of the volume or snapshot of that name on the node with a topology segment.
+func handleOn(name, segment string) string {
 	handle := name + handleSeparator + segment
 	if record.CheckID(handle) == nil && !strings.Contains(name, handleSeparator) {
 		return handle

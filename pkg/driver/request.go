@@ -108,9 +108,6 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 	case len(req.GetName()) > 128:
 		return volume.CreateRequest{}, fmt.Errorf("%w: the volume name has %d bytes, the maximum is 128",
 			errdefs.ErrInvalidArgument, len(req.GetName()))
-	case req.GetVolumeContentSource() != nil:
-		return volume.CreateRequest{}, fmt.Errorf("%w: snapshots and clones are not supported; name the content as layers",
-			errdefs.ErrInvalidArgument)
 	case len(req.GetMutableParameters()) > 0:
 		return volume.CreateRequest{}, fmt.Errorf("%w: the driver has no mutable parameters; leave the VolumeAttributesClass out",
 			errdefs.ErrInvalidArgument)
@@ -119,11 +116,21 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 	if err != nil {
 		return volume.CreateRequest{}, err
 	}
+	var source volume.Source
+	if req.GetVolumeContentSource() != nil {
+		if source, err = parseSource(req.GetVolumeContentSource()); err != nil {
+			return volume.CreateRequest{}, err
+		}
+		if parsed.Upper != spec.UpperClaim {
+			return volume.CreateRequest{}, fmt.Errorf("%w: a volume that is made from %s needs upper: claim, and is to have upper: %s",
+				errdefs.ErrInvalidArgument, describeSource(source), parsed.Upper)
+		}
+	}
 	switch {
 	case !parsed.ManagesUpper():
 	case required > 0:
 		parsed.Size = max(required, spec.MinPersistentSize)
-	case limit > 0:
+	case limit > 0 && source == (volume.Source{}):
 		// Without a size the volume could become bigger than the limit. The limit is the most useful size that keeps to it.
 		parsed.Size = max(limit, spec.MinPersistentSize)
 	}
@@ -131,11 +138,14 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 		return volume.CreateRequest{}, fmt.Errorf("%w: the capacity limit is %d bytes, the volume has at least %d",
 			errdefs.ErrOutOfRange, limit, parsed.Size)
 	}
-	if err := parsed.CheckSized(); err != nil {
-		return volume.CreateRequest{}, err
+	if source == (volume.Source{}) {
+		// A volume that is made from another one has the size of that if none is asked for.
+		if err := parsed.CheckSized(); err != nil {
+			return volume.CreateRequest{}, err
+		}
 	}
 	return volume.CreateRequest{
-		Name: req.GetName(), Spec: parsed, Access: access, Secrets: req.GetSecrets(), Required: required, Limit: limit,
+		Name: req.GetName(), Spec: parsed, Source: source, Access: access, Secrets: req.GetSecrets(), Required: required, Limit: limit,
 		Namespace: req.GetParameters()[keyClaimNamespace],
 	}, nil
 }

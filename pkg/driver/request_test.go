@@ -12,6 +12,7 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
+	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
 const (
@@ -206,6 +207,12 @@ func TestCreateRequest(t *testing.T) {
 			mutate: func(r *csi.CreateVolumeRequest) { r.VolumeCapabilities[0] = capability(nodeWriter, "suid") },
 			access: spec.ReadWriteOnce, upper: spec.UpperClaim,
 		},
+		"limit of a restored volume": {
+			mutate: func(r *csi.CreateVolumeRequest) {
+				r.CapacityRange, r.VolumeContentSource = &csi.CapacityRange{LimitBytes: 1 << 30}, sourceOf(volume.Source{Snapshot: "s"})
+			},
+			access: spec.ReadWriteOnce, upper: spec.UpperClaim,
+		},
 		"layers from the claim": {
 			mutate: func(r *csi.CreateVolumeRequest) {
 				delete(r.Parameters, spec.KeyLayers)
@@ -244,9 +251,22 @@ func TestCreateRequestRefuses(t *testing.T) {
 		"long name": {func(r *csi.CreateVolumeRequest) {
 			r.Name = strings.Repeat("n", 129)
 		}, codes.InvalidArgument, "maximum is 128"},
-		"source": {func(r *csi.CreateVolumeRequest) {
+		"unknown source": {func(r *csi.CreateVolumeRequest) {
 			r.VolumeContentSource = &csi.VolumeContentSource{}
-		}, codes.InvalidArgument, "snapshot"},
+		}, codes.InvalidArgument, "neither a snapshot nor a volume"},
+		"snapshot without an ID": {func(r *csi.CreateVolumeRequest) {
+			r.VolumeContentSource = sourceOf(volume.Source{})
+			r.VolumeContentSource.Type = &csi.VolumeContentSource_Snapshot{Snapshot: &csi.VolumeContentSource_SnapshotSource{}}
+		}, codes.InvalidArgument, "snapshot ID is missing"},
+		"volume without an ID": {func(r *csi.CreateVolumeRequest) {
+			r.VolumeContentSource = sourceOf(volume.Source{})
+		}, codes.InvalidArgument, "volume ID is missing"},
+		"snapshot for each pod": {func(r *csi.CreateVolumeRequest) {
+			r.VolumeContentSource, r.Parameters[spec.KeyUpper] = sourceOf(volume.Source{Snapshot: "s"}), "pod"
+		}, codes.InvalidArgument, "made from snapshot s needs upper: claim"},
+		"volume for readers": {func(r *csi.CreateVolumeRequest) {
+			r.VolumeContentSource, r.VolumeCapabilities[0] = sourceOf(volume.Source{Volume: "v"}), capability(manyReaders)
+		}, codes.InvalidArgument, "made from volume v needs upper: claim"},
 		"no capabilities": {func(r *csi.CreateVolumeRequest) {
 			r.VolumeCapabilities = nil
 		}, codes.InvalidArgument, "capabilities are missing"},

@@ -21,6 +21,7 @@ import (
 type Reader interface {
 	PodVolume(ctx context.Context, pod kubelet.Pod, name string) (kubelet.Volume, error)
 	ClaimAnnotations(ctx context.Context, namespace, name string) (map[string]string, error)
+	VolumeTopology(ctx context.Context, driver, handle, label string) ([]string, error)
 }
 
 // New returns a Client for the API server that [Config] finds, or [None] if it finds none. New does not connect.

@@ -20,6 +20,11 @@ func (None) ClaimAnnotations(_ context.Context, namespace, name string) (map[str
 	return nil, noAccess(fmt.Sprintf("read claim %s/%s", namespace, name))
 }
 
+// VolumeTopology returns [kubelet.ErrNoAPIServer].
+func (None) VolumeTopology(_ context.Context, _, handle, _ string) ([]string, error) {
+	return nil, noAccess("find the PersistentVolume of volume " + handle)
+}
+
 func noAccess(action string) error {
 	return fmt.Errorf("%s: %w; run it in a pod with a ServiceAccount or set --kubeconfig", action, kubelet.ErrNoAPIServer)
 }

@@ -1,0 +1,216 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/overlay-csi/overlay-csi/pkg/record"
+	"github.com/overlay-csi/overlay-csi/pkg/volume"
+)
+
+// snapshotter is the part of package volume that takes and deletes snapshots.
+type snapshotter interface {
+	CreateSnapshot(ctx context.Context, req volume.SnapshotRequest) (volume.Snapshot, error)
+	DeleteSnapshot(ctx context.Context, id string) error
+	GetSnapshot(id string) (volume.Snapshot, error)
+	ListSnapshots(after string, limit int, volume string) (snapshots []volume.Snapshot, more bool, err error)
+}
+
+// checkSnapshotRequest validates a request for a snapshot.
+func checkSnapshotRequest(req *csi.CreateSnapshotRequest) error {
+	switch keys := userKeys(req.GetParameters()); {
+	case req.GetName() == "":
+		return fmt.Errorf("%w: the snapshot name is missing", errdefs.ErrInvalidArgument)
+	case len(req.GetName()) > 128:
+		return fmt.Errorf("%w: the snapshot name has %d bytes, the maximum is 128", errdefs.ErrInvalidArgument, len(req.GetName()))
+	case len(keys) > 0:
+		return fmt.Errorf("%w: unknown key %q; a VolumeSnapshotClass of this driver has only keys of the sidecar (csi.storage.k8s.io/…)",
+			errdefs.ErrInvalidArgument, slices.Sorted(maps.Keys(keys))[0])
+	}
+	return record.CheckID(req.GetSourceVolumeId())
+}
+
+// checkSnapshotID returns ErrInvalidArgument if there can be no snapshot with that ID.
+func checkSnapshotID(id string) error {
+	if id == "" {
+		return fmt.Errorf("%w: the snapshot ID is missing", errdefs.ErrInvalidArgument)
+	}
+	if err := record.CheckID(id); err != nil {
+		return fmt.Errorf("snapshot: %w", err)
+	}
+	return nil
+}
+
+// CreateSnapshot takes a snapshot of a volume on this node. Its handle says which node that is, so that a claim that is to be restored on
+// another one can be told.
+func (c *Controller) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshotRequest) (*csi.CreateSnapshotResponse, error) {
+	return c.createSnapshot(ctx, req, handleOn(req.GetName(), c.segment))
+}
+
+// createSnapshot takes a snapshot with a handle.
+func (c *Controller) createSnapshot(ctx context.Context, req *csi.CreateSnapshotRequest, handle string) (*csi.CreateSnapshotResponse, error) {
+	if err := checkSnapshotRequest(req); err != nil {
+		return nil, err
+	}
+	if !c.servesTopology(req.GetAccessibilityRequirements()) {
+		return nil, fmt.Errorf("%w: the accessibility requirements do not include this node (%s), which a snapshot stays on",
+			errdefs.ErrResourceExhausted, c.segment)
+	}
+	created, err := c.snapshots.CreateSnapshot(ctx, volume.SnapshotRequest{Name: handle, Volume: req.GetSourceVolumeId()})
+	if err != nil {
+		return nil, err
+	}
+	return &csi.CreateSnapshotResponse{Snapshot: c.toCSISnapshot(created)}, nil
+}
+
+// toCSISnapshot converts a snapshot into its CSI form.
+func (c *Controller) toCSISnapshot(s volume.Snapshot) *csi.Snapshot {
+	return &csi.Snapshot{
+		SnapshotId: s.ID, SourceVolumeId: s.Volume, SizeBytes: s.Size, CreationTime: timestamppb.New(s.Created), ReadyToUse: s.Ready,
+		AccessibleTopology: []*csi.Topology{c.topology},
+	}
+}
+
+// DeleteSnapshot deletes a snapshot. Volumes that were made from it stay.
+func (c *Controller) DeleteSnapshot(ctx context.Context, req *csi.DeleteSnapshotRequest) (*csi.DeleteSnapshotResponse, error) {
+	if err := checkSnapshotID(req.GetSnapshotId()); err != nil {
+		return nil, err
+	}
+	if err := c.snapshots.DeleteSnapshot(ctx, req.GetSnapshotId()); err != nil {
+		return nil, err
+	}
+	return &csi.DeleteSnapshotResponse{}, nil
+}
+
+// GetSnapshot returns a snapshot on this node.
+func (c *Controller) GetSnapshot(_ context.Context, req *csi.GetSnapshotRequest) (*csi.GetSnapshotResponse, error) {
+	if err := checkSnapshotID(req.GetSnapshotId()); err != nil {
+		return nil, err
+	}
+	s, err := c.snapshots.GetSnapshot(req.GetSnapshotId())
+	if err != nil {
+		return nil, err
+	}
+	return &csi.GetSnapshotResponse{Snapshot: c.toCSISnapshot(s)}, nil
+}
+
+// ListSnapshots lists the snapshots of this node, by ID: all of them, those of a volume, or one.
+func (c *Controller) ListSnapshots(ctx context.Context, req *csi.ListSnapshotsRequest) (*csi.ListSnapshotsResponse, error) {
+	after, err := parsePage(req)
+	if err != nil {
+		return nil, err
+	}
+	if req.GetSnapshotId() != "" {
+		return listOne(ctx, c, req)
+	}
+	snapshots, more, err := c.snapshots.ListSnapshots(after, int(req.GetMaxEntries()), req.GetSourceVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	response := &csi.ListSnapshotsResponse{}
+	for _, s := range snapshots {
+		response.Entries = append(response.Entries, &csi.ListSnapshotsResponse_Entry{Snapshot: c.toCSISnapshot(s)})
+	}
+	if more {
+		response.NextToken = tokenPrefix + snapshots[len(snapshots)-1].ID
+	}
+	return response, nil
+}
+
+// snapshotGetter has snapshots by their handles.
+type snapshotGetter interface {
+	GetSnapshot(ctx context.Context, req *csi.GetSnapshotRequest) (*csi.GetSnapshotResponse, error)
+}
+
+// listOne answers a request for the list of the one snapshot with an ID. The list is empty if there is none, or if it is of another volume
+// than the request names.
+func listOne(ctx context.Context, from snapshotGetter, req *csi.ListSnapshotsRequest) (*csi.ListSnapshotsResponse, error) {
+	response := &csi.ListSnapshotsResponse{}
+	found, err := from.GetSnapshot(ctx, &csi.GetSnapshotRequest{SnapshotId: req.GetSnapshotId()})
+	switch s := found.GetSnapshot(); {
+	case isNotFound(err):
+	case err != nil:
+		return nil, err
+	case req.GetSourceVolumeId() == "" || req.GetSourceVolumeId() == s.GetSourceVolumeId():
+		response.Entries = []*csi.ListSnapshotsResponse_Entry{{Snapshot: s}}
+	}
+	return response, nil
+}
+
+// parseSource returns what a volume is made from.
+func parseSource(source *csi.VolumeContentSource) (volume.Source, error) {
+	switch {
+	case source.GetSnapshot() != nil:
+		id := source.GetSnapshot().GetSnapshotId()
+		return volume.Source{Snapshot: id}, checkSnapshotID(id)
+	case source.GetVolume() != nil:
+		id := source.GetVolume().GetVolumeId()
+		return volume.Source{Volume: id}, record.CheckID(id)
+	}
+	return volume.Source{}, fmt.Errorf("%w: the volume content source is neither a snapshot nor a volume", errdefs.ErrInvalidArgument)
+}
+
+// nodeOfSource returns the topology segment of the node that the source of a volume is on, "" where it is on none or nobody knows. The
+// handle of a snapshot has it, and that of a volume if a central controller made it. Otherwise the volume's PersistentVolume says it.
+func (c *Controller) nodeOfSource(ctx context.Context, source volume.Source) (string, error) {
+	if source.Snapshot != "" {
+		return segmentIn(source.Snapshot), nil
+	}
+	segments, err := c.cluster.VolumeTopology(ctx, c.driverName, source.Volume, topologyKey(c.driverName))
+	switch {
+	case errdefs.IsFailedPrecondition(err):
+		// The driver has no API server, or may not ask it.
+		return segmentIn(source.Volume), nil
+	case err != nil || len(segments) != 1:
+		return segmentIn(source.Volume), err
+	}
+	return segments[0], nil
+}
+
+// unlessElsewhere returns the error of a creation that found no source. It is ErrResourceExhausted if the source is on another node:
+// external-provisioner then tries another one.
+func (c *Controller) unlessElsewhere(ctx context.Context, source volume.Source, notFound error) error {
+	if _, err := c.snapshots.GetSnapshot(source.Snapshot); source.Snapshot != "" && !errdefs.IsNotFound(err) {
+		return notFound
+	}
+	if _, err := c.volumes.Get(source.Volume); source.Volume != "" && !errdefs.IsNotFound(err) {
+		return notFound
+	}
+	segment, err := c.nodeOfSource(ctx, source)
+	switch {
+	case err != nil:
+		return err
+	case segment == "" || segment == c.segment:
+		return notFound
+	}
+	return elsewhere(source, segment, "this is node "+c.segment)
+}
+
+// elsewhere returns the error of a volume that would have to be on another node than the request permits.
+func elsewhere(source volume.Source, segment, asked string) error {
+	return fmt.Errorf("%w: %s is on node %s, and %s: a claim that is made from it has to be on the same node; use a StorageClass with "+
+		"volumeBindingMode Immediate, which its pods follow, or have the scheduler choose that node",
+		errdefs.ErrResourceExhausted, describeSource(source), segment, asked)
+}
+
+func describeSource(source volume.Source) string {
+	if source.Snapshot != "" {
+		return "snapshot " + source.Snapshot
+	}
+	return "volume " + source.Volume
+}
+
+// segmentIn returns the topology segment in the handle of a volume or snapshot, "" if there is none.
+func segmentIn(handle string) string {
+	if _, segment, found := strings.Cut(handle, handleSeparator); found && labelValue.MatchString(segment) {
+		return segment
+	}
+	return ""
+}
