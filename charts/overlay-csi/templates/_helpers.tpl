@@ -101,7 +101,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 
 {{- /* Not empty where a controller of the cluster provisions, and not each node. */ -}}
 {{- define "overlay-csi.central" -}}
-{{- if and (eq .Values.provisioner.mode "central") (or .Values.provisioner.enabled .Values.resizer.enabled) -}}
+{{- if and (eq .Values.provisioner.mode "central") (or .Values.provisioner.enabled .Values.resizer.enabled .Values.snapshotter.enabled) -}}
 true
 {{- end -}}
 {{- end -}}
@@ -184,6 +184,28 @@ volumeMounts:
 - apiGroups: [""]
   resources: [persistentvolumes]
   verbs: [get, list, watch, patch]
+- apiGroups: [""]
+  resources: [events]
+  verbs: [create, patch]
+{{- end -}}
+
+{{- /* Group snapshots the driver does not have. */ -}}
+{{- define "overlay-csi.snapshotterArgs" -}}
+- --csi-address=/csi/csi.sock
+- --timeout=60s
+- --feature-gates=CSIVolumeGroupSnapshot=false
+{{- end -}}
+
+{{- define "overlay-csi.snapshotterRules" -}}
+- apiGroups: [snapshot.storage.k8s.io]
+  resources: [volumesnapshotclasses]
+  verbs: [list, watch]
+- apiGroups: [snapshot.storage.k8s.io]
+  resources: [volumesnapshotcontents]
+  verbs: [get, list, watch, patch]
+- apiGroups: [snapshot.storage.k8s.io]
+  resources: [volumesnapshotcontents/status]
+  verbs: [update, patch]
 - apiGroups: [""]
   resources: [events]
   verbs: [create, patch]
