@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -93,6 +94,7 @@ func chartValues() []string {
 		"--set", "provisioner.capacityPollInterval=5s,provisioner.immediateBindingDelay=1s",
 		"--set", "updateStrategy.rollingUpdate.maxUnavailable=2",
 		"--set", "admissionPolicy.enabled=true,provisioner.secrets[0]=" + provisionerSecret,
+		"--set", "snapshotter.enabled=true",
 		"--set", "provisioner.mode=" + mode() + ",controller.nodeGracePeriod=" + graceOfNodes.String(),
 		"--values", cluster.valuesFile,
 	}
@@ -175,7 +177,7 @@ func (c *kindCluster) driverPod(t *testing.T, node string) *corev1.Pod {
 
 // leftoversScript prints what there is of the driver's on a node: views, state, rubbish.
 const leftoversScript = `grep ' - overlay overlay ' /proc/self/mountinfo | grep ` + "'kubernetes.io~csi'" + ` | cut -d' ' -f5
-find ` + dataRoot + `/volumes ` + dataRoot + `/trash -mindepth 1 -maxdepth 1 2>/dev/null || true`
+cd ` + dataRoot + ` && find volumes snapshots frozen trash -mindepth 1 -maxdepth 1 2>/dev/null || true`
 
 // nothingIsLeft waits for the namespaces of the tests to be gone, and then for the driver's mounts and directories.
 func (c *kindCluster) nothingIsLeft() error {
@@ -210,6 +212,13 @@ func (c *kindCluster) leftovers() ([]string, error) {
 			left = append(left, "PersistentVolume "+volume.Name)
 		}
 	}
+	var contents snapshotv1.VolumeSnapshotContentList
+	if err := c.List(context.Background(), &contents); err != nil {
+		return nil, err
+	}
+	for _, content := range contents.Items {
+		left = append(left, "VolumeSnapshotContent "+content.Name)
+	}
 	unanswered, err := c.unansweredRequests()
 	if err != nil {
 		return nil, err
@@ -229,10 +238,11 @@ func (c *kindCluster) leftovers() ([]string, error) {
 
 // nothingWasForbidden looks for rights that the driver and its sidecars lack: the API server's answers are in their logs.
 func (c *kindCluster) nothingWasForbidden() error {
-	containers := [][2]string{{release, "driver"}, {release, "provisioner"}, {release, "resizer"}}
+	containers := [][2]string{{release, "driver"}, {release, "provisioner"}, {release, "resizer"}, {release, "snapshotter"}}
 	if mode() == modeCentral {
 		containers = [][2]string{
 			{release, "driver"}, {controllerName, "controller"}, {controllerName, "provisioner"}, {controllerName, "resizer"},
+			{controllerName, "snapshotter"},
 		}
 	}
 	for _, c := range containers {

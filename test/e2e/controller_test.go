@@ -108,7 +108,13 @@ func waitAnswered(t *testing.T, node string) {
 // keptOn are the directories of volumes on a node.
 func keptOn(t *testing.T, node string) []string {
 	t.Helper()
-	output, err := cluster.onNode(node, "ls "+dataRoot+"/volumes")
+	return keptIn(t, node, "volumes")
+}
+
+// keptIn is what a directory of a node's data root has.
+func keptIn(t *testing.T, node, dir string) []string {
+	t.Helper()
+	output, err := cluster.onNode(node, "ls "+dataRoot+"/"+dir+" 2>/dev/null || true")
 	must(t, err)
 	return strings.Fields(output)
 }

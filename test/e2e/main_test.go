@@ -128,6 +128,9 @@ func prepare() error {
 	if err := ignoreExists(cluster.Create(context.Background(), namespace)); err != nil {
 		return err
 	}
+	if err := prepareSnapshots(); err != nil {
+		return err
+	}
 	return helmInstall()
 }
 
