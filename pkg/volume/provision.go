@@ -22,7 +22,7 @@ type CreateRequest struct {
 	Name string
 	Spec spec.Spec
 	// ClaimLayers returns the layers that the claim names, and is nil if they are in Spec. It is called once: later changes of
-	// the claim's annotation do not change the volume.
+	// the claim's annotation do not change the volume. A claim that is made from a source may name none: they are the source's.
 	ClaimLayers func(ctx context.Context) ([]reference.Reference, error)
 	// Resolved are the layers with digests for tags, if a central controller has resolved them, and nil if this node is to do it. A
 	// volume that exists keeps those that it was created with.

@@ -246,7 +246,7 @@ func checkClone(made *record.Snapshot, req *CreateRequest, requested []reference
 	case !made.Spec.Persistent() || !req.Spec.Persistent():
 		return fmt.Errorf("%w: a volume with upper %q cannot be made of %s, whose upper is %q: both must be claim",
 			errdefs.ErrInvalidArgument, req.Spec.Upper, source, made.Spec.Upper)
-	case !slices.Equal(requested, asRequested) && !reference.AreResolved(requested, made.Spec.Layers):
+	case len(requested) > 0 && !slices.Equal(requested, asRequested) && !reference.AreResolved(requested, made.Spec.Layers):
 		// A central controller resolved the tags of the source, and the node never had them.
 		return fmt.Errorf("%w: the volume is to have layers %v, and its source %s has %v; what was written stays on the layers that it was "+
 			"written on: request the same ones", errdefs.ErrInvalidArgument, requested, source, asRequested)
