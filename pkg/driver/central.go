@@ -136,8 +136,8 @@ type layers struct{ requested, resolved []reference.Reference }
 func (c *Central) requestedLayers(
 	ctx context.Context, req *csi.CreateVolumeRequest, request volume.CreateRequest,
 ) ([]reference.Reference, error) {
-	if parameters := req.GetParameters(); parameters[spec.KeyLayersFrom] == spec.LayersFromClaim {
-		return c.claimLayers.read(ctx, parameters[keyClaimNamespace], parameters[keyClaimName])
+	if req.GetParameters()[spec.KeyLayersFrom] == spec.LayersFromClaim {
+		return c.claimLayers.readOf(ctx, req)
 	}
 	return request.Spec.Layers, nil
 }
@@ -159,7 +159,9 @@ func (c *Central) createOn(
 	handle := handleOn(req.GetName(), on.segment)
 	topology := c.topology(on.segment)
 	parameters := userKeys(req.GetParameters())
-	parameters[spec.KeyLayers] = strings.Join(request.Spec.LayerNames(), "\n")
+	if len(request.Spec.Layers) > 0 {
+		parameters[spec.KeyLayers] = strings.Join(request.Spec.LayerNames(), "\n")
+	}
 	created := request.Spec
 	if request.Source == (volume.Source{}) {
 		created.Layers = request.Resolved

@@ -33,7 +33,13 @@ type testNode struct {
 	made string
 }
 
-func (n *testNode) Create(_ context.Context, req volume.CreateRequest) (volume.Volume, error) {
+func (n *testNode) Create(ctx context.Context, req volume.CreateRequest) (volume.Volume, error) {
+	if req.ClaimLayers != nil {
+		var err error
+		if req.Spec.Layers, err = req.ClaimLayers(ctx); err != nil {
+			return volume.Volume{}, err
+		}
+	}
 	if source := req.Source; source != (volume.Source{}) {
 		_, isSnapshot := n.snapshots[source.Snapshot]
 		if _, isVolume := n.volumes[source.Volume]; !isSnapshot && !isVolume {
@@ -169,6 +175,9 @@ func (c *testCluster) Ensure(_ context.Context, node string) error {
 }
 
 func (c *testCluster) ClaimAnnotations(_ context.Context, _, name string) (map[string]string, error) {
+	if name == "silent" {
+		return nil, nil
+	}
 	return map[string]string{testDriver + "/layers": "oci://registry.example.com/" + name + ":latest"}, nil
 }
 

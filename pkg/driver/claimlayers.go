@@ -2,8 +2,10 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/containerd/errdefs"
 
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
@@ -25,6 +27,19 @@ func newClaimLayers(api claims, driverName string) claimLayers {
 	return claimLayers{api, driverName + "/layers"}
 }
 
+// readOf returns the layers that the claim of a request names in its annotation. A claim that is made from a source need not name any, and
+// then readOf returns none: they are the source's.
+func (c claimLayers) readOf(ctx context.Context, req *csi.CreateVolumeRequest) ([]reference.Reference, error) {
+	layers, err := c.read(ctx, req.GetParameters()[keyClaimNamespace], req.GetParameters()[keyClaimName])
+	if errors.Is(err, errNoLayers) && req.GetVolumeContentSource() != nil {
+		return nil, nil
+	}
+	return layers, err
+}
+
+// errNoLayers is the error of a claim that names no layers.
+var errNoLayers = fmt.Errorf("%w: its StorageClass requires each claim to name its layers there", errdefs.ErrInvalidArgument)
+
 // read returns the layers that a claim names in its annotation.
 func (c claimLayers) read(ctx context.Context, namespace, name string) ([]reference.Reference, error) {
 	if namespace == "" || name == "" {
@@ -37,8 +52,7 @@ func (c claimLayers) read(ctx context.Context, namespace, name string) ([]refere
 	}
 	text, ok := annotations[c.annotation]
 	if !ok {
-		return nil, fmt.Errorf("%w: claim %s/%s has no annotation %s; its StorageClass requires each claim to name its layers there",
-			errdefs.ErrInvalidArgument, namespace, name, c.annotation)
+		return nil, fmt.Errorf("claim %s/%s has no annotation %s: %w", namespace, name, c.annotation, errNoLayers)
 	}
 	layers, err := reference.ParseList(text)
 	if err != nil {

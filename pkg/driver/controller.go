@@ -74,7 +74,7 @@ func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	}
 	if req.GetParameters()[spec.KeyLayersFrom] == spec.LayersFromClaim {
 		request.ClaimLayers = func(ctx context.Context) ([]reference.Reference, error) {
-			return c.claimLayers.read(ctx, req.GetParameters()[keyClaimNamespace], req.GetParameters()[keyClaimName])
+			return c.claimLayers.readOf(ctx, req)
 		}
 	}
 	return c.create(ctx, req, request)

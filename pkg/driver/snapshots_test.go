@@ -320,6 +320,24 @@ func TestCentralSnapshotOfALostNode(t *testing.T) {
 	wantStatus(t, err, codes.InvalidArgument, "only volumes with upper: claim")
 }
 
+// TestRestoreOfAClaimThatNamesNoLayers: they are those of the source.
+func TestRestoreOfAClaimThatNamesNoLayers(t *testing.T) {
+	for name, c := range controllers(t) {
+		t.Run(name, func(t *testing.T) {
+			c.nodes["a"].snapshots["snapshot-1@a"], c.nodes["a"].made = volume.Snapshot{ID: "snapshot-1@a"}, "dir://models/tuned"
+			req := restoreOf("pvc-2", volume.Source{Snapshot: "snapshot-1@a"}, "a")
+			req.Parameters = map[string]string{"layersFrom": "claim", keyClaimNamespace: "default", keyClaimName: "silent"}
+			answer, err := c.CreateVolume(t.Context(), req)
+			if err != nil || answer.GetVolume().GetVolumeContext()["layers"] != "dir://models/tuned" {
+				t.Errorf("got %v, %v", answer, err)
+			}
+			req.Name, req.VolumeContentSource = "pvc-3", nil
+			_, err = c.CreateVolume(t.Context(), req)
+			wantStatus(t, err, codes.InvalidArgument, "has no annotation")
+		})
+	}
+}
+
 // TestCentralRestoreHasTheTagsOfItsSource: a tag that has moved since means what the source has.
 func TestCentralRestoreHasTheTagsOfItsSource(t *testing.T) {
 	const tagged, other = "oci://registry.example.com/model:v1", "oci://registry.example.com/model:v2"
