@@ -121,7 +121,8 @@ func TestSnapshotsElsewhere(t *testing.T) {
 		if kind == "PersistentVolumeClaim" {
 			source = "source"
 		}
-		claim := n.claim(name, from(kind, source))
+		// The layers are the source's.
+		claim := n.claim(name, from(kind, source), func(c *corev1.PersistentVolumeClaim) { c.Annotations = nil })
 		p := n.start(name, withVolume(claimVolume("work", name)), onNode(lacks))
 		eventually(t, "claim "+name+" says where its source is", func() error {
 			if events := strings.Join(eventsOf(t, n.name, claim.UID), "\n"); !strings.Contains(events, "is on node "+has) {
@@ -161,7 +162,7 @@ func TestSnapshotsThatAreRefused(t *testing.T) {
 	}{
 		"each":     {[]claimOption{class(each)}, "upper: claim"},
 		"small":    {[]claimOption{class(other), size("4Mi")}, "less than the size"},
-		"unlayers": {[]claimOption{layers("dir://layers/bottom"), class(defaultClass)}, "layers"},
+		"layers": {[]claimOption{layers("dir://layers/bottom"), class(defaultClass)}, "layers"},
 	} {
 		claim := n.claim(name, append([]claimOption{from("VolumeSnapshot", "good")}, c.options...)...)
 		p := n.start(name, withVolume(claimVolume("work", name)), onNode(cluster.workers[0]))
