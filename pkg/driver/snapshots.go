@@ -177,17 +177,22 @@ func (c *Controller) nodeOfSource(ctx context.Context, source volume.Source) (st
 // unlessElsewhere returns the error of a creation that found no source. It is ErrResourceExhausted if the source is on another node:
 // external-provisioner then tries another one.
 func (c *Controller) unlessElsewhere(ctx context.Context, source volume.Source, notFound error) error {
-	if _, err := c.snapshots.GetSnapshot(source.Snapshot); source.Snapshot != "" && !errdefs.IsNotFound(err) {
-		return notFound
+	var err error
+	if source.Snapshot != "" {
+		_, err = c.snapshots.GetSnapshot(source.Snapshot)
+	} else {
+		_, err = c.volumes.Get(source.Volume)
 	}
-	if _, err := c.volumes.Get(source.Volume); source.Volume != "" && !errdefs.IsNotFound(err) {
+	if !errdefs.IsNotFound(err) {
 		return notFound
 	}
 	segment, err := c.nodeOfSource(ctx, source)
 	switch {
 	case err != nil:
 		return err
-	case segment == "" || segment == c.segment:
+	case segment == "":
+		return fmt.Errorf("%w; a source is a snapshot, or a volume with upper: claim", notFound)
+	case segment == c.segment:
 		return notFound
 	}
 	return elsewhere(source, segment, "this is node "+c.segment)
