@@ -94,8 +94,8 @@ func NewCentral(config CentralConfig) *Central {
 	}
 }
 
-// CreateVolume has the node that the topology asks for create the volume, or the node of the content that it is to have. A volume without a persistent upper is on no node, and needs no
-// more than an answer.
+// CreateVolume has the node that the topology asks for create the volume, or the node of the content that it is to have. A volume
+// without a persistent upper is on no node, and needs no more than an answer.
 func (c *Central) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
 	request, err := createRequest(req)
 	if err != nil {

@@ -176,7 +176,7 @@ func (c *testCluster) Ensure(_ context.Context, node string) error {
 
 func (c *testCluster) ClaimAnnotations(_ context.Context, _, name string) (map[string]string, error) {
 	if name == "silent" {
-		return nil, nil
+		return map[string]string{}, nil
 	}
 	return map[string]string{testDriver + "/layers": "oci://registry.example.com/" + name + ":latest"}, nil
 }

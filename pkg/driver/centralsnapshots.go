@@ -213,7 +213,9 @@ func (c *Central) segmentsWithSnapshots(ctx context.Context, volume string) ([]s
 }
 
 // listOn asks a node for a page of its snapshots.
-func (c *Central) listOn(ctx context.Context, segment string, req *csi.ListSnapshotsRequest, token string) (*csi.ListSnapshotsResponse, error) {
+func (c *Central) listOn(
+	ctx context.Context, segment string, req *csi.ListSnapshotsRequest, token string,
+) (*csi.ListSnapshotsResponse, error) {
 	volume, limit := req.GetSourceVolumeId(), int32(maxListed)
 	if req.GetMaxEntries() > 0 {
 		limit = min(limit, req.GetMaxEntries())
@@ -225,7 +227,8 @@ func (c *Central) listOn(ctx context.Context, segment string, req *csi.ListSnaps
 		return nil, err
 	}
 	if len(answer.GetEntries()) > int(limit) {
-		return nil, fmt.Errorf("%w: node %s listed %d snapshots, and was asked for %d", errdefs.ErrInternal, segment, len(answer.GetEntries()), limit)
+		return nil, fmt.Errorf("%w: node %s listed %d snapshots, and was asked for %d",
+			errdefs.ErrInternal, segment, len(answer.GetEntries()), limit)
 	}
 	page := &csi.ListSnapshotsResponse{NextToken: answer.GetNextToken()}
 	for _, entry := range answer.GetEntries() {

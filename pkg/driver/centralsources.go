@@ -13,7 +13,9 @@ import (
 
 // createFromSource has the node of a snapshot or of another volume make a volume from it. The tags of the layers are not resolved: that
 // was done for the source, and the node has the result.
-func (c *Central) createFromSource(ctx context.Context, req *csi.CreateVolumeRequest, request volume.CreateRequest) (*csi.CreateVolumeResponse, error) {
+func (c *Central) createFromSource(
+	ctx context.Context, req *csi.CreateVolumeRequest, request volume.CreateRequest,
+) (*csi.CreateVolumeResponse, error) {
 	var err error
 	if request.Spec.Layers, err = c.requestedLayers(ctx, req, request); err != nil {
 		return nil, err

@@ -75,10 +75,7 @@ func (c *Controller) forwarded(method string) (proto.Message, grpc.UnaryHandler)
 	case methodValidate:
 		return &csi.ValidateVolumeCapabilitiesRequest{}, unary(c.ValidateVolumeCapabilities)
 	case methodCreateSnapshot:
-		return &csi.CreateSnapshotRequest{}, unary(func(ctx context.Context, req *csi.CreateSnapshotRequest) (*csi.CreateSnapshotResponse, error) {
-			// The controller has put the node into the name.
-			return c.createSnapshot(ctx, req, req.GetName())
-		})
+		return &csi.CreateSnapshotRequest{}, unary(c.createNamedSnapshot)
 	case methodDeleteSnapshot:
 		return &csi.DeleteSnapshotRequest{}, unary(c.DeleteSnapshot)
 	case methodGetSnapshot:
@@ -87,6 +84,11 @@ func (c *Controller) forwarded(method string) (proto.Message, grpc.UnaryHandler)
 		return &csi.ListSnapshotsRequest{}, unary(c.ListSnapshots)
 	}
 	return nil, nil
+}
+
+// createNamedSnapshot takes a snapshot whose name is its handle: a central controller has put the node into it.
+func (c *Controller) createNamedSnapshot(ctx context.Context, req *csi.CreateSnapshotRequest) (*csi.CreateSnapshotResponse, error) {
+	return c.createSnapshot(ctx, req, req.GetName())
 }
 
 // createForwarded creates a volume whose layers a central controller has read and resolved. Those of a volume with a source are resolved by

@@ -42,7 +42,9 @@ func TestRequestLogValues(t *testing.T) {
 		req  any
 		want string
 	}{
-		"publish":           {goodPublish(), "[volume csi-1 pod namespace/pod target /var/lib/kubelet/pods/1/volumes/kubernetes.io~csi/view/mount]"},
+		"publish": {
+			goodPublish(), "[volume csi-1 pod namespace/pod target /var/lib/kubelet/pods/1/volumes/kubernetes.io~csi/view/mount]",
+		},
 		"create":            {goodCreate(), "[volume pvc-1]"},
 		"snapshot":          {&csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: "pvc-1"}, "[volume pvc-1 snapshot s]"},
 		"delete a snapshot": {&csi.DeleteSnapshotRequest{SnapshotId: "s@a"}, "[snapshot s@a]"},

@@ -55,7 +55,9 @@ func (c *Controller) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshot
 }
 
 // createSnapshot takes a snapshot with a handle.
-func (c *Controller) createSnapshot(ctx context.Context, req *csi.CreateSnapshotRequest, handle string) (*csi.CreateSnapshotResponse, error) {
+func (c *Controller) createSnapshot(
+	ctx context.Context, req *csi.CreateSnapshotRequest, handle string,
+) (*csi.CreateSnapshotResponse, error) {
 	if err := checkSnapshotRequest(req); err != nil {
 		return nil, err
 	}

@@ -304,7 +304,8 @@ func TestCentralSnapshotOfALostNode(t *testing.T) {
 			if status.Code(toStatus(err)) != c.delete || len(cluster.events) != c.events {
 				t.Errorf("got %v, events %q; want %s", err, cluster.events, c.delete)
 			}
-			if c.events > 0 && (cluster.kept[0] != "snapshot/snapshot-1@a" || !strings.Contains(cluster.events[0], "SnapshotGivenUp: Node a is gone")) {
+			if c.events > 0 && (cluster.kept[0] != "snapshot/snapshot-1@a" ||
+				!strings.Contains(cluster.events[0], "SnapshotGivenUp: Node a is gone")) {
 				t.Errorf("kept %q, events %q", cluster.kept, cluster.events)
 			}
 		})

@@ -175,8 +175,8 @@ func size(quantity string) claimOption {
 	}
 }
 
-// TestSnapshotsAdmissionPolicy asks the API server, as the ServiceAccount that takes snapshots, to change objects of others. That the policy
-// lets the sidecars work, all tests of snapshots show.
+// TestSnapshotsAdmissionPolicy asks the API server, as the ServiceAccount that takes snapshots, to change objects of others. That the
+// policy lets the sidecars work, all tests of snapshots show.
 func TestSnapshotsAdmissionPolicy(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t, "baseline")
@@ -223,7 +223,8 @@ func TestSnapshotsAdmissionPolicy(t *testing.T) {
 	must(t, refused(patch(own, contents, mine.Name, `{"spec":{"deletionPolicy":"Delete"}}`), "not what they are of"))
 	if mode() == modeNode {
 		must(t, refused(patch(other, contents, mine.Name, annotate), "of that node alone"))
-		must(t, refused(patch(own, contents, mine.Name, `{"metadata":{"labels":{"snapshot.storage.kubernetes.io/managed-by":"x"}}}`), "of that node"))
+		const relabel = `{"metadata":{"labels":{"snapshot.storage.kubernetes.io/managed-by":"x"}}}`
+		must(t, refused(patch(own, contents, mine.Name, relabel), "of that node"))
 		return
 	}
 	n.snapshot("none", snapshotClass(t), "none")
@@ -237,7 +238,8 @@ func TestSnapshotsAdmissionPolicy(t *testing.T) {
 		must(t, err)
 		file := filepath.Join(t.TempDir(), "snapshot.json")
 		must(t, os.WriteFile(file, encoded, 0o600))
-		_, err = command("kubectl", "--as=system:serviceaccount:"+driverNamespace+":"+account, "replace", "--dry-run=server", "--filename", file)
+		_, err = command("kubectl", "--as=system:serviceaccount:"+driverNamespace+":"+account,
+			"replace", "--dry-run=server", "--filename", file)
 		return err
 	}
 	addFinalizer := func(name string) func(*snapshotv1.VolumeSnapshot) {

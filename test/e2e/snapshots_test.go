@@ -160,8 +160,8 @@ func TestSnapshotsThatAreRefused(t *testing.T) {
 		options []claimOption
 		word    string
 	}{
-		"each":     {[]claimOption{class(each)}, "upper: claim"},
-		"small":    {[]claimOption{class(other), size("4Mi")}, "less than the size"},
+		"each":   {[]claimOption{class(each)}, "upper: claim"},
+		"small":  {[]claimOption{class(other), size("4Mi")}, "less than the size"},
 		"layers": {[]claimOption{layers("dir://layers/bottom"), class(defaultClass)}, "layers"},
 	} {
 		claim := n.claim(name, append([]claimOption{from("VolumeSnapshot", "good")}, c.options...)...)
@@ -242,8 +242,8 @@ func TestSnapshotsUnderKills(t *testing.T) {
 	})
 }
 
-// TestSnapshotsMany makes many claims of one snapshot at once, and as many new ones of the same node. With OVERLAY_CSI_PROOF it is 50, with a
-// pod for each.
+// TestSnapshotsMany makes many claims of one snapshot at once, and as many new ones of the same node. With OVERLAY_CSI_PROOF it is 50, with
+// a pod for each.
 func TestSnapshotsMany(t *testing.T) {
 	count, pods := 10, 0
 	if os.Getenv("OVERLAY_CSI_PROOF") == "1" {

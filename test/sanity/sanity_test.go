@@ -93,8 +93,8 @@ func TestSanity(t *testing.T) {
 	}
 }
 
-// marshalled leaves an answer as it is after it was in a request. The suite compares the topology of a snapshot with one that it has sent, and
-// with all their unexported fields.
+// marshalled leaves an answer as it is after it was in a request. The suite compares the topology of a snapshot with one that it has sent,
+// and with all their unexported fields.
 func marshalled(
 	ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, options ...grpc.CallOption,
 ) error {
@@ -107,6 +107,6 @@ func marshalled(
 
 // absent are words in the names of specs of what the driver does not have.
 var absent = []string{
-	"ControllerPublishVolume", "volume lifecycle", "ControllerUnpublishVolume", "NodeStageVolume", "NodeUnstageVolume", "ExpandVolume [Controller Server]",
-	"ModifyVolume", "volume attribute class", "GroupController", "VolumeGroupSnapshot",
+	"ControllerPublishVolume", "volume lifecycle", "ControllerUnpublishVolume", "NodeStageVolume", "NodeUnstageVolume",
+	"ExpandVolume [Controller Server]", "ModifyVolume", "volume attribute class", "GroupController", "VolumeGroupSnapshot",
 }
