@@ -149,7 +149,7 @@ func (d diskImage) attach(ctx context.Context, made bool) (*os.File, error) {
 	}
 	defer image.Close()
 	if !made {
-		if err := d.reserveAll(image); err != nil {
+		if err := d.reserveAll(ctx, image); err != nil {
 			return nil, err
 		}
 	}
@@ -193,7 +193,7 @@ func (d diskImage) runCheck(ctx context.Context) error {
 			"find out who has it (losetup --list, lsof), and detach it", errdefs.ErrUnavailable, d.file())
 	}
 	// An e2fsck that finds no room for what it writes leaves the image damaged.
-	if err := d.reserveClosed(); err != nil {
+	if err := d.reserveClosed(ctx); err != nil {
 		return err
 	}
 	output, err := d.programs.run(ctx, d.base, checkExt4, "-p", imageName)

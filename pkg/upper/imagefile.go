@@ -66,14 +66,14 @@ func (d diskImage) build(ctx context.Context) error {
 		return fmt.Errorf("%w (the data root's file system may not support files of that size)", err)
 	}
 	// On a full disk mkfs.ext4 says in words only that there is no space.
-	if err := d.reserveAll(image); err != nil {
+	if err := d.reserveAll(ctx, image); err != nil {
 		return err
 	}
 	if err := d.format(ctx, image); err != nil {
 		return err
 	}
 	// mkfs.ext4 may have made holes for zeroes.
-	if err := d.reserveAll(image); err != nil || d.ephemeral {
+	if err := d.reserveAll(ctx, image); err != nil || d.ephemeral {
 		return err
 	}
 	return image.Sync()
@@ -129,7 +129,7 @@ func hasSmallBlocks(image, loop *os.File) bool {
 }
 
 // reserveAll reserves the disk for all of an image, unless it is sparse. It does nothing where that was done before.
-func (d diskImage) reserveAll(image *os.File) error {
+func (d diskImage) reserveAll(ctx context.Context, image *os.File) error {
 	if d.sparse {
 		return nil
 	}
@@ -137,11 +137,27 @@ func (d diskImage) reserveAll(image *os.File) error {
 	if err != nil {
 		return err
 	}
-	return reserve(image, info.Size())
+	if err := reserve(image, info.Size()); err != nil {
+		return err
+	}
+	return unshare(ctx, image, info.Size())
+}
+
+// unshare has an image share none of its first blocks with a copy of it (cp --reflink): what is written to those takes others, which are
+// not reserved. It takes as long as to copy them. An image at rest comes here first in its check, for which no request waits. A file system
+// that cannot do that, as btrfs, is left to share.
+func unshare(ctx context.Context, image *os.File, bytes int64) error {
+	if hasAllBlocks(image, bytes) {
+		return nil
+	}
+	if err := linux.Unshare(ctx, image, bytes); err != nil && !errors.Is(err, syscall.EOPNOTSUPP) {
+		return reserveError(image.Name(), bytes, err)
+	}
+	return nil
 }
 
 // reserveClosed is reserveAll for an image that is not open.
-func (d diskImage) reserveClosed() error {
+func (d diskImage) reserveClosed(ctx context.Context) error {
 	if d.sparse {
 		return nil
 	}
@@ -149,7 +165,7 @@ func (d diskImage) reserveClosed() error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(d.reserveAll(image), image.Close())
+	return errors.Join(d.reserveAll(ctx, image), image.Close())
 }
 
 // reserve reserves the disk for the first bytes of an image. It looks first whether they fit: fallocate(2) that fails takes until then,

@@ -74,25 +74,50 @@ func TestReserveFindsHoles(t *testing.T) {
 	}
 }
 
-// TestSharedBlocksAreNotReserved: a copy of an image that shares its blocks (cp --reflink) takes blocks with each write to the image, which
-// on a full disk fails.
-func TestSharedBlocksAreNotReserved(t *testing.T) {
-	const size = 16 << 20
+// sharedImage makes a disk image of so many bytes on an xfs, and a copy that shares its blocks (cp --reflink).
+func sharedImage(t *testing.T, size int64) (u upper.Upper, dir, clone string) {
+	t.Helper()
 	disk, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
 	if err := errors.Join(drivertest.MakeImage("xfs", disk, 320<<20, ""), drivertest.MountImage("xfs", disk, dir)); err != nil {
 		t.Skipf("no xfs here: %v", err)
 	}
 	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
 	root := open(t, dir)
-	u := newUpper(t, newBackends(t, root), root, upper.Location{Backend: upper.DiskImage, Base: "base", Limit: upper.LimitOf(size)})
+	u = newUpper(t, newBackends(t, root), root, upper.Location{Backend: upper.DiskImage, Base: "base", Limit: upper.LimitOf(size)})
 	prepareAndClose(t, u)
 	if err := u.Release(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	clone := filepath.Join(dir, "clone")
+	clone = filepath.Join(dir, "clone")
 	if output, err := exec.Command("cp", "--reflink=always", filepath.Join(dir, "base/disk.img"), clone).CombinedOutput(); err != nil {
 		t.Skipf("this xfs shares no blocks: %v: %s", err, output)
 	}
+	return u, dir, clone
+}
+
+// TestSharedBlocksAreReserved: what is written to blocks that an image shares with a copy takes others. They are reserved while the disk
+// has them.
+func TestSharedBlocksAreReserved(t *testing.T) {
+	const size = 16 << 20
+	u, dir, _ := sharedImage(t, size)
+	prepareAndClose(t, u)
+	image, err := os.Open(filepath.Join(dir, "base/disk.img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer image.Close()
+	if whole, err := linux.HasAllBlocks(image, size); err != nil || !whole {
+		t.Errorf("the image has blocks for all that can be written to it: %t, %v", whole, err)
+	}
+	if err := u.Release(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestSharedBlocksAreNotReserved: a copy of an image that shares its blocks takes blocks with each write to the image, which on a full disk
+// fails.
+func TestSharedBlocksAreNotReserved(t *testing.T) {
+	u, dir, clone := sharedImage(t, 16<<20)
 	if err := drivertest.FillUp(filepath.Join(dir, "filler")); err != nil {
 		t.Fatal(err)
 	}
