@@ -29,6 +29,12 @@ func (s Stat) Perm() uint32 { return s.Mode & 0o7777 }
 // DiskBytes is what the file takes on the disk.
 func (s Stat) DiskBytes() int64 { return s.Blocks * 512 }
 
+// ModTime returns when the content was last modified.
+func (s Stat) ModTime() time.Time { return time.Unix(s.Mtim.Unix()) }
+
+// Device returns the numbers of a device.
+func (s Stat) Device() (major, minor uint32) { return unix.Major(s.Rdev), unix.Minor(s.Rdev) }
+
 // ID returns the identity of the file.
 func (s Stat) ID() FileID { return FileID{Dev: s.Dev, Ino: s.Ino} }
 

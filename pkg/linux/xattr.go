@@ -34,7 +34,7 @@ func RemoveXattr(file *os.File, name string) error {
 // GetXattr returns an extended attribute of an open file (fgetxattr(2)). The handle may be one of [O_PATH]. The error is ENODATA where
 // there is none.
 func GetXattr(file *os.File, name string) ([]byte, error) {
-	return getXattr(file, "", name, func(fd int, value []byte) (int, error) {
+	return getXattr("getxattr "+name, file, "", func(fd int, value []byte) (int, error) {
 		n, err := unix.Fgetxattr(fd, name, value)
 		if errors.Is(err, unix.EBADF) {
 			n, err = unix.Getxattr(ProcPath(file), name, value)
@@ -45,19 +45,26 @@ func GetXattr(file *os.File, name string) ([]byte, error) {
 
 // ListXattr returns the names of the extended attributes of an open file (flistxattr(2)). The handle may be one of [O_PATH].
 func ListXattr(file *os.File) ([]string, error) {
-	list := make([]byte, maxXattr)
-	var n int
-	err := call("listxattr", file, func(fd int) (err error) {
-		n, err = unix.Flistxattr(fd, list)
+	list, err := getXattr("flistxattr", file, "", func(fd int, list []byte) (int, error) {
+		n, err := unix.Flistxattr(fd, list)
 		if errors.Is(err, unix.EBADF) {
 			n, err = unix.Listxattr(ProcPath(file), list)
 		}
-		return err
+		return n, err
 	})
-	if err != nil {
-		return nil, err
-	}
-	return strings.FieldsFunc(string(list[:n]), func(r rune) bool { return r == 0 }), nil
+	return attributeNames(list), err
+}
+
+// ListXattrAt returns the names of the extended attributes of an entry of a directory, without following a link (llistxattr(2)).
+func ListXattrAt(dir *os.File, path string) ([]string, error) {
+	list, err := getXattr("llistxattr", dir, path, func(_ int, list []byte) (int, error) {
+		return unix.Llistxattr(entryPath(dir, path), list)
+	})
+	return attributeNames(list), err
+}
+
+func attributeNames(list []byte) []string {
+	return strings.FieldsFunc(string(list), func(r rune) bool { return r == 0 })
 }
 
 // SetXattrAt sets an extended attribute of an entry of a directory, without following a link (lsetxattr(2)). There is no system call
@@ -69,7 +76,9 @@ func SetXattrAt(dir *os.File, path, name string, value []byte) error {
 // GetXattrAt returns an extended attribute of an entry of a directory, without following a link (lgetxattr(2)). The error is ENODATA
 // where there is none.
 func GetXattrAt(dir *os.File, path, name string) ([]byte, error) {
-	return getXattr(dir, path, name, func(_ int, value []byte) (int, error) { return unix.Lgetxattr(entryPath(dir, path), name, value) })
+	return getXattr("lgetxattr "+name, dir, path, func(_ int, value []byte) (int, error) {
+		return unix.Lgetxattr(entryPath(dir, path), name, value)
+	})
 }
 
 func entryPath(dir *os.File, path string) string {
@@ -82,10 +91,10 @@ func entryPath(dir *os.File, path string) string {
 // maxXattr is the largest value of an extended attribute (XATTR_SIZE_MAX), and the largest list of their names (XATTR_LIST_MAX).
 const maxXattr = 64 << 10
 
-func getXattr(dir *os.File, path, name string, get func(fd int, value []byte) (int, error)) ([]byte, error) {
+func getXattr(op string, dir *os.File, path string, get func(fd int, value []byte) (int, error)) ([]byte, error) {
 	value := make([]byte, 256)
 	var n int
-	err := callAt("getxattr "+name, dir, path, func(fd int) (err error) {
+	err := callAt(op, dir, path, func(fd int) (err error) {
 		n, err = get(fd, value)
 		if errors.Is(err, unix.ERANGE) {
 			value = make([]byte, maxXattr)

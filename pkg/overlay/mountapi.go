@@ -69,14 +69,16 @@ func (m *Mounter) setParameters(context *linux.FSContext, spec Spec) error {
 			return err
 		}
 	}
-	if spec.Upper == nil {
+	if spec.Upper == nil && !spec.followsLowers {
 		return nil
 	}
-	if err := m.setDir(context, "upperdir", spec.Upper); err != nil {
-		return err
-	}
-	if err := m.setDir(context, "workdir", spec.Work); err != nil {
-		return err
+	if spec.Upper != nil {
+		if err := m.setDir(context, "upperdir", spec.Upper); err != nil {
+			return err
+		}
+		if err := m.setDir(context, "workdir", spec.Work); err != nil {
+			return err
+		}
 	}
 	for _, option := range spec.upperOptions() {
 		if err := option.set(context); err != nil {

@@ -70,18 +70,20 @@ func linkOptions(spec Spec, dir string) ([]string, error) {
 		}
 	}
 	options := []string{"lowerdir=" + strings.Join(lowers, ":")}
-	if spec.Upper == nil {
+	if spec.Upper == nil && !spec.followsLowers {
 		return options, nil
 	}
-	upper, err := link("U", spec.Upper)
-	if err != nil {
-		return nil, err
+	if spec.Upper != nil {
+		upper, err := link("U", spec.Upper)
+		if err != nil {
+			return nil, err
+		}
+		work, err := link("W", spec.Work)
+		if err != nil {
+			return nil, err
+		}
+		options = append(options, "upperdir="+upper, "workdir="+work)
 	}
-	work, err := link("W", spec.Work)
-	if err != nil {
-		return nil, err
-	}
-	options = append(options, "upperdir="+upper, "workdir="+work)
 	for _, option := range spec.upperOptions() {
 		options = append(options, option.String())
 	}

@@ -32,6 +32,9 @@ type Spec struct {
 	Metacopy bool
 	// Attributes are those of the mount.
 	Attributes Attributes
+
+	// followsLowers has an overlay without an upper follow the redirects in its lowers.
+	followsLowers bool
 }
 
 // FrozenUpper is an upper that became read-only.
@@ -63,7 +66,7 @@ func (s Spec) validate() error {
 // option is one parameter of the overlay file system.
 type option struct{ key, value string }
 
-// upperOptions are the overlayfs features of every view that has an upper. They are set one by one because their
+// upperOptions are the overlayfs features of every view that has an upper, or that reads one. They are set one by one because their
 // defaults differ between distributions' kernels, and an upper must not meet other ones when it is mounted again.
 func (s Spec) upperOptions() []option {
 	metacopy := "off"
