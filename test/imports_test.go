@@ -16,18 +16,19 @@ var mayImport = map[string][]string{
 		"pkg/overlaynode", "pkg/record", "pkg/registry", "pkg/store", "pkg/store/access", "pkg/unpack", "pkg/upper", "pkg/volume",
 	},
 	"cmd/overlayctl": {"pkg/admin/api"},
-	"pkg/admin":      {"pkg/admin/api", "pkg/image", "pkg/record", "pkg/registry", "pkg/spec", "pkg/store", "pkg/volume"},
-	"pkg/admin/api":  {},
+	"pkg/admin":           {"pkg/admin/api", "pkg/diff", "pkg/image", "pkg/record", "pkg/registry", "pkg/spec", "pkg/store", "pkg/volume"},
+	"pkg/admin/api":       {},
 	"pkg/driver": {
 		"pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/overlaynode", "pkg/record", "pkg/reference", "pkg/spec",
 		"pkg/volume",
 	},
 	"pkg/overlaynode": {},
 	"pkg/volume": {
-		"pkg/dataroot", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/record", "pkg/reference", "pkg/spec",
+		"pkg/dataroot", "pkg/diff", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/record", "pkg/reference", "pkg/spec",
 		"pkg/store", "pkg/upper", "pkg/volume/chown",
 	},
 	"pkg/volume/chown": {},
+	"pkg/diff":         {"pkg/unpack"},
 	"pkg/layer": {
 		"pkg/dataroot", "pkg/image", "pkg/kubeapi", "pkg/kubelet", "pkg/overlay", "pkg/reference", "pkg/registry", "pkg/store",
 	},

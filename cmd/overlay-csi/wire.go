@@ -109,7 +109,9 @@ func run(ctx context.Context, opts options) error {
 	group.Go(func() error { manager.Run(ctx); return nil })
 	group.Go(func() error { root.RunDeleter(ctx); return nil })
 	group.Go(func() error { layers.Run(ctx); return nil })
-	group.Go(func() error { return admin.Serve(ctx, opts.adminSocket, admin.NewHandler(layers, manager, records)) })
+	group.Go(func() error {
+		return admin.Serve(ctx, opts.adminSocket, admin.NewHandler(layers, manager, records, opts.store.MaxLayerBytes))
+	})
 	group.Go(func() error { return server.Serve(ctx) })
 	if opts.httpEndpoint != "" {
 		group.Go(func() error { return serveHealth(ctx, opts.httpEndpoint, manager, server, registrar) })

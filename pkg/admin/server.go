@@ -38,6 +38,8 @@ type layers interface {
 type volumes interface {
 	Describe(ctx context.Context, id string) (volume.Description, error)
 	IDs() ([]string, error)
+	ReadChanges(ctx context.Context, id, pod string) (*volume.Changes, error)
+	CaptureChanges(ctx context.Context, id string) (*volume.Changes, error)
 }
 
 // records are the methods of the record store that the handler calls.
@@ -58,18 +60,21 @@ type handler struct {
 	records records
 	// fetch pulls an image with the node's credentials.
 	fetch func(ctx context.Context, named reference.Canonical) (store.Image, error)
+	// maxLayerBytes is how large a layer may be that is written, 0 for any size: the node would unpack no larger one.
+	maxLayerBytes int64
 }
 
-// NewHandler returns the handler of the admin socket.
-func NewHandler(layers layerStore, volumes volumes, records records) http.Handler {
-	return newMux(&handler{layers, volumes, records, func(ctx context.Context, named reference.Canonical) (store.Image, error) {
+// NewHandler returns the handler of the admin socket. maxLayerBytes is how large a layer may be that is written, 0 for any size.
+func NewHandler(layers layerStore, volumes volumes, records records, maxLayerBytes int64) http.Handler {
+	fetch := func(ctx context.Context, named reference.Canonical) (store.Image, error) {
 		lease, err := layers.Pull(ctx, named, registry.Operator(), "")
 		if err != nil {
 			return store.Image{}, err
 		}
 		defer lease.Release()
 		return lease.Image, nil
-	}})
+	}
+	return newMux(&handler{layers, volumes, records, fetch, maxLayerBytes})
 }
 
 func newMux(h *handler) http.Handler {
@@ -78,6 +83,8 @@ func newMux(h *handler) http.Handler {
 	mux.HandleFunc("GET /v1/images", answer(h.listImages))
 	mux.HandleFunc("GET /v1/volumes", answer(h.listVolumes))
 	mux.HandleFunc("GET /v1/volumes/{id}", answer(h.describe))
+	mux.HandleFunc("GET /v1/volumes/{id}/diff", h.diff)
+	mux.HandleFunc("POST /v1/volumes/{id}/layer", h.writeLayer)
 	mux.HandleFunc("POST /v1/gc", answer(h.gc))
 	mux.HandleFunc("POST /v1/pull", h.pull)
 	return mux

@@ -93,6 +93,14 @@ func (fakeVolumes) Describe(_ context.Context, id string) (volume.Description, e
 
 func (fakeVolumes) IDs() ([]string, error) { return []string{"csi-1"}, nil }
 
+func (fakeVolumes) ReadChanges(_ context.Context, id, _ string) (*volume.Changes, error) {
+	return nil, fmt.Errorf("%w: volume %s", errdefs.ErrNotFound, id)
+}
+
+func (fakeVolumes) CaptureChanges(_ context.Context, id string) (*volume.Changes, error) {
+	return nil, fmt.Errorf("%w: volume %s", errdefs.ErrNotFound, id)
+}
+
 func (fakeVolumes) LayersInUse() (map[digest.Digest][]string, error) {
 	return map[digest.Digest][]string{diffID: {"csi-1"}}, nil
 }
@@ -110,7 +118,7 @@ func serve(t *testing.T, layers *fakeLayers) string {
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() {
-		done <- Serve(ctx, socket, newMux(&handler{layers, fakeVolumes{}, fakeVolumes{}, layers.fetch}))
+		done <- Serve(ctx, socket, newMux(&handler{layers, fakeVolumes{}, fakeVolumes{}, layers.fetch, 0}))
 	}()
 	t.Cleanup(func() {
 		stop()
@@ -261,7 +269,7 @@ func TestErrors(t *testing.T) {
 	}
 	recorder := httptest.NewRecorder()
 	request := httptest.NewRequest(http.MethodGet, "/v1/volumes/none", nil)
-	newMux(&handler{&fakeLayers{}, fakeVolumes{}, fakeVolumes{}, nil}).ServeHTTP(recorder, request)
+	newMux(&handler{&fakeLayers{}, fakeVolumes{}, fakeVolumes{}, nil, 0}).ServeHTTP(recorder, request)
 	if recorder.Code != http.StatusNotFound {
 		t.Errorf("got the status %d of a volume that does not exist, want 404", recorder.Code)
 	}

@@ -189,6 +189,10 @@ func (m fakeMounter) Detached(view overlay.Spec) (*os.File, error) {
 	return linux.Open(view.Upper, ".", linux.O_PATH|linux.O_DIRECTORY, 0)
 }
 
+func (m fakeMounter) OpenDetached(overlay.Spec) (*os.File, error) {
+	return os.Open(m.n.layerDir.Name())
+}
+
 func (m fakeMounter) Attach(view, target *os.File, _ overlay.Attributes) error {
 	defer view.Close()
 	if err := m.n.failing("attach"); err != nil {

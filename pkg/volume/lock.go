@@ -15,8 +15,15 @@ const lockWait = 30 * time.Second
 
 // locks has one lock for each volume.
 type locks struct {
-	mu   sync.Mutex
-	held map[string]*volumeLock
+	mu      sync.Mutex
+	held    map[string]*volumeLock
+	readers map[string]*reader
+}
+
+// reader reads the files of a volume, without its lock, until somebody else wants the volume.
+type reader struct {
+	revoke context.CancelCauseFunc
+	done   chan struct{}
 }
 
 type volumeLock struct {
@@ -24,10 +31,47 @@ type volumeLock struct {
 	users int
 }
 
-func newLocks() *locks { return &locks{held: map[string]*volumeLock{}} }
+func newLocks() *locks { return &locks{held: map[string]*volumeLock{}, readers: map[string]*reader{}} }
 
-// acquire locks a volume. It waits until ctx is done, at most lockWait, and then returns ErrAborted, as the CSI specification
-// requires while an operation on the volume is pending.
+// errRevoked is why a reader has to end.
+var errRevoked = fmt.Errorf("%w: the volume was mounted, unmounted or changed while it was read; try again", errdefs.ErrAborted)
+
+// addReader lets the caller, which holds the lock of a volume, read its files also when it has released the lock. The context is done when
+// another operation has the lock, which then waits until the caller has closed all files and called end.
+func (l *locks) addReader(ctx context.Context, id string) (_ context.Context, end func()) {
+	ctx, revoke := context.WithCancelCause(ctx)
+	r := &reader{revoke, make(chan struct{})}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.readers[id] = r
+	return ctx, sync.OnceFunc(func() {
+		revoke(nil)
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		delete(l.readers, id)
+		close(r.done)
+	})
+}
+
+// revoke ends the reader of a volume, and waits until it has.
+func (l *locks) revoke(ctx context.Context, id string) error {
+	l.mu.Lock()
+	r := l.readers[id]
+	l.mu.Unlock()
+	if r == nil {
+		return nil
+	}
+	r.revoke(errRevoked)
+	select {
+	case <-r.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%w: the files of volume %s are being read; try again", errdefs.ErrAborted, id)
+	}
+}
+
+// acquire locks a volume, and ends its reader. It waits until ctx is done, at most lockWait, and then returns ErrAborted, as the CSI
+// specification requires while an operation on the volume is pending.
 func (l *locks) acquire(ctx context.Context, id string) (unlock func(), err error) {
 	l.mu.Lock()
 	lock, ok := l.held[id]
@@ -42,7 +86,12 @@ func (l *locks) acquire(ctx context.Context, id string) (unlock func(), err erro
 	defer cancel()
 	select {
 	case lock.token <- struct{}{}:
-		return func() { <-lock.token; l.leave(id, lock) }, nil
+		unlock := func() { <-lock.token; l.leave(id, lock) }
+		if err := l.revoke(ctx, id); err != nil {
+			unlock()
+			return nil, err
+		}
+		return unlock, nil
 	case <-ctx.Done():
 		l.leave(id, lock)
 		return nil, fmt.Errorf("%w: another operation on volume %s is in progress; try again", errdefs.ErrAborted, id)

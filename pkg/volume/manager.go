@@ -1,3 +1,8 @@
+// Package volume is the life of volumes on one node: it creates, publishes, expands, unpublishes and deletes them, reports
+// their usage and health, and reconciles what a crash left.
+//
+// [Manager] has one method for each of these. Operations on one volume exclude each other; operations on different volumes
+// do not wait for each other. [Manager.Publish] is a list of steps, each with its undo.
 package volume
 
 import (
@@ -46,6 +51,7 @@ type dataRoot interface {
 type mounter interface {
 	Overlay(view overlay.Spec, target *os.File) error
 	Detached(view overlay.Spec) (*os.File, error)
+	OpenDetached(view overlay.Spec) (*os.File, error)
 	Attach(view, target *os.File, attributes overlay.Attributes) error
 	Bind(source, target *os.File, attributes overlay.Attributes) error
 	Unmount(target string) error

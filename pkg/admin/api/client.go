@@ -44,6 +44,57 @@ func (c *Client) Volume(ctx context.Context, id string) (Volume, error) {
 	return call[Volume](ctx, c, http.MethodGet, "volumes/"+url.PathEscape(id), nil)
 }
 
+// Diff calls change for each entry that differs between the layers of a volume and what the pod with a UID sees, or the one that has the
+// volume if the UID is "". A directory comes before what is in it.
+func (c *Client) Diff(ctx context.Context, id, pod string, change func(Change) error) error {
+	query := url.Values{}
+	if pod != "" {
+		query.Set("pod", pod)
+	}
+	response, err := c.do(ctx, http.MethodGet, "volumes/"+url.PathEscape(id)+"/diff", query)
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	decoder := json.NewDecoder(response.Body)
+	for {
+		var event DiffEvent
+		if err := decoder.Decode(&event); err != nil {
+			return fmt.Errorf("read the changes of volume %s: %w; the volume was mounted or unmounted, or the driver has restarted: try again",
+				id, err)
+		}
+		switch {
+		case event.Error != "":
+			return errors.New(event.Error)
+		case event.End:
+			return nil
+		case event.Change != nil:
+			if err := change(*event.Change); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// Layer writes the tar of the image layer that has what was written to a volume.
+func (c *Client) Layer(ctx context.Context, id string, to io.Writer) error {
+	response, err := c.do(ctx, http.MethodPost, "volumes/"+url.PathEscape(id)+"/layer", nil)
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	if _, err := io.Copy(to, response.Body); err != nil {
+		return fmt.Errorf("read the layer of volume %s: %w", id, err)
+	}
+	if message := response.Trailer.Get(ErrorTrailer); message != "" {
+		return errors.New(message)
+	}
+	if response.Trailer.Get(EndTrailer) == "" {
+		return fmt.Errorf("read the layer of volume %s: the answer ended early; the driver may have restarted: try again", id)
+	}
+	return nil
+}
+
 // GC removes layers that no volume uses: those that the driver's own garbage collection would remove, or with all, every one.
 // With dryRun it removes nothing, and returns what it would remove.
 func (c *Client) GC(ctx context.Context, dryRun, all bool) (GCResult, error) {

@@ -76,6 +76,32 @@ type PullEvent struct {
 	Error    string    `json:"error,omitempty"`
 }
 
+// Change is an entry that differs between a volume's layers and what its pods see.
+type Change struct {
+	// Path is relative to the root of the volume, "." for the root. RawPath has the bytes of one that is no UTF-8.
+	Path    string `json:"path"`
+	RawPath []byte `json:"rawPath,omitempty"`
+	// Kind is A for an entry that was added, C for one that was changed, D for one that was deleted.
+	Kind string `json:"kind"`
+	// Mode has the type and the permissions, as fs.FileMode writes them.
+	Mode string `json:"mode"`
+	// Size is that of a file in bytes.
+	Size int64 `json:"size"`
+}
+
+// DiffEvent is one line of the answer to a request for the changes of a volume. The last one has End or Error.
+type DiffEvent struct {
+	Change *Change `json:"change,omitempty"`
+	End    bool    `json:"end,omitempty"`
+	Error  string  `json:"error,omitempty"`
+}
+
+// Trailers of the answer to a request for the layer of a volume: it is complete, or why it is not.
+const (
+	EndTrailer   = "Overlay-Csi-End"
+	ErrorTrailer = "Overlay-Csi-Error"
+)
+
 // Volume describes a volume on this node.
 type Volume struct {
 	ID string `json:"id"`
