@@ -19,9 +19,9 @@ ARG TARGETARCH
 ENV CGO_ENABLED=0 GOOS=${TARGETOS} GOARCH=${TARGETARCH}
 # Compiled apart from the link, which alone depends on the version: most new versions change no package.
 # grpcnotrace leaves html/template out of the driver, with which the linker could drop no method: 10 MB of 43.
-RUN go build -trimpath -buildvcs=false -tags grpcnotrace ./cmd/... ./pkg/...
+RUN go build -trimpath -buildvcs=false -tags grpcnotrace ./cmd/overlay-csi ./cmd/overlayctl ./pkg/...
 ARG VERSION=unknown
-RUN go build -trimpath -buildvcs=false -tags grpcnotrace -ldflags "-s -w -X main.version=${VERSION}" -o /out/ ./cmd/...
+RUN go build -trimpath -buildvcs=false -tags grpcnotrace -ldflags "-s -w -X main.version=${VERSION}" -o /out/ ./cmd/overlay-csi ./cmd/overlayctl
 
 FROM --platform=${BUILDPLATFORM:-linux} ${DEBIAN_IMAGE} AS programs
 ARG TARGETARCH

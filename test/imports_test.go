@@ -15,7 +15,8 @@ var mayImport = map[string][]string{
 		"pkg/admin", "pkg/dataroot", "pkg/driver", "pkg/image", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay",
 		"pkg/overlaynode", "pkg/record", "pkg/registry", "pkg/store", "pkg/store/access", "pkg/unpack", "pkg/upper", "pkg/volume",
 	},
-	"cmd/overlayctl": {"pkg/admin/api"},
+	"cmd/overlayctl":      {"pkg/admin/api"},
+	"cmd/kubectl-overlay": {},
 	"pkg/admin":           {"pkg/admin/api", "pkg/diff", "pkg/image", "pkg/record", "pkg/registry", "pkg/spec", "pkg/store", "pkg/volume"},
 	"pkg/admin/api":       {},
 	"pkg/driver": {
@@ -105,6 +106,7 @@ func TestDependencies(t *testing.T) {
 			module + "test", "testing", module + "pkg/store", module + "pkg/volume", module + "pkg/driver", "k8s.io/client-go", "k8s.io/api",
 			"google.golang.org/grpc", "github.com/containerd/containerd",
 		},
+		"cmd/kubectl-overlay": {module + "test", module + "pkg", "testing", "google.golang.org/grpc"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, path := range list(t, "{{.ImportPath}}", "-deps", "-tags", "grpcnotrace", module+name) {
