@@ -194,7 +194,7 @@ func (a *Archive) readDocument(ctx context.Context, name string, parse func(data
 	if size > MaxDocumentSize {
 		return fmt.Errorf("%w: %q has %d bytes; the maximum is %d", errdefs.ErrInvalidArgument, truncate(name), size, MaxDocumentSize)
 	}
-	return a.documents.read(ctx, ocispec.Descriptor{Size: size}, func(context.Context, ocispec.Descriptor) (io.ReadCloser, error) {
+	return a.documents.Read(ctx, ocispec.Descriptor{Size: size}, func(context.Context, ocispec.Descriptor) (io.ReadCloser, error) {
 		return io.NopCloser(content), nil
 	}, parse)
 }

@@ -36,42 +36,55 @@ const maxIndexes = 4
 func Describe(
 	ctx context.Context, root ocispec.Descriptor, platform platforms.MatchComparer, documents *Documents, fetch Fetch,
 ) (Description, error) {
-	description := Description{Digest: root.Digest}
+	manifest, found, name, err := findManifest(ctx, root, platform, documents, fetch)
+	if err != nil {
+		return Description{}, err
+	}
+	description := Description{Digest: root.Digest, Manifest: found.Digest, Platform: name}
+	if !manifest.isImage() {
+		description.Layers, err = manifest.layers(imageConfig{})
+		return description, err
+	}
+	err = documents.Read(ctx, manifest.Config.ocispec(), fetch, func(data []byte) error {
+		config, err := parseConfig(data)
+		if err == nil {
+			description.Layers, err = manifest.layers(config)
+		}
+		return err
+	})
+	return description, err
+}
+
+// FindManifest returns the descriptor of the manifest that an image has for a platform. root is the descriptor of its manifest or index.
+func FindManifest(
+	ctx context.Context, root ocispec.Descriptor, platform platforms.MatchComparer, documents *Documents, fetch Fetch,
+) (ocispec.Descriptor, error) {
+	_, found, _, err := findManifest(ctx, root, platform, documents, fetch)
+	return found, err
+}
+
+// findManifest also returns what was parsed of the manifest, and the name of its platform, which may be empty.
+func findManifest(
+	ctx context.Context, root ocispec.Descriptor, platform platforms.MatchComparer, documents *Documents, fetch Fetch,
+) (manifest manifestOrIndex, found ocispec.Descriptor, name string, err error) {
 	next := root
 	for range maxIndexes {
-		var manifest manifestOrIndex
-		current := next
-		err := documents.read(ctx, current, fetch, func(data []byte) (err error) {
+		found = next
+		err := documents.Read(ctx, found, fetch, func(data []byte) (err error) {
 			if manifest, err = parseManifest(data); err != nil || !manifest.isIndex() {
 				return err
 			}
 			next, err = manifest.choose(platform)
 			return err
 		})
-		if err != nil {
-			return Description{}, err
+		if err != nil || !manifest.isIndex() {
+			return manifest, found, name, err
 		}
-		if manifest.isIndex() {
-			if next.Platform != nil {
-				if description.Platform, err = formatPlatform(*next.Platform); err != nil {
-					return Description{}, err
-				}
+		if next.Platform != nil {
+			if name, err = formatPlatform(*next.Platform); err != nil {
+				return manifest, found, "", err
 			}
-			continue
 		}
-		description.Manifest = current.Digest
-		if !manifest.isImage() {
-			description.Layers, err = manifest.layers(imageConfig{})
-			return description, err
-		}
-		err = documents.read(ctx, manifest.Config.ocispec(), fetch, func(data []byte) error {
-			config, err := parseConfig(data)
-			if err == nil {
-				description.Layers, err = manifest.layers(config)
-			}
-			return err
-		})
-		return description, err
 	}
-	return Description{}, fmt.Errorf("%w: the image has more than %d nested indexes", errdefs.ErrInvalidArgument, maxIndexes)
+	return manifest, found, "", fmt.Errorf("%w: the image has more than %d nested indexes", errdefs.ErrInvalidArgument, maxIndexes)
 }

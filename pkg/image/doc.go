@@ -1,4 +1,5 @@
-// Package image reads the metadata of images: manifests and indexes of registries, and archives of images in files.
+// Package image reads the metadata of images: manifests and indexes of registries, and archives of images in files. Package compose
+// makes new ones.
 //
 // Describe returns the layers of an image for one platform. OpenArchive does the same for a docker archive, an OCI archive or
 // the directory of an OCI layout. Both return a Description. Its layers are LayerBlobs, which describe blobs that are not

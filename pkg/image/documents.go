@@ -36,9 +36,9 @@ func NewDocuments() *Documents {
 	return &Documents{semaphore.NewWeighted(smallMemory), semaphore.NewWeighted(largeMemory)}
 }
 
-// read fetches a document and parses it. It waits until there is memory to parse it, or ctx is done. A registry that sends slowly delays
+// Read fetches a document and parses it. It waits until there is memory to parse it, or ctx is done. A registry that sends slowly delays
 // nobody else. What parse keeps is not accounted for any more when read returns.
-func (d *Documents) read(ctx context.Context, descriptor ocispec.Descriptor, fetch Fetch, parse func(data []byte) error) error {
+func (d *Documents) Read(ctx context.Context, descriptor ocispec.Descriptor, fetch Fetch, parse func(data []byte) error) error {
 	if descriptor.Size < 0 || descriptor.Size > MaxDocumentSize {
 		return fmt.Errorf("%w: document %s has %d bytes; the maximum is %d",
 			errdefs.ErrInvalidArgument, truncate(string(descriptor.Digest)), descriptor.Size, MaxDocumentSize)

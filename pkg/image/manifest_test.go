@@ -177,7 +177,7 @@ func TestManifestKeepsOnlyWhatHasABound(t *testing.T) {
 	if left := fmt.Sprintf("%+v %+v", got, *got.Config); len(left) > 1<<10 || got.Layers.items[0].Annotations.Title != "f" {
 		t.Errorf("%d bytes are kept", len(left))
 	}
-	err = NewDocuments().read(t.Context(), ocispec.Descriptor{Size: 3}, func(context.Context, ocispec.Descriptor) (io.ReadCloser, error) {
+	err = NewDocuments().Read(t.Context(), ocispec.Descriptor{Size: 3}, func(context.Context, ocispec.Descriptor) (io.ReadCloser, error) {
 		return io.NopCloser(strings.NewReader("\"\xff\"")), nil
 	}, func([]byte) error { return nil })
 	if !errdefs.IsInvalidArgument(err) {

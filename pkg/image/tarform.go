@@ -57,7 +57,7 @@ func (f *tarForm) add(ctx context.Context, name string, header *tar.Header, cont
 			return fmt.Errorf("%w: its entries %s have more than %d bytes altogether",
 				errdefs.ErrInvalidArgument, dockerManifestFile, maxManifestBytes)
 		}
-		return f.documents.read(ctx, ocispec.Descriptor{Size: size}, func(context.Context, ocispec.Descriptor) (io.ReadCloser, error) {
+		return f.documents.Read(ctx, ocispec.Descriptor{Size: size}, func(context.Context, ocispec.Descriptor) (io.ReadCloser, error) {
 			return io.NopCloser(io.LimitReader(content, size)), nil
 		}, func(data []byte) error {
 			f.describesImage = isDockerManifest(data)
