@@ -28,6 +28,12 @@ type Credentials struct {
 // Operator returns the credentials for what the operator asks for: those of the node.
 func Operator() Credentials { return Credentials{operator: true} }
 
+// AsOperator returns the credentials for what the operator asks for with them: those of the node may be used beside them.
+func (c Credentials) AsOperator() Credentials {
+	c.operator = true
+	return c
+}
+
 // InNamespace returns the credentials for a volume in a namespace.
 func (c Credentials) InNamespace(namespace string) Credentials {
 	c.namespace = namespace

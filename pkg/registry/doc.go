@@ -1,4 +1,4 @@
-// Package registry is a client of container registries: it resolves tags, fetches manifests, and downloads blobs.
+// Package registry is a client of container registries: it resolves tags, fetches manifests, downloads blobs, and pushes images.
 //
 // A Client is configured with containerd's certs.d directory for hosts and mirrors, and with the node's credentials. A
 // Repository is the repository of one image, accessed with one set of Credentials.

@@ -36,11 +36,11 @@ func (r *Repository) newDocument(ctx context.Context, size int64) (document, err
 	if failed == nil {
 		return largeDocument{file}, nil
 	}
-	if err := r.spare.Acquire(ctx, size); err != nil {
+	if err := r.client.spare.Acquire(ctx, size); err != nil {
 		return nil, fmt.Errorf("%w: the manifest is too large for the memory that is left (%w), and for the disk: %w",
 			errdefs.ErrUnavailable, err, failed)
 	}
-	content := &memoryDocument{release: func() { r.spare.Release(size) }}
+	content := &memoryDocument{release: func() { r.client.spare.Release(size) }}
 	content.Grow(int(size) + bytes.MinRead)
 	return content, nil
 }

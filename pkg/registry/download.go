@@ -24,8 +24,8 @@ const (
 	// slowRate is the minimum rate in bytes a second that a download must have on average over slowPeriod, pauses included.
 	slowRate   = 16 << 10
 	slowPeriod = 5 * time.Minute
-	// downloadSize is the size in bytes of one read from a registry.
-	downloadSize = 256 << 10
+	// transferSize is the size in bytes of one read from a registry, and of one write to it.
+	transferSize = 256 << 10
 )
 
 // errStalled is the cause of a request that was canceled because it received less than minRate.
@@ -123,7 +123,7 @@ func (d *download) attempt(ctx context.Context) error {
 		return d.repository.wrap(fetchOp(d.descriptor), stallCause(ctx, err))
 	}
 	defer body.Close()
-	buffer := make([]byte, downloadSize)
+	buffer := make([]byte, transferSize)
 	for {
 		n, err := body.Read(buffer)
 		if skipped := int(min(skip, int64(n))); skipped > 0 {
@@ -197,7 +197,7 @@ type limit struct {
 	cause  error
 }
 
-// cancelIfBelow cancels a request or a download that receives less than a limit. It returns when ctx is done.
+// cancelIfBelow cancels a request or a transfer with less than a limit. It returns when ctx is done.
 func cancelIfBelow(ctx context.Context, cancel context.CancelCauseFunc, received *atomic.Int64, limit limit) {
 	ticker := time.NewTicker(limit.period)
 	defer ticker.Stop()

@@ -2,6 +2,7 @@ package registry
 
 // Keys of log messages.
 const (
+	keyBlob     = "blob"
 	keyLayer    = "layer"
 	keyReason   = "reason"
 	keyReceived = "received"

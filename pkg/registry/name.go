@@ -2,6 +2,7 @@ package registry
 
 import (
 	"fmt"
+	"net/url"
 
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
@@ -24,3 +25,6 @@ func DisplayName(named reference.Named) string {
 	}
 	return named.String()
 }
+
+// hostName returns the host in the name of a registry, without its port.
+func hostName(registry string) string { return (&url.URL{Host: registry}).Hostname() }

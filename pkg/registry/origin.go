@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/url"
 
@@ -65,7 +66,7 @@ func (b boundHost) wrap(next http.RoundTripper) http.RoundTripper {
 }
 
 // keepSecrets removes configured headers from requests to other origins than the one that they are meant for. It returns an error for a
-// login or token that another origin would receive without encryption. It is below containerd's fallback from HTTPS to HTTP.
+// login, a token or content that another origin would receive without encryption. It is below containerd's fallback from HTTPS to HTTP.
 func keepSecrets(next http.RoundTripper) http.RoundTripper {
 	return roundTripper(func(request *http.Request) (*http.Response, error) {
 		bound, ok := request.Context().Value(boundHostKey{}).(boundHost)
@@ -73,9 +74,9 @@ func keepSecrets(next http.RoundTripper) http.RoundTripper {
 			return nil, errors.New("the request is meant for no host")
 		}
 		if to := originOf(request.URL); to != bound.origin {
-			if hasLogin(request) && !bound.mayGetLogin(to) {
-				return nil, fmt.Errorf("%w: credentials are not sent to http://%s without encryption; use https",
-					errdefs.ErrInvalidArgument, request.URL.Host)
+			if err := bound.checkEncryption(request, to); err != nil {
+				closeBody(request)
+				return nil, err
 			}
 			request = request.Clone(request.Context())
 			for key := range bound.header {
@@ -92,14 +93,39 @@ func keepSecrets(next http.RoundTripper) http.RoundTripper {
 	})
 }
 
-// mayGetLogin reports whether another origin may receive a login or token: by HTTPS, or by HTTP on a host that is configured with HTTP.
-func (b boundHost) mayGetLogin(to origin) bool {
-	return to.scheme == "https" || b.scheme == "http" && to.host == b.host
+// checkEncryption returns an error if a request would have another origin receive a login, a token or content without encryption, although
+// the host has it. A host that is configured with HTTP has none to keep.
+func (b boundHost) checkEncryption(request *http.Request, to origin) error {
+	switch {
+	case to.scheme == "https", b.scheme == "http" && to.host == b.host:
+		return nil
+	case request.Header.Get("Authorization") != "", b.isToken && hasBody(request):
+		return fmt.Errorf("%w: credentials are not sent to http://%s without encryption; use https",
+			errdefs.ErrInvalidArgument, request.URL.Host)
+	case hasBody(request) && b.scheme == "https" && (to.host != b.host || !isLoopback(to.host)):
+		return fmt.Errorf("%w: content is not sent to http://%s without encryption, where %s wants it; "+
+			"behind a proxy, a registry must be configured with its https address", errdefs.ErrInvalidArgument, request.URL.Host, b.host)
+	}
+	return nil
 }
 
-// hasLogin reports whether a request has a login or token. Only requests to token servers have a body.
+// isLoopback reports whether a host is this one. containerd tries HTTPS first there, and HTTP then.
+func isLoopback(host string) bool {
+	return host == "localhost" || net.ParseIP(host).IsLoopback()
+}
+
+// closeBody closes the body of a request that is not sent. containerd's pusher writes the body, and waits for somebody to read it.
+func closeBody(request *http.Request) {
+	if request.Body != nil {
+		request.Body.Close()
+	}
+}
+
+func hasBody(request *http.Request) bool { return request.Body != nil && request.Body != http.NoBody }
+
+// hasLogin reports whether a request for a token has a login or token.
 func hasLogin(request *http.Request) bool {
-	return request.Header.Get("Authorization") != "" || request.Body != nil && request.Body != http.NoBody
+	return request.Header.Get("Authorization") != "" || hasBody(request)
 }
 
 // checkTokenRedirect returns an error if a login would follow a redirect of a token server to another origin.
@@ -130,7 +156,11 @@ func (a *boundAuthorizer) Authorize(ctx context.Context, request *http.Request) 
 	if of == a.others {
 		request.Header.Del("Authorization")
 	}
-	return of.Authorize(ctx, request)
+	err := of.Authorize(ctx, request)
+	if err != nil {
+		closeBody(request)
+	}
+	return err
 }
 
 // AddResponses implements docker.Authorizer.

@@ -13,7 +13,6 @@ import (
 	"github.com/containerd/log"
 	"github.com/distribution/reference"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
@@ -23,9 +22,11 @@ type Repository struct {
 	named    reference.Named
 	registry string
 	resolver remotes.Resolver
-	config   Config
-	// spare is the memory of the client for large documents that the disk has no room for.
-	spare *semaphore.Weighted
+	// options are those of resolver.
+	options docker.ResolverOptions
+	// client has what all repositories share.
+	client *Client
+	config Config
 	// credentialsID identifies the credentials, those of the node included.
 	credentialsID string
 	// refusal says why the node's credentials are not used. It is empty if they are.
@@ -46,7 +47,7 @@ type sentLogin struct {
 // Repository returns the repository of an image. It sends no request.
 func (c *Client) Repository(named reference.Named, credentials Credentials) *Repository {
 	repository := &Repository{
-		named: named, registry: reference.Domain(named), config: c.config, spare: c.spare, credentialsID: credentials.ID(),
+		named: named, registry: reference.Domain(named), client: c, config: c.config, credentialsID: credentials.ID(),
 		lastLogin: &atomic.Pointer[sentLogin]{},
 	}
 	if credentials.ID() != "" {
@@ -73,10 +74,11 @@ func (c *Client) Repository(named reference.Named, credentials Credentials) *Rep
 		}
 		return "", "", nil
 	}
-	repository.resolver = docker.NewResolver(docker.ResolverOptions{
+	repository.options = docker.ResolverOptions{
 		Headers: c.header,
 		Hosts:   func(host string) ([]docker.RegistryHost, error) { return c.hosts(host, login) },
-	})
+	}
+	repository.resolver = docker.NewResolver(repository.options)
 	return repository
 }
 
