@@ -39,6 +39,7 @@ var mayImport = map[string][]string{
 	"pkg/store/merged":    {"pkg/unpack"},
 	"pkg/unpack":          {},
 	"pkg/registry":        {"pkg/image"},
+	"pkg/commit":          {"pkg/image", "pkg/image/compose", "pkg/reference", "pkg/registry"},
 	"pkg/image/compose":   {"pkg/image"},
 	"pkg/image":           {"pkg/unpack"},
 	"pkg/record":          {"pkg/dataroot", "pkg/kubeapi", "pkg/kubelet", "pkg/overlay", "pkg/reference", "pkg/spec", "pkg/upper"},

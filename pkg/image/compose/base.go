@@ -18,6 +18,9 @@ import (
 // (distribution, maxManifestBodySize).
 const maxDocument = 4 << 20
 
+// ErrNoBase is returned for what cannot be the image below another layer. Alone makes an image above it all the same.
+var ErrNoBase = fmt.Errorf("%w: not an image that containers run and that may be distributed", errdefs.ErrFailedPrecondition)
+
 // Base is the image that a new layer is put on.
 type Base struct {
 	// Manifest is the digest of its manifest.
@@ -39,8 +42,8 @@ var ociTypes = map[string]string{
 	images.MediaTypeDockerSchema2LayerZstd: ocispec.MediaTypeImageLayerZstd,
 }
 
-// ReadBase reads the manifest and the configuration that an image has for a platform. It returns ErrFailedPrecondition for an artifact, and
-// for an image with layers that may not be distributed: there, only Alone is left.
+// ReadBase reads the manifest and the configuration that an image has for a platform. It returns ErrNoBase for an artifact, and for an
+// image with layers that may not be distributed.
 func ReadBase(
 	ctx context.Context, root ocispec.Descriptor, platform platforms.MatchComparer, documents *image.Documents, fetch image.Fetch,
 ) (Base, error) {
@@ -53,7 +56,7 @@ func ReadBase(
 		return Base{}, err
 	}
 	if !images.IsConfigType(manifest.Config.MediaType) {
-		return Base{}, fmt.Errorf("%w: %s is an artifact, and no image that containers run", errdefs.ErrFailedPrecondition, root.Digest)
+		return Base{}, fmt.Errorf("%w: %s is an artifact", ErrNoBase, root.Digest)
 	}
 	base := Base{Manifest: found.Digest}
 	if err := read(ctx, manifest.Config, documents, fetch, &base.config); err != nil {
@@ -63,16 +66,15 @@ func ReadBase(
 		return Base{}, err
 	}
 	if len(base.DiffIDs) != len(manifest.Layers) {
-		return Base{}, fmt.Errorf("%w: image %s has %d layers, but its configuration has %d diff IDs",
-			errdefs.ErrFailedPrecondition, root.Digest, len(manifest.Layers), len(base.DiffIDs))
+		return Base{}, fmt.Errorf("%w: %s has %d layers, but its configuration has %d diff IDs", ErrNoBase,
+			root.Digest, len(manifest.Layers), len(base.DiffIDs))
 	}
 	for _, layer := range manifest.Layers {
 		if converted, ok := ociTypes[layer.MediaType]; ok {
 			layer.MediaType = converted
 		}
 		if !images.IsLayerType(layer.MediaType) || images.IsNonDistributable(layer.MediaType) {
-			return Base{}, fmt.Errorf("%w: layer %s of the image has the media type %q, with which it cannot be sent to another repository",
-				errdefs.ErrFailedPrecondition, layer.Digest, layer.MediaType)
+			return Base{}, fmt.Errorf("%w: layer %s has the media type %q", ErrNoBase, layer.Digest, layer.MediaType)
 		}
 		layer.URLs, layer.Data = nil, nil
 		base.Layers = append(base.Layers, layer)

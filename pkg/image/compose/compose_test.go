@@ -119,8 +119,9 @@ func TestImageKeepsItsBase(t *testing.T) {
 			if !reflect.DeepEqual(types, want) || manifest.Layers[2].Digest != layer.Descriptor.Digest {
 				t.Errorf("the layers are %v with the types %v", manifest.Layers, types)
 			}
-			if id := manifest.Annotations[ocispec.AnnotationBaseImageDigest]; id != root.Digest.String() || manifest.Annotations["example.com/key"] != "value" {
-				t.Errorf("the annotations are %v", manifest.Annotations)
+			names := manifest.Annotations
+			if names[ocispec.AnnotationBaseImageDigest] != root.Digest.String() || names["example.com/key"] != "value" {
+				t.Errorf("the annotations are %v", names)
 			}
 			var config struct {
 				Config  map[string]any
@@ -135,8 +136,9 @@ func TestImageKeepsItsBase(t *testing.T) {
 			if len(config.RootFS.DiffIDs) != 3 || config.RootFS.DiffIDs[2] != digest.FromString("new") {
 				t.Errorf("the diff IDs are %v", config.RootFS.DiffIDs)
 			}
-			if history && (len(config.History) != 3 || config.History[0]["x-unknown"] == nil || config.History[2]["created_by"] != details.CreatedBy) {
-				t.Errorf("the history is %v", config.History)
+			entries := config.History
+			if history && (len(entries) != 3 || entries[0]["x-unknown"] == nil || entries[2]["created_by"] != details.CreatedBy) {
+				t.Errorf("the history is %v", entries)
 			}
 			if !history && config.History != nil {
 				t.Errorf("there is the history %v, with fewer entries than layers", config.History)
@@ -161,13 +163,13 @@ func TestBaseIsRefused(t *testing.T) {
 		text     string
 	}{
 		"artifact": {
-			ocispec.Manifest{Config: ocispec.DescriptorEmptyJSON, Layers: []ocispec.Descriptor{layer}}, errdefs.ErrFailedPrecondition, "artifact",
+			ocispec.Manifest{Config: ocispec.DescriptorEmptyJSON, Layers: []ocispec.Descriptor{layer}}, compose.ErrNoBase, "artifact",
 		},
 		"layer that may not be distributed": {
-			ocispec.Manifest{Config: config, Layers: []ocispec.Descriptor{foreign}}, errdefs.ErrFailedPrecondition, "cannot be sent",
+			ocispec.Manifest{Config: config, Layers: []ocispec.Descriptor{foreign}}, compose.ErrNoBase, "media type",
 		},
 		"too few diff IDs": {
-			ocispec.Manifest{Config: config, Layers: []ocispec.Descriptor{layer, layer}}, errdefs.ErrFailedPrecondition, "2 layers",
+			ocispec.Manifest{Config: config, Layers: []ocispec.Descriptor{layer, layer}}, compose.ErrNoBase, "2 layers",
 		},
 		"configuration that is gone": {
 			ocispec.Manifest{
