@@ -12,13 +12,16 @@ const module = "github.com/overlay-csi/overlay-csi/"
 // mayImport is the map of packages, the topmost first: what each may import of this module. Every package may import pkg/linux.
 var mayImport = map[string][]string{
 	"cmd/overlay-csi": {
-		"pkg/admin", "pkg/dataroot", "pkg/driver", "pkg/image", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay",
+		"pkg/admin", "pkg/commit", "pkg/dataroot", "pkg/driver", "pkg/image", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay",
 		"pkg/overlaynode", "pkg/record", "pkg/registry", "pkg/store", "pkg/store/access", "pkg/unpack", "pkg/upper", "pkg/volume",
 	},
 	"cmd/overlayctl":      {"pkg/admin/api"},
 	"cmd/kubectl-overlay": {},
-	"pkg/admin":           {"pkg/admin/api", "pkg/diff", "pkg/image", "pkg/record", "pkg/registry", "pkg/spec", "pkg/store", "pkg/volume"},
-	"pkg/admin/api":       {},
+	"pkg/admin": {
+		"pkg/admin/api", "pkg/commit", "pkg/diff", "pkg/image", "pkg/image/compose", "pkg/record", "pkg/registry", "pkg/spec", "pkg/store",
+		"pkg/volume",
+	},
+	"pkg/admin/api": {},
 	"pkg/driver": {
 		"pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/overlaynode", "pkg/record", "pkg/reference", "pkg/spec",
 		"pkg/volume",

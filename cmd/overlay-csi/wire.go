@@ -17,8 +17,10 @@ import (
 	"k8s.io/utils/exec"
 
 	"github.com/overlay-csi/overlay-csi/pkg/admin"
+	"github.com/overlay-csi/overlay-csi/pkg/commit"
 	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
 	"github.com/overlay-csi/overlay-csi/pkg/driver"
+	"github.com/overlay-csi/overlay-csi/pkg/image"
 	"github.com/overlay-csi/overlay-csi/pkg/kubeapi"
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
@@ -105,12 +107,14 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 
+	handler := admin.NewHandler(layers, manager, records, newCommitter(root, opts), opts.store.MaxLayerBytes)
+
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { manager.Run(ctx); return nil })
 	group.Go(func() error { root.RunDeleter(ctx); return nil })
 	group.Go(func() error { layers.Run(ctx); return nil })
 	group.Go(func() error {
-		return admin.Serve(ctx, opts.adminSocket, admin.NewHandler(layers, manager, records, opts.store.MaxLayerBytes))
+		return admin.Serve(ctx, opts.adminSocket, handler)
 	})
 	group.Go(func() error { return server.Serve(ctx) })
 	if opts.httpEndpoint != "" {
@@ -194,9 +198,19 @@ func newStore(ctx context.Context, root *dataroot.Root, records *record.Store, o
 			return nil, fmt.Errorf("--registry-config: %w", err)
 		}
 	}
+	return store.New(ctx, root, records, newRegistryClient(root, opts), opts.store)
+}
+
+// newRegistryClient returns a client of registries that has room on the disk for large manifests.
+func newRegistryClient(root *dataroot.Root, opts options) *registry.Client {
 	config := opts.registry
 	config.SpoolDir, config.SpoolReserve = root.Path(), opts.store.MinFreeDiskPercent
-	return store.New(ctx, root, records, registry.NewClient(config), opts.store)
+	return registry.NewClient(config)
+}
+
+// newCommitter returns what makes images of volumes.
+func newCommitter(root *dataroot.Root, opts options) *commit.Committer {
+	return commit.New(newRegistryClient(root, opts), image.NewDocuments())
 }
 
 // newAPI returns a reader of the API server. Outside of a cluster and without --kubeconfig it is kubeapi.None.

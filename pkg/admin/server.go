@@ -62,10 +62,11 @@ type handler struct {
 	fetch func(ctx context.Context, named reference.Canonical) (store.Image, error)
 	// maxLayerBytes is how large a layer may be that is written, 0 for any size: the node would unpack no larger one.
 	maxLayerBytes int64
+	committer     committer
 }
 
 // NewHandler returns the handler of the admin socket. maxLayerBytes is how large a layer may be that is written, 0 for any size.
-func NewHandler(layers layerStore, volumes volumes, records records, maxLayerBytes int64) http.Handler {
+func NewHandler(layers layerStore, volumes volumes, records records, committer committer, maxLayerBytes int64) http.Handler {
 	fetch := func(ctx context.Context, named reference.Canonical) (store.Image, error) {
 		lease, err := layers.Pull(ctx, named, registry.Operator(), "")
 		if err != nil {
@@ -74,7 +75,7 @@ func NewHandler(layers layerStore, volumes volumes, records records, maxLayerByt
 		defer lease.Release()
 		return lease.Image, nil
 	}
-	return newMux(&handler{layers, volumes, records, fetch, maxLayerBytes})
+	return newMux(&handler{layers, volumes, records, fetch, maxLayerBytes, committer})
 }
 
 func newMux(h *handler) http.Handler {
@@ -85,6 +86,7 @@ func newMux(h *handler) http.Handler {
 	mux.HandleFunc("GET /v1/volumes/{id}", answer(h.describe))
 	mux.HandleFunc("GET /v1/volumes/{id}/diff", h.diff)
 	mux.HandleFunc("POST /v1/volumes/{id}/layer", h.writeLayer)
+	mux.HandleFunc("POST /v1/volumes/{id}/push", h.push)
 	mux.HandleFunc("POST /v1/gc", answer(h.gc))
 	mux.HandleFunc("POST /v1/pull", h.pull)
 	return mux
