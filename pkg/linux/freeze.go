@@ -15,8 +15,8 @@ const (
 	unshareRange = 0x40       // FALLOC_FL_UNSHARE_RANGE
 )
 
-// FreezeFS writes the file system of an open directory to its disk, and has everybody wait who wants to write to it until [ThawFS] (FIFREEZE,
-// ioctl_fifreeze(2)). A journal is empty then. The error is EBUSY if it is frozen already, and EOPNOTSUPP where it cannot be. It stays
+// FreezeFS writes the file system of an open directory to its disk, and has everybody wait who wants to write to it until [ThawFS]
+// (FIFREEZE, fsfreeze(8)). A journal is empty then. The error is EBUSY if it is frozen already, and EOPNOTSUPP where it cannot be. It stays
 // frozen when the process ends.
 func FreezeFS(dir *os.File) error {
 	return call("FIFREEZE", dir, func(fd int) error { return unix.IoctlSetInt(fd, ioctlFreeze, 0) })

@@ -9,6 +9,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 
@@ -245,6 +247,29 @@ func (b *Backends) DiscardFrozen(id string) error {
 	b.makeWritable(id)
 	if err := b.config.Discard(filepath.Join(b.config.Root.Name(), frozenDir, id)); err != nil {
 		return fmt.Errorf("discard a frozen upper: %w", err)
+	}
+	return nil
+}
+
+// CopyRootXattr gives the root of a new upper the extended attributes of the root of a frozen one: those that pods have set, and the
+// driver's own. Those of overlayfs say what is in one upper, and those of security modules come from the node.
+func CopyRootXattr(frozen, dir *os.File) error {
+	names, err := linux.ListXattr(frozen)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if strings.HasPrefix(name, "trusted.overlay.") || strings.HasPrefix(name, "security.") {
+			continue
+		}
+		value, err := linux.GetXattr(frozen, name)
+		if err != nil {
+			return err
+		}
+		// They may be on other file systems.
+		if err := linux.SetXattr(dir, name, value); err != nil && !errors.Is(err, syscall.EOPNOTSUPP) {
+			return err
+		}
 	}
 	return nil
 }

@@ -270,7 +270,15 @@ func (p *publishing) prepareUpper(ctx context.Context) error {
 	}
 	p.dirs, err = p.upper.Prepare(ctx, root)
 	p.prepared = err == nil
-	return err
+	if err != nil || len(p.frozen) == 0 || p.after.Made {
+		return err
+	}
+	// No pod has had it yet, also if a crash left it.
+	if err := upper.CopyRootXattr(p.frozen[0], p.dirs.Upper); err != nil {
+		return fmt.Errorf("copy the attributes of the root: %w", err)
+	}
+	// An access control list changes the mode.
+	return upper.SetGroup(p.dirs.Upper, root.GID, root.Mode)
 }
 
 // rootAttr returns the attributes of the root of a new upper: those of the topmost directory below it.
