@@ -74,6 +74,67 @@ func TestUpperGroups(t *testing.T) {
 	}
 }
 
+// TestFrozenUppers: frozen uppers lie above the layers, each of them with groups of its own, on detached mounts too. What they hide is
+// hidden, and the owner of the layers is not theirs.
+func TestFrozenUppers(t *testing.T) {
+	for name, m := range mounters(t) {
+		t.Run(name, func(t *testing.T) {
+			requireFeature(t, "id-mapped-upper")
+			dir := tmpfs(t)
+			detached := func(name string) *os.File {
+				mount, err := detachedCopy(open(t, filepath.Join(dir, name)).Name())
+				check(t, err)
+				t.Cleanup(func() { mount.Close() })
+				return mount
+			}
+			for name, group := range map[string]int{"first/a": 1000, "second/a": 1, "second/b": 3000, "third/c": 7, "layer/d": 0, "layer/e": 0} {
+				path := filepath.Join(dir, name)
+				check(t, os.MkdirAll(filepath.Dir(path), 0o755))
+				check(t, os.WriteFile(path, []byte(name), 0o600))
+				check(t, os.Chown(path, 0, group))
+			}
+			check(t, unix.Mknod(filepath.Join(dir, "second/e"), unix.S_IFCHR, 0))
+			spec := Spec{
+				Frozen: []FrozenUpper{
+					{Dir: open(t, dir+"/first"), Groups: []Swap{{A: 1000, B: 2000}}},
+					{Dir: detached("second"), Groups: []Swap{{A: 3000, B: 2000}}, Detached: true},
+					{Dir: detached("third"), Detached: true},
+				},
+				Lowers: []*os.File{open(t, dir+"/layer")}, Upper: open(t, dir+"/upper"), Work: open(t, dir+"/work"),
+				LayerOwner: IDs{GID: 2000},
+			}
+			target := filepath.Join(dir, "target")
+			check(t, m.Overlay(spec, open(t, target)))
+			defer func() { check(t, m.Unmount(target)) }()
+			for name, group := range map[string]uint32{"a": 2000, "b": 2000, "c": 7, "d": 2000} {
+				wantGroup(t, filepath.Join(target, name), group)
+			}
+			if content, err := os.ReadFile(filepath.Join(target, "a")); err != nil || string(content) != "first/a" {
+				t.Errorf("a is %q, %v", content, err)
+			}
+			if _, err := os.Lstat(filepath.Join(target, "e")); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("what a frozen upper removes shows: %v", err)
+			}
+			// A copy has the owner that the view shows.
+			check(t, os.Chmod(filepath.Join(target, "b"), 0o640))
+			wantGroup(t, filepath.Join(dir, "upper/b"), 2000)
+			if entries, err := os.ReadDir(m.scratch); err != nil || len(entries) > 0 {
+				t.Errorf("left of the mount: %v, %v", entries, err)
+			}
+		})
+	}
+}
+
+// TestFrozenGroupsOnAnOldKernel: a kernel that cannot show them is no reason to show others.
+func TestFrozenGroupsOnAnOldKernel(t *testing.T) {
+	dir := open(t, t.TempDir())
+	m := &Mounter{}
+	spec := Spec{Frozen: []FrozenUpper{{Dir: dir, Groups: []Swap{{1, 2}}}}, Lowers: []*os.File{dir}}
+	if _, err := m.mapLowers(&spec); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "fsGroup") {
+		t.Errorf("got %v, want what to do", err)
+	}
+}
+
 // exhaustedEnv is set in the process that TestNoUserNamespaces runs where there may be no user namespace.
 const exhaustedEnv = "OVERLAY_CSI_TEST_NO_NAMESPACES"
 
