@@ -45,7 +45,7 @@ func wireVolume(d volume.Description) (api.Volume, error) {
 	}
 	v := api.Volume{
 		ID: d.ID, Spec: spec, Inline: d.Inline, SizeBytes: d.SizeBytes, Backend: string(d.Backend), Resolved: d.Resolved, Layers: d.Layers,
-		Publications: []api.Publication{},
+		Frozen: d.Frozen, Publications: []api.Publication{},
 	}
 	for _, p := range d.Publications {
 		v.Publications = append(v.Publications, api.Publication{

@@ -115,8 +115,10 @@ type Volume struct {
 	// Resolved are the digests that references to images and archives were resolved to, by reference.
 	Resolved map[string]digest.Digest `json:"resolved,omitempty"`
 	// Layers are the diff IDs of its layers in the store.
-	Layers       []digest.Digest `json:"layers,omitempty"`
-	Publications []Publication   `json:"publications"`
+	Layers []digest.Digest `json:"layers,omitempty"`
+	// Frozen are the paths of its frozen uppers in the data root, the topmost first.
+	Frozen       []string      `json:"frozen,omitempty"`
+	Publications []Publication `json:"publications"`
 	// Conditions are what is wrong with it.
 	Conditions []Condition `json:"conditions,omitempty"`
 }
