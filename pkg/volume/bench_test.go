@@ -2,6 +2,7 @@ package volume_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -21,6 +22,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/kubeapi"
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
@@ -93,6 +95,76 @@ func BenchmarkReconcile(b *testing.B) {
 	}
 }
 
+// BenchmarkSnapshot is a snapshot of a claim at rest, and a clone of that, by what was written to the claim.
+func BenchmarkSnapshot(b *testing.B) {
+	for _, c := range []struct {
+		name  string
+		files int
+		bytes int64
+	}{{"1-file-1MiB", 1, 1 << 20}, {"100000-files-10GiB", 100_000, 10 << 30 / 100_000}} {
+		b.Run(c.name, func(b *testing.B) {
+			n := newBenchNode(b)
+			check := func(err error) {
+				if err != nil {
+					b.Helper()
+					b.Fatal(err)
+				}
+			}
+			made := n.dirs(3)
+			made.Upper = spec.UpperClaim
+			_, err := n.manager.Create(b.Context(), volume.CreateRequest{Name: "v", Spec: made, Access: spec.ReadWriteOnce})
+			check(err)
+			target := filepath.Join(n.dir, "target")
+			check(n.manager.Publish(b.Context(), volume.PublishRequest{VolumeID: "v", Target: target, Spec: made, Access: spec.ReadWriteOnce}))
+			fill(b, target, c.files, c.bytes)
+			check(n.manager.Unpublish(b.Context(), "v", target))
+			var snapshot, clone time.Duration
+			for b.Loop() {
+				began := time.Now()
+				_, err := n.manager.CreateSnapshot(b.Context(), volume.SnapshotRequest{Name: "s", Volume: "v"})
+				snapshot += time.Since(began)
+				check(err)
+				began = time.Now()
+				_, err = n.manager.Create(b.Context(), volume.CreateRequest{
+					Name: "c", Spec: made, Access: spec.ReadWriteOnce, Source: volume.Source{Snapshot: "s"},
+				})
+				clone += time.Since(began)
+				check(err)
+				// The upper goes back, to be frozen again.
+				r, err := n.config.Records.Load("v")
+				check(err)
+				path := filepath.Join(n.config.Root.Path(), upper.FrozenPath(r.Frozen[0].Backend, r.Frozen[0].ID))
+				check(os.Rename(path, filepath.Join(n.config.Records.Dir("v"), "upper")))
+				r.Frozen = nil
+				check(n.config.Records.Save(r))
+				check(n.manager.Delete(b.Context(), "c"))
+				check(n.manager.DeleteSnapshot(b.Context(), "s"))
+			}
+			b.ReportMetric(float64(snapshot.Microseconds())/float64(b.N), "µs/snapshot")
+			b.ReportMetric(float64(clone.Microseconds())/float64(b.N), "µs/clone")
+		})
+	}
+}
+
+// fill makes files of so many bytes each, a thousand in a directory.
+func fill(b *testing.B, dir string, files int, bytes int64) {
+	b.Helper()
+	for i := range files {
+		parent := filepath.Join(dir, fmt.Sprint(i/1000))
+		err := os.MkdirAll(parent, 0o755)
+		var file *os.File
+		if err == nil {
+			file, err = os.Create(filepath.Join(parent, fmt.Sprint(i)))
+		}
+		if err == nil {
+			err = errors.Join(linux.Reserve(file, bytes), file.Close())
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 func cpuTime(b *testing.B) time.Duration {
 	var usage unix.Rusage
 	if err := unix.Getrusage(unix.RUSAGE_SELF, &usage); err != nil {
@@ -103,7 +175,7 @@ func cpuTime(b *testing.B) time.Duration {
 
 // benchNode is a manager with all that it needs.
 type benchNode struct {
-	b       *testing.B
+	b       testing.TB
 	dir     string
 	config  volume.Config
 	manager *volume.Manager
@@ -111,8 +183,10 @@ type benchNode struct {
 	count   int
 }
 
-func newBenchNode(b *testing.B) *benchNode {
-	dir := b.TempDir()
+func newBenchNode(b *testing.B) *benchNode { return newNodeIn(b, b.TempDir()) }
+
+// newNodeIn is a node with all of its directories in dir.
+func newNodeIn(b testing.TB, dir string) *benchNode {
 	check := func(err error) {
 		if err != nil {
 			b.Helper()
