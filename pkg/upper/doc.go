@@ -18,8 +18,7 @@
 // The file systems of disk-image and tmpfs are mounted in Config.MountDir, at the first half of the SHA-256 of the base in
 // hexadecimal, while the upper is in use.
 //
-// A frozen upper, which became read-only, is in frozen/<id> beneath the data root: upper/, data/ or disk.img, as its backend had it. Nothing
-// is mounted in Config.MountDir for it.
+// A frozen upper, which became read-only, is in frozen/<id> beneath the data root: upper/, data/ or disk.img, as its backend had it.
 //
 // Names that end in .new are being made, and are renamed when they are complete. A crash may leave them; the next Prepare
 // uses or replaces them.
