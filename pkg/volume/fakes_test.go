@@ -379,7 +379,7 @@ func (b fakeBackends) ListFrozen() ([]string, error) {
 	return ids, err
 }
 
-func (b fakeBackends) DiscardFrozen(id string) error { return fakeRoot{b.n}.Discard(b.frozenDir(id)) }
+func (b fakeBackends) DiscardFrozen(id string) error { return fakeRoot(b).Discard(b.frozenDir(id)) }
 
 // fakeUpper keeps to the life cycle of upper.Upper.
 type fakeUpper struct {
