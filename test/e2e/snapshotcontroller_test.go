@@ -47,7 +47,7 @@ func prepareSnapshots() error {
 		return err
 	}
 	defer os.Remove(manifest.Name())
-	_, err = manifest.WriteString(strings.Replace(snapshotController, "IMAGE", image, 1))
+	_, err = manifest.WriteString(strings.Replace(snapshotController, "image: IMAGE", "image: "+image, 1))
 	if err := errors.Join(err, manifest.Close()); err != nil {
 		return err
 	}
