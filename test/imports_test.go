@@ -48,6 +48,7 @@ var mayImport = map[string][]string{
 	"pkg/record":          {"pkg/dataroot", "pkg/kubeapi", "pkg/kubelet", "pkg/overlay", "pkg/reference", "pkg/spec", "pkg/upper"},
 	"pkg/upper":           {"pkg/dataroot", "pkg/kubelet", "pkg/overlay"},
 	"pkg/upper/uppertest": {"pkg/upper"},
+	"pkg/squash":          {},
 	"pkg/kubelet":         {},
 	"pkg/kubeapi":         {"pkg/kubelet"},
 	"pkg/spec":            {"pkg/reference"},

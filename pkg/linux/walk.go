@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"syscall"
@@ -185,6 +186,36 @@ func OpenNamed(dir *os.File, path, name string) (*os.File, error) {
 	return open("openat", dir, path, name, func(fd int) (int, error) {
 		return unix.Openat(fd, path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	})
+}
+
+// Listing reads the names in a directory one by one, and takes no more memory for a large one.
+type Listing struct {
+	list listing
+	// after is the position after the name that was read last.
+	after int64
+}
+
+// NewListing returns a listing of a directory that is open for reading. It moves the position of the handle, which must be used for
+// nothing else that does.
+func NewListing(dir *os.File) *Listing { return &Listing{list: listing{dir: dir}} }
+
+// Next returns the next name, "." and ".." left out, and "" at the end.
+func (l *Listing) Next() (string, error) {
+	name, offset, err := l.list.next()
+	if name != "" {
+		l.after = offset
+	}
+	return name, err
+}
+
+// Pause gives the memory back until the next call of Next, which reads on in the directory.
+func (l *Listing) Pause() error {
+	if l.list.buf == nil {
+		return nil
+	}
+	l.list.buf, l.list.left = nil, nil
+	_, err := l.list.dir.Seek(l.after, io.SeekStart)
+	return err
 }
 
 // listing reads the entries of a directory, and the position after each, which os.File does not give.
