@@ -29,10 +29,11 @@ var mayImport = map[string][]string{
 	"pkg/overlaynode": {},
 	"pkg/volume": {
 		"pkg/dataroot", "pkg/diff", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/record", "pkg/reference", "pkg/spec",
-		"pkg/store", "pkg/upper", "pkg/volume/chown",
+		"pkg/store", "pkg/upper", "pkg/volume/chown", "pkg/volume/flatten",
 	},
-	"pkg/volume/chown": {},
-	"pkg/diff":         {"pkg/unpack"},
+	"pkg/volume/chown":   {},
+	"pkg/volume/flatten": {"pkg/record", "pkg/upper"},
+	"pkg/diff":           {"pkg/unpack"},
 	"pkg/layer": {
 		"pkg/dataroot", "pkg/image", "pkg/kubeapi", "pkg/kubelet", "pkg/overlay", "pkg/reference", "pkg/registry", "pkg/store",
 	},
@@ -46,7 +47,7 @@ var mayImport = map[string][]string{
 	"pkg/image/compose":   {"pkg/image"},
 	"pkg/image":           {"pkg/unpack"},
 	"pkg/record":          {"pkg/dataroot", "pkg/kubeapi", "pkg/kubelet", "pkg/overlay", "pkg/reference", "pkg/spec", "pkg/upper"},
-	"pkg/upper":           {"pkg/dataroot", "pkg/kubelet", "pkg/overlay"},
+	"pkg/upper":           {"pkg/dataroot", "pkg/kubelet", "pkg/overlay", "pkg/squash"},
 	"pkg/upper/uppertest": {"pkg/upper"},
 	"pkg/squash":          {},
 	"pkg/kubelet":         {},

@@ -68,3 +68,15 @@ func HoldStarts() (release func()) {
 		unlock()
 	}
 }
+
+// SetIdleIO has the disk serve the calling thread when nothing else is to be done, where the disk's scheduler knows such a thing
+// (ioprio_set(2)). As for [Setpriority], the caller has locked its goroutine to the thread.
+func SetIdleIO() error {
+	// include/uapi/linux/ioprio.h.
+	const (
+		ofProcess = 1
+		idleClass = 3 << 13
+	)
+	_, _, errno := unix.Syscall(unix.SYS_IOPRIO_SET, ofProcess, 0, idleClass)
+	return os.NewSyscallError("ioprio_set", asError(errno))
+}

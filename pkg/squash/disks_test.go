@@ -90,8 +90,8 @@ func TestMergeCopies(t *testing.T) {
 		make   func(t *testing.T, upper string)
 		linked bool
 	}{
-		"link":    {plain, Merge, func(t *testing.T, upper string) { must(t, os.Mkdir(upper, 0o755)) }, true},
-		"apart":   {plain + "/apart", MergeApart, func(t *testing.T, upper string) { must(t, os.MkdirAll(upper, 0o755)) }, false},
+		"link":  {plain, Merge, func(t *testing.T, upper string) { must(t, os.Mkdir(upper, 0o755)) }, true},
+		"apart": {plain + "/apart", MergeApart, func(t *testing.T, upper string) { must(t, os.MkdirAll(upper, 0o755)) }, false},
 		// A directory of another project (project quotas) does not take links either.
 		"subvolume": {btrfs, Merge, func(t *testing.T, upper string) {
 			run(t, "btrfs", "subvolume", "create", upper)

@@ -218,7 +218,7 @@ func (f *files) copyRegular(ctx context.Context, upper int, found result, from, 
 // copyContent copies the content of a file, by sharing its blocks if the file system can do that.
 func (f *files) copyContent(ctx context.Context, upper int, from, to *os.File) error {
 	if !f.noClones[upper] {
-		err := linux.CloneFile(from, to)
+		err := linux.Clone(to, from)
 		if err == nil {
 			return nil
 		}

@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/squash"
 )
 
 // A frozen upper is an upper that became read-only, so that overlayfs can take it as a lower. It lies in a directory of its own,
@@ -283,4 +284,114 @@ func (b *Backends) makeWritable(id string) {
 	if there, err := exists(data); err == nil && there {
 		_, _ = runBtrfs(context.Background(), b.config.Commands, "property", "set", "-ts", data, "ro", "false")
 	}
+}
+
+// MergeFrozen merges frozen uppers of one backend, the topmost first, into a new one, which is on the disk when it returns. Where views may
+// have them mounted, isApart has it copy files that it would link otherwise: a link changes what a view shows of a file, its link count.
+// What a failed call left is discarded by DiscardFrozen. It returns ErrFailedPrecondition if their roots have different groups, which
+// views may map, and ErrInvalidArgument for disk images.
+func (b *Backends) MergeFrozen(ctx context.Context, backend Backend, ids []string, into string, isApart bool) error {
+	if backend == DiskImage {
+		return fmt.Errorf("%w: frozen uppers in disk images are not merged", errdefs.ErrInvalidArgument)
+	}
+	uppers, err := b.openAllFrozen(ctx, backend, ids)
+	if err != nil {
+		return err
+	}
+	defer closeFiles(uppers)
+	frozen, err := b.makeFrozen(into)
+	if err != nil {
+		return err
+	}
+	defer frozen.Close()
+	merged, err := makeMerged(frozen, backend)
+	if err != nil {
+		return err
+	}
+	defer merged.Close()
+	merge := squash.Merge
+	if isApart || backend == ProjectQuota {
+		// A file that was linked would still count for the project of the upper that it was in.
+		merge = squash.MergeApart
+	}
+	if err := merge(ctx, uppers, merged); err != nil {
+		return fmt.Errorf("merge %d frozen uppers: %w", len(ids), err)
+	}
+	return nil
+}
+
+// makeMerged makes the directory of a frozen upper where OpenFrozen looks for it.
+func makeMerged(frozen *os.File, backend Backend) (*os.File, error) {
+	if backend != ProjectQuota && backend != BtrfsQgroup {
+		if err := linux.Mkdirat(frozen, upperName, 0o755); err != nil {
+			return nil, err
+		}
+		return linux.OpenDirAt(frozen, upperName)
+	}
+	if err := linux.Mkdirat(frozen, dataName, 0o755); err != nil {
+		return nil, err
+	}
+	data, err := linux.OpenDirAt(frozen, dataName)
+	if err != nil {
+		return nil, err
+	}
+	defer data.Close()
+	if err := linux.Mkdirat(data, upperName, 0o755); err != nil {
+		return nil, err
+	}
+	return linux.OpenDirAt(data, upperName)
+}
+
+func (b *Backends) openAllFrozen(ctx context.Context, backend Backend, ids []string) (uppers []*os.File, err error) {
+	defer func() {
+		if err != nil {
+			closeFiles(uppers)
+		}
+	}()
+	for _, id := range ids {
+		dir, err := b.OpenFrozen(ctx, backend, id)
+		if err != nil {
+			return uppers, err
+		}
+		uppers = append(uppers, dir)
+		root, err := RootAttrOf(dir)
+		if err != nil {
+			return uppers, err
+		}
+		first, err := RootAttrOf(uppers[0])
+		if err != nil {
+			return uppers, err
+		}
+		if root.GID != first.GID {
+			return uppers, fmt.Errorf("%w: the roots of the frozen uppers %s and %s have the groups %d and %d",
+				errdefs.ErrFailedPrecondition, ids[0], id, first.GID, root.GID)
+		}
+	}
+	return uppers, nil
+}
+
+func closeFiles(files []*os.File) {
+	for _, file := range files {
+		file.Close()
+	}
+}
+
+// MeasureFrozen returns how many bytes and inodes frozen uppers take.
+func (b *Backends) MeasureFrozen(ctx context.Context, backend Backend, ids []string) (bytes, inodes int64, err error) {
+	for _, id := range ids {
+		dir, err := b.OpenFrozen(ctx, backend, id)
+		if err != nil {
+			return 0, 0, err
+		}
+		_, err = linux.Walk(ctx, dir, func(_ *os.File, _ string, stat linux.Stat) error {
+			bytes += stat.DiskBytes()
+			inodes++
+			return nil
+		})
+		dir.Close()
+		if err != nil {
+			return 0, 0, fmt.Errorf("measure a frozen upper: %w", err)
+		}
+	}
+	return bytes, inodes, nil
 }

@@ -63,6 +63,9 @@ type fakeNode struct {
 	onDiskUsage func() int64
 	// found is what is found in other volumes of a pod.
 	found upper.FoundPodVolumes
+	// measured is what frozen uppers take of the disk. mergedApart is set if they were copied when they were merged last.
+	measured    int64
+	mergedApart bool
 	// layerDir is the one layer that each reference resolves to.
 	layerDir *os.File
 }
@@ -363,6 +366,24 @@ func (b fakeBackends) OpenFrozen(_ context.Context, _ upper.Backend, id string) 
 func (b fakeBackends) CheckFrozen(_ upper.Backend, id string) error {
 	if !exists(b.frozenDir(id)) {
 		return errdefs.ErrNotFound
+	}
+	return nil
+}
+
+func (b fakeBackends) MeasureFrozen(context.Context, upper.Backend, []string) (bytes, inodes int64, err error) {
+	return b.n.measured, 1, b.n.failing("measure frozen")
+}
+
+func (b fakeBackends) MergeFrozen(_ context.Context, _ upper.Backend, ids []string, into string, isApart bool) error {
+	check(b.n.t, os.MkdirAll(filepath.Join(b.frozenDir(into), "upper"), 0o700))
+	if err := b.n.failing("merge frozen"); err != nil {
+		return err
+	}
+	b.n.mergedApart = isApart
+	for _, id := range ids {
+		if err := os.CopyFS(filepath.Join(b.frozenDir(into), "upper"), os.DirFS(filepath.Join(b.frozenDir(id), "upper"))); err != nil {
+			return err
+		}
 	}
 	return nil
 }

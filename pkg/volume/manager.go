@@ -10,6 +10,7 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -38,6 +39,8 @@ const (
 	keyDir      = "directory"
 	keySnapshot = "snapshot"
 	keyFrozen   = "frozen"
+	keyCount    = "count"
+	keyReplaced = "replaced"
 )
 
 // dataRoot is where the volumes are.
@@ -93,6 +96,8 @@ type frozenBackends interface {
 	CopyInUse(ctx context.Context, at upper.Location, id string) error
 	OpenFrozen(ctx context.Context, backend upper.Backend, id string) (*os.File, error)
 	CheckFrozen(backend upper.Backend, id string) error
+	MeasureFrozen(ctx context.Context, backend upper.Backend, ids []string) (bytes, inodes int64, err error)
+	MergeFrozen(ctx context.Context, backend upper.Backend, ids []string, into string, isApart bool) error
 	ListFrozen() ([]string, error)
 	DiscardFrozen(id string) error
 	Thaw() error
@@ -170,6 +175,9 @@ func (m *Manager) Run(ctx context.Context) {
 	m.reconcile(ctx)
 	m.ready.Store(true)
 	klog.FromContext(ctx).Info("Ready")
+	var flattening sync.WaitGroup
+	defer flattening.Wait()
+	flattening.Go(func() { m.flattenAll(ctx, m.config.ReconcileInterval) })
 	ticker := time.NewTicker(m.config.ReconcileInterval)
 	defer ticker.Stop()
 	for {

@@ -3,6 +3,9 @@ package volume
 import (
 	"context"
 	"errors"
+	"fmt"
+	"runtime"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -10,7 +13,10 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
+	"github.com/overlay-csi/overlay-csi/pkg/upper"
+	"github.com/overlay-csi/overlay-csi/pkg/volume/flatten"
 )
 
 const (
@@ -146,4 +152,179 @@ func (m *Manager) reconcilePublication(ctx context.Context, r *record.Record, p 
 	}
 	// kubelet may be waiting to unmount the volume that has the upper. The next publish prepares it again.
 	return m.uppers.open(r, &p).Yield()
+}
+
+// flattenAll merges frozen uppers of lists that are too long, one run after the other, and looks for new ones from time to time. It
+// returns when ctx is done.
+func (s *snapshots) flattenAll(ctx context.Context, interval time.Duration) {
+	// The thread ends with the goroutine: it keeps its priority.
+	runtime.LockOSThread()
+	if err := errors.Join(linux.Setpriority(lowestPriority), linux.SetIdleIO()); err != nil {
+		klog.FromContext(ctx).Error(err, "Could not lower the priority of merging frozen uppers")
+	}
+	ticker := time.NewTicker(interval)
+	defer ticker.Stop()
+	failed := map[string]bool{}
+	for ctx.Err() == nil {
+		if s.flatten(ctx, failed) {
+			continue
+		}
+		select {
+		case <-ctx.Done():
+		case <-ticker.C:
+		}
+	}
+}
+
+// lowestPriority is the niceness of what is done when there is nothing else to do.
+const lowestPriority = 19
+
+// flatten merges one run of frozen uppers. It reports whether there may be more to do. failed has the runs that could not be merged, and
+// are not tried again before the driver starts again.
+func (s *snapshots) flatten(ctx context.Context, failed map[string]bool) bool {
+	// The sweep does not run meanwhile: it would discard the merged one, which no record lists before it is complete.
+	s.listing.RLock()
+	defer s.listing.RUnlock()
+	logger := klog.FromContext(ctx)
+	lists, err := s.lists()
+	if err != nil {
+		logger.Error(err, "Could not look for frozen uppers to merge, will retry")
+		return false
+	}
+	run := flatten.Plan(lists, func(run []record.Frozen) bool { return failed[runKey(run)] })
+	if run == nil {
+		return false
+	}
+	merged, err := s.merge(ctx, lists, run)
+	switch {
+	case ctx.Err() != nil:
+		return false
+	case errdefs.IsResourceExhausted(err) || linux.IsNotWritable(err):
+		logger.Info("Frozen uppers are not merged now", keyReason, err.Error())
+		return false
+	case err != nil:
+		failed[runKey(run)] = true
+		logger.Error(err, "Could not merge frozen uppers")
+		return true
+	}
+	replaced := 0
+	for _, list := range lists {
+		if list.IsMounted || !flatten.Has(list.Frozen, run) {
+			continue
+		}
+		isDone, err := s.replace(ctx, list, run, merged)
+		if err != nil {
+			logger.Error(err, "Could not replace merged frozen uppers, will retry", keyVolume, list.Volume, keySnapshot, list.Snapshot)
+		}
+		if isDone || err != nil {
+			// After an error the disk may have the record. The sweep finds out.
+			replaced++
+		}
+	}
+	logger.Info("Frozen uppers merged", keyFrozen, merged.ID, keyCount, len(run), keyReplaced, replaced)
+	if replaced == 0 {
+		return false
+	}
+	return ctx.Err() == nil
+}
+
+// runKey names a run of frozen uppers: there is one with these ends.
+func runKey(run []record.Frozen) string { return run[0].ID + run[len(run)-1].ID }
+
+// lists returns the lists of frozen uppers of all records.
+func (s *snapshots) lists() ([]flatten.List, error) {
+	var lists []flatten.List
+	ids, err := s.volumes.List()
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range ids {
+		// Reconcile reports a record that cannot be read.
+		if r, err := s.volumes.Load(id); err == nil && len(r.Frozen) > 0 {
+			lists = append(lists, flatten.List{Volume: id, Frozen: r.Frozen, IsMounted: len(r.Publications) > 0})
+		}
+	}
+	if ids, err = s.records.List(); err != nil {
+		return nil, err
+	}
+	for _, id := range ids {
+		if made, err := s.records.Load(id); err == nil {
+			lists = append(lists, flatten.List{Snapshot: id, Frozen: made.Frozen})
+		}
+	}
+	return lists, nil
+}
+
+// merge merges a run of frozen uppers into a new one.
+func (s *snapshots) merge(ctx context.Context, lists []flatten.List, run []record.Frozen) (record.Frozen, error) {
+	merged := record.Frozen{ID: upper.NewFrozenID(), Backend: run[0].Backend, Group: run[0].Group}
+	var ids []string
+	for _, frozen := range run {
+		ids = append(ids, frozen.ID)
+		merged.Metacopy = merged.Metacopy || frozen.Metacopy
+	}
+	// As much as a copy takes: not every file system takes links.
+	bytes, inodes, err := s.uppers.backends.MeasureFrozen(ctx, merged.Backend, ids)
+	if err != nil {
+		return merged, err
+	}
+	if err := s.ledger.check(ctx, bytes); err != nil {
+		return merged, fmt.Errorf("merge frozen uppers: %w", err)
+	}
+	usage, err := linux.FileSystemUsageAt(s.root.Path())
+	if err != nil {
+		return merged, err
+	}
+	// btrfs has no limit, and says 0.
+	if usage.Inodes.Total > 0 && usage.Inodes.Available < inodes {
+		return merged, fmt.Errorf("%w: merging frozen uppers takes up to %d inodes, and %d are free",
+			errdefs.ErrResourceExhausted, inodes, usage.Inodes.Available)
+	}
+	isMounted := slices.ContainsFunc(lists, func(l flatten.List) bool { return l.IsMounted && flatten.Shares(l.Frozen, run) })
+	if err := s.uppers.backends.MergeFrozen(ctx, merged.Backend, ids, merged.ID, isMounted); err != nil {
+		return merged, errors.Join(err, s.uppers.backends.DiscardFrozen(merged.ID))
+	}
+	return merged, nil
+}
+
+// replace puts the merged frozen upper into the record of a volume or snapshot in place of a run. It reports false if the list has changed,
+// or is that of a volume that is mounted now: the lowers of a view stay in its record, so that nobody discards them.
+func (s *snapshots) replace(ctx context.Context, list flatten.List, run []record.Frozen, merged record.Frozen) (bool, error) {
+	lock := list.Volume
+	if lock == "" {
+		lock = snapshotLock(list.Snapshot)
+	}
+	unlock, err := s.locks.acquire(ctx, lock)
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	if list.Snapshot != "" {
+		made, err := s.records.Load(list.Snapshot)
+		if errdefs.IsNotFound(err) || err == nil && !flatten.Has(made.Frozen, run) {
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		made.Frozen = flatten.Replaced(made.Frozen, run, merged)
+		return true, s.records.Save(made)
+	}
+	r, err := s.volumes.Load(list.Volume)
+	if errdefs.IsNotFound(err) || err == nil && (len(r.Publications) > 0 || !flatten.Has(r.Frozen, run)) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	if err := s.finishFreezing(r); err != nil {
+		return false, err
+	}
+	if r.Backend != "" {
+		if err := s.checkFree(s.uppers.open(r, nil)); err != nil {
+			return false, err
+		}
+	}
+	r.Frozen = flatten.Replaced(r.Frozen, run, merged)
+	return true, s.ledger.saveDurably(r)
 }

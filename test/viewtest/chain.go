@@ -147,8 +147,13 @@ func (c *Chain) change(root string) {
 		}
 	case 8:
 		_ = os.Remove(c.path(root))
-	case 9, 10, 11:
+	case 9, 10:
 		_ = unix.Rename(c.dirPath(root), c.newPath(root))
+	case 11:
+		// Within its directory, for a relative redirect.
+		if path := c.dirPath(root); path != root {
+			_ = unix.Rename(path, filepath.Join(filepath.Dir(path), c.name()))
+		}
 	case 12:
 		_ = unix.Rename(c.path(root), c.path(root))
 	case 13:
