@@ -24,6 +24,7 @@ const (
 	Archive Scheme = "archive" // archive://ROOT/file.tar
 	Dir     Scheme = "dir"     // dir://ROOT/directory
 	Volume  Scheme = "volume"  // volume://NAME/directory
+	Cache   Scheme = "cache"   // cache://NAME
 )
 
 // MaxReferences is the largest number of layers of a volume: overlayfs takes 500 lower directories (OVL_MAX_STACK in
@@ -42,7 +43,7 @@ const (
 // Reference names one layer. The zero value names none; Parse returns the others.
 type Reference struct {
 	scheme Scheme
-	// name is the layer root, the pod's volume, or the image with its tag or digest.
+	// name is the layer root, the pod's volume, the cache, or the image with its tag or digest.
 	name string
 	// path is beneath name: relative, clean, unescaped, "" for all of it.
 	path string
@@ -59,7 +60,7 @@ type Digests map[string]digest.Digest
 // namePattern is a DNS label with dots, as in the names of PersistentVolumes.
 var namePattern = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$`)
 
-// IsName reports whether a layer root or a pod's volume may have this name.
+// IsName reports whether a layer root, a pod's volume or a cache may have this name.
 func IsName(name string) bool { return namePattern.MatchString(name) }
 
 // Parse parses one reference. In a path, %XX stands for a byte, so that commas, newlines and leading spaces can be
@@ -72,15 +73,15 @@ func Parse(text string) (Reference, error) {
 	scheme, rest, found := strings.Cut(text, "://")
 	if !found {
 		return Reference{}, malformed(text, "it has no scheme; "+
-			"write dir://ROOT/path, volume://NAME/path, oci://registry/repository:tag or archive://ROOT/file.tar")
+			"write dir://ROOT/path, volume://NAME/path, oci://registry/repository:tag, archive://ROOT/file.tar or cache://NAME")
 	}
 	switch Scheme(scheme) {
 	case OCI:
 		return parseImage(text, rest)
-	case Archive, Dir, Volume:
+	case Archive, Dir, Volume, Cache:
 		return parsePath(text, Scheme(scheme), rest)
 	}
-	return Reference{}, malformed(text, fmt.Sprintf("unknown scheme %q; the schemes are dir, volume, oci and archive", scheme))
+	return Reference{}, malformed(text, fmt.Sprintf("unknown scheme %q; the schemes are dir, volume, oci, archive and cache", scheme))
 }
 
 // ParseList parses a list of references that are separated by commas or newlines, the topmost layer first. It ignores
@@ -131,6 +132,9 @@ func parsePath(text string, scheme Scheme, rest string) (Reference, error) {
 	}
 	if scheme == Archive && path == "" {
 		return Reference{}, malformed(text, "an archive is a file beneath its layer root; write archive://ROOT/file.tar")
+	}
+	if scheme == Cache && path != "" {
+		return Reference{}, malformed(text, "a cache is a layer as a whole; write cache://NAME")
 	}
 	return Reference{scheme: scheme, name: name, path: path}, nil
 }
@@ -203,7 +207,8 @@ func malformed(text, why string) error {
 // Scheme returns the scheme of the reference.
 func (r Reference) Scheme() Scheme { return r.scheme }
 
-// Name returns the name of the layer root or of the pod's volume, or the full name of the image (docker.io/library/debian:12).
+// Name returns the name of the layer root, of the pod's volume or of the cache, or the full name of the image
+// (docker.io/library/debian:12).
 func (r Reference) Name() string { return r.name }
 
 // Path returns the path beneath Name: relative and clean, "" for all of it.

@@ -11,6 +11,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"k8s.io/apimachinery/pkg/api/resource"
+
+	"github.com/overlay-csi/overlay-csi/pkg/reference"
 )
 
 // parseLimits parses the keys of size, medium and ownership.
@@ -39,7 +41,47 @@ func (s *Spec) parseLimits(parameters map[string]string, scope Scope) error {
 			return fmt.Errorf("%w: key %q: %w", errdefs.ErrInvalidArgument, read.key, err)
 		}
 	}
+	if err := s.parseCommit(parameters, scope); err != nil {
+		return err
+	}
 	return s.checkTogether(scope)
+}
+
+// parseCommit parses the key of the cache that the upper becomes a version of, and checks the caches among the layers.
+func (s *Spec) parseCommit(parameters map[string]string, scope Scope) error {
+	refuse := func(key, reason string) error {
+		return fmt.Errorf("%w: key %q: %s", errdefs.ErrInvalidArgument, key, reason)
+	}
+	if slices.ContainsFunc(s.Layers, isCache) {
+		switch {
+		case !scope.Inline:
+			return refuse(KeyLayers, "a cache belongs to the namespace of a pod; use cache:// in an inline volume of the pod")
+		case s.Upper == UpperPodVolume:
+			return refuse(KeyUpper, "an upper in another volume may outlive the version of the cache that it was written on; write pod or none")
+		}
+	}
+	name, given := parameters[KeyCommit]
+	if !given {
+		return nil
+	}
+	below := slices.IndexFunc(s.Layers, func(ref reference.Reference) bool { return isCache(ref) && ref.Name() == name })
+	switch {
+	case !scope.Inline:
+		return refuse(KeyCommit, "a cache belongs to the namespace of a pod; use the key in an inline volume of the pod")
+	case !reference.IsName(name):
+		return refuse(KeyCommit, fmt.Sprintf("invalid name %q of a cache; a name has lower-case letters, digits, '-' and '.'", name))
+	case s.Upper != UpperPod:
+		return refuse(KeyCommit, "only what the pod itself keeps becomes a version of a cache; write upper: pod")
+	case s.Medium == MediumMemory:
+		return refuse(KeyCommit, "a version of a cache is on the disk; leave the key "+KeyMedium+" out")
+	case s.Ownership == OwnershipChown:
+		return refuse(KeyCommit, "with ownership: chown, the upper has owners of files without their content; write idmap or none")
+	case below > 0:
+		return refuse(KeyCommit, fmt.Sprintf("what is written over %s also hides files of the layers between; write cache://%s as the first "+
+			"layer, or leave it out", s.Layers[0], name))
+	}
+	s.Commit = name
+	return nil
 }
 
 // checkTogether refuses values that exclude each other. A claim that is being created gets its size later.

@@ -19,9 +19,12 @@ const (
 	KeySizeEnforcement = "sizeEnforcement"
 	KeyLayerOwner      = "layerOwner"
 	KeyOwnership       = "ownership"
+	KeyCommit          = "commit"
 )
 
-var keys = []string{KeyLayers, KeyLayersFrom, KeyUpper, KeyMedium, KeySizeLimit, KeySizeEnforcement, KeyLayerOwner, KeyOwnership}
+var keys = []string{
+	KeyLayers, KeyLayersFrom, KeyUpper, KeyMedium, KeySizeLimit, KeySizeEnforcement, KeyLayerOwner, KeyOwnership, KeyCommit,
+}
 
 // Spec is what a volume consists of. Two volumes with equal specs are made alike.
 type Spec struct {
@@ -38,6 +41,8 @@ type Spec struct {
 	// LayerOwner owns the layers' files that belong to root, nil for root. Ownership is how files get their owner and group.
 	LayerOwner *IDs      `json:"layerOwner,omitempty"`
 	Ownership  Ownership `json:"ownership,omitempty"`
+	// Commit is the cache whose newest version the upper becomes when its pod has succeeded, "" for none.
+	Commit string `json:"commit,omitempty"`
 }
 
 // Policy says where the writes to a volume go.
@@ -100,7 +105,7 @@ const (
 func (s Spec) Equal(other Spec) bool {
 	return s.Upper == other.Upper && equal(s.UpperRef, other.UpperRef) && slices.Equal(s.Layers, other.Layers) &&
 		s.Size == other.Size && s.SizeEnforcement == other.SizeEnforcement && s.Medium == other.Medium &&
-		equal(s.LayerOwner, other.LayerOwner) && s.Ownership == other.Ownership
+		equal(s.LayerOwner, other.LayerOwner) && s.Ownership == other.Ownership && s.Commit == other.Commit
 }
 
 func equal[T comparable](a, b *T) bool {
@@ -115,7 +120,7 @@ func (s Spec) Parameters() map[string]string {
 	}
 	parameters := map[string]string{KeyLayers: strings.Join(s.LayerNames(), "\n"), KeyUpper: policy}
 	for key, value := range map[string]string{
-		KeySizeEnforcement: string(s.SizeEnforcement), KeyMedium: string(s.Medium), KeyOwnership: string(s.Ownership),
+		KeySizeEnforcement: string(s.SizeEnforcement), KeyMedium: string(s.Medium), KeyOwnership: string(s.Ownership), KeyCommit: s.Commit,
 	} {
 		if value != "" {
 			parameters[key] = value
@@ -138,6 +143,11 @@ func (s Spec) LayerNames() []string {
 	}
 	return names
 }
+
+// UsesCaches reports whether the volume has a cache for a layer, or becomes a version of one.
+func (s Spec) UsesCaches() bool { return s.Commit != "" || slices.ContainsFunc(s.Layers, isCache) }
+
+func isCache(ref reference.Reference) bool { return ref.Scheme() == reference.Cache }
 
 // Ephemeral reports whether an upper is deleted with its pod.
 func (s Spec) Ephemeral() bool { return s.Upper == UpperPod }

@@ -57,6 +57,7 @@ func FuzzParse(f *testing.F) {
 	f.Add("dir://m/a", "claim", "", "layerOwner", "1000:2000", false, 0)
 	f.Add("dir://m/a", "pod", "", "ownership", "chown", true, 0)
 	f.Add("dir://m/a", "pod", "", "sizeEnforcement", "quota", true, 0)
+	f.Add("cache://deps,dir://m/a", "pod", "", "commit", "deps", true, 0)
 	modes := []AccessMode{ReadWriteOnce, ReadWriteOncePod, SingleNodeReaderOnly, ReadOnlyMany, ReadWriteMany}
 	f.Add("", "", "", "layersFrom", "claim", false, 0)
 	f.Fuzz(func(t *testing.T, layers, upper, medium, key, value string, inline bool, mode int) {
@@ -86,6 +87,64 @@ func FuzzParse(f *testing.F) {
 			t.Fatalf("%v: written as %v it is read as %+v, %v", parameters, spec.Parameters(), again, err)
 		}
 	})
+}
+
+func TestParseCaches(t *testing.T) {
+	inline := Scope{Inline: true}
+	for name, c := range map[string]struct {
+		keys   map[string]string
+		scope  Scope
+		commit string
+		word   string
+	}{
+		"layer alone":         {map[string]string{KeyLayers: "cache://deps"}, inline, "", ""},
+		"commit on the cache": {map[string]string{KeyLayers: "cache://deps,dir://m/a", KeyCommit: "deps"}, inline, "deps", ""},
+		"commit on no cache":  {map[string]string{KeyLayers: "dir://m/a", KeyCommit: "deps"}, inline, "deps", ""},
+		"commit on another":   {map[string]string{KeyLayers: "cache://main,dir://m/a", KeyCommit: "branch"}, inline, "branch", ""},
+		"another below":       {map[string]string{KeyLayers: "dir://m/a,cache://main", KeyCommit: "branch"}, inline, "branch", ""},
+		"read-only":           {map[string]string{KeyLayers: "cache://deps", KeyUpper: "none"}, inline, "", ""},
+		"with a size":         {map[string]string{KeyLayers: "cache://deps", KeyCommit: "deps", KeySizeLimit: "1Gi"}, inline, "deps", ""},
+		"below another layer": {map[string]string{KeyLayers: "dir://m/a,cache://deps", KeyCommit: "deps"}, inline, "", "as the first layer"},
+		"twice":               {map[string]string{KeyLayers: "cache://deps,cache://deps"}, inline, "", "appears twice"},
+		"in another volume":   {map[string]string{KeyLayers: "cache://deps", KeyUpper: "volume://data"}, inline, "", "may outlive"},
+		"commit of nothing":   {map[string]string{KeyLayers: "cache://deps", KeyCommit: "deps", KeyUpper: "none"}, inline, "", "upper: pod"},
+		"commit of a volume": {
+			map[string]string{KeyLayers: "dir://m/a", KeyCommit: "deps", KeyUpper: "volume://x"}, inline, "", "upper: pod",
+		},
+		"commit of owners": {
+			map[string]string{KeyLayers: "dir://m/a", KeyCommit: "deps", KeyOwnership: "chown"}, inline, "", "owners of files",
+		},
+		"empty name":           {map[string]string{KeyLayers: "dir://m/a", KeyCommit: ""}, inline, "", "invalid name"},
+		"name that leads away": {map[string]string{KeyLayers: "dir://m/a", KeyCommit: "../deps"}, inline, "", "invalid name"},
+		"commit in memory": {
+			map[string]string{KeyLayers: "dir://m/a", KeyCommit: "deps", KeyMedium: "memory", KeySizeLimit: "1Gi"}, inline, "", "on the disk",
+		},
+		"layer of a static volume": {map[string]string{KeyLayers: "cache://deps"}, Scope{Access: ReadWriteOnce}, "", "inline volume"},
+		"layer of a class": {
+			map[string]string{KeyLayers: "cache://deps"}, Scope{Create: true, Access: ReadWriteOnce}, "", "inline volume",
+		},
+		"commit of a claim": {
+			map[string]string{KeyLayers: "dir://m/a", KeyCommit: "deps", KeyUpper: "pod"},
+			Scope{Create: true, Access: ReadWriteOnce}, "", "inline volume",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			spec, err := Parse(c.keys, c.scope)
+			if c.word != "" {
+				if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), c.word) {
+					t.Errorf("%v; want an invalid argument with %q", err, c.word)
+				}
+				return
+			}
+			if err != nil || spec.Commit != c.commit || !spec.UsesCaches() {
+				t.Errorf("%+v, %v; want commit %q", spec, err, c.commit)
+			}
+			again, err := Parse(spec.Parameters(), c.scope)
+			if err != nil || !again.Equal(spec) {
+				t.Errorf("written as %v it is read as %+v, %v", spec.Parameters(), again, err)
+			}
+		})
+	}
 }
 
 func TestParseLimits(t *testing.T) {
@@ -120,8 +179,10 @@ func TestParseLimits(t *testing.T) {
 			map[string]string{KeyLayerOwner: "0:4294967294"},
 			Scope{Inline: true}, Spec{Upper: UpperPod, LayerOwner: &IDs{0, 4294967294}}, "",
 		},
-		"owner of no layers": {map[string]string{KeyLayerOwner: "1:1", KeyOwnership: "none"}, Scope{Inline: true}, Spec{}, "leaves the layers"},
-		"walk over nothing":  {map[string]string{KeyOwnership: "chown", KeyUpper: "none"}, Scope{Inline: true}, Spec{}, "read-only"},
+		"owner of no layers": {
+			map[string]string{KeyLayerOwner: "1:1", KeyOwnership: "none"}, Scope{Inline: true}, Spec{}, "leaves the layers",
+		},
+		"walk over nothing": {map[string]string{KeyOwnership: "chown", KeyUpper: "none"}, Scope{Inline: true}, Spec{}, "read-only"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c.keys[KeyLayers] = "dir://m/a"
