@@ -147,24 +147,28 @@ type mappedDirs struct {
 	attached string
 }
 
-// mapLowers puts the frozen uppers of a view before its lowers, and maps the owners of both: each is then on a read-only ID-mapped mount
+// mapLowers puts the frozen uppers of a view among its lowers, and maps the owners of both: each is then on a read-only ID-mapped mount
 // of its own. The caller closes the mounts after the overlay is mounted.
 func (m *Mounter) mapLowers(spec *Spec) (*mappedDirs, error) {
 	mapped := &mappedDirs{}
-	lowers := make([]*os.File, 0, len(spec.Frozen)+len(spec.Lowers))
+	layers := spec.Lowers
+	if spec.LayerOwner != (IDs{}) {
+		layers = nil
+		if err := m.mapLayers(spec.Lowers, spec.LayerOwner, mapped, &layers); err != nil {
+			return nil, errors.Join(err, mapped.close())
+		}
+	}
+	lowers, taken := make([]*os.File, 0, len(spec.Frozen)+len(layers)), 0
 	for _, frozen := range spec.Frozen {
 		dir, err := m.mapFrozen(frozen, mapped)
 		if err != nil {
 			return nil, errors.Join(err, mapped.close())
 		}
-		lowers = append(lowers, dir)
+		under := min(max(frozen.Under, taken), len(layers))
+		lowers = append(append(lowers, layers[taken:under]...), dir)
+		taken = under
 	}
-	if spec.LayerOwner == (IDs{}) {
-		lowers = append(lowers, spec.Lowers...)
-	} else if err := m.mapLayers(spec.Lowers, spec.LayerOwner, mapped, &lowers); err != nil {
-		return nil, errors.Join(err, mapped.close())
-	}
-	spec.Lowers, spec.Frozen = lowers, nil
+	spec.Lowers, spec.Frozen = append(lowers, layers[taken:]...), nil
 	return mapped, m.attachMapped(mapped)
 }
 

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync/atomic"
 
@@ -23,8 +24,8 @@ type Mounter struct {
 	mount.Interface
 	features Features
 	commands exec.Interface
-	// empty is an empty directory.
-	empty *os.File
+	// empty are empty directories: overlayfs takes a directory once.
+	empty [2]*os.File
 	// scratch has a directory for each mount that is in progress.
 	scratch    string
 	next       atomic.Uint64
@@ -51,9 +52,12 @@ type Config struct {
 
 // NewMounter returns a mounter. It removes what an earlier process with the same directory left there.
 func NewMounter(config Config) (*Mounter, error) {
-	emptyPath, scratch := filepath.Join(config.Dir, "empty"), filepath.Join(config.Dir, scratchName)
-	if err := os.MkdirAll(emptyPath, 0o755); err != nil {
-		return nil, fmt.Errorf("make the mounter's directory: %w", err)
+	scratch := filepath.Join(config.Dir, scratchName)
+	emptyPaths := []string{filepath.Join(config.Dir, "empty"), filepath.Join(config.Dir, "empty-below")}
+	for _, path := range emptyPaths {
+		if err := os.MkdirAll(path, 0o755); err != nil {
+			return nil, fmt.Errorf("make the mounter's directory: %w", err)
+		}
 	}
 	if err := clearScratch(scratch); err != nil {
 		return nil, fmt.Errorf("clear what an earlier process left: %w", err)
@@ -61,13 +65,14 @@ func NewMounter(config Config) (*Mounter, error) {
 	if err := os.MkdirAll(scratch, 0o700); err != nil {
 		return nil, fmt.Errorf("make the mounter's directory: %w", err)
 	}
-	empty, err := linux.OpenDir(emptyPath)
-	if err != nil {
-		return nil, err
+	m := &Mounter{Interface: config.MountUtils, features: config.Features, commands: config.Commands, scratch: scratch}
+	for i, path := range emptyPaths {
+		var err error
+		if m.empty[i], err = linux.OpenDir(path); err != nil {
+			return nil, err
+		}
 	}
-	return &Mounter{
-		Interface: config.MountUtils, features: config.Features, commands: config.Commands, empty: empty, scratch: scratch,
-	}, nil
+	return m, nil
 }
 
 // clearScratch removes the links that a crash left, and unmounts the ID-mapped layers that are mounted among them first: the files of
@@ -117,7 +122,20 @@ func (m *Mounter) makeScratch() (path string, err error) {
 // Close closes the mounter's handles. Views stay mounted.
 func (m *Mounter) Close() error {
 	m.namespaces.close()
-	return m.empty.Close()
+	return errors.Join(m.empty[0].Close(), m.empty[1].Close())
+}
+
+// withEmpty returns the lowers of a view with empty ones beneath them, which change nothing in the view, where it has too few: overlayfs
+// wants one, and two if there is no upper.
+func (m *Mounter) withEmpty(spec Spec) []*os.File {
+	lowers := slices.Clone(spec.Lowers)
+	for _, empty := range m.empty {
+		if len(lowers) > 1 || len(lowers) == 1 && spec.Upper != nil {
+			break
+		}
+		lowers = append(lowers, empty)
+	}
+	return lowers
 }
 
 // Overlay mounts a view at target, an open directory, either whole or not at all. Callers may close the handles in spec after Overlay
@@ -136,14 +154,11 @@ func (m *Mounter) mapped(spec Spec, mount func(Spec) error) error {
 	if err := spec.validate(); err != nil {
 		return err
 	}
-	if spec.Upper == nil && len(spec.Frozen)+len(spec.Lowers) == 1 {
-		// overlayfs takes no single lower without an upper. An empty one beneath it changes nothing in the view.
-		spec.Lowers = []*os.File{spec.Lowers[0], m.empty}
-	}
 	mapped, err := m.mapLowers(&spec)
 	if err != nil {
 		return err
 	}
+	spec.Lowers = m.withEmpty(spec)
 	defer func() {
 		// What cannot be unmounted now is unmounted when the next process starts, and is no reason to remove the view.
 		_ = mapped.close()

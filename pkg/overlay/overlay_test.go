@@ -184,7 +184,6 @@ func TestSpecIsChecked(t *testing.T) {
 	a, b := open(t, dir+"/a"), open(t, dir+"/b")
 	many := slices.Repeat([]*os.File{a}, MaxLowers+1)
 	for name, spec := range map[string]Spec{
-		"no lower":               {},
 		"too many":               {Lowers: many},
 		"upper without work":     {Lowers: []*os.File{a}, Upper: b},
 		"volatile without upper": {Lowers: []*os.File{a}, Volatile: true},

@@ -13,9 +13,9 @@ const MaxLowers = 500
 // Spec describes an overlay. The directories are open handles (O_PATH is enough), so that nothing that is renamed or replaced between
 // their resolution and the mount can put another directory in their place.
 type Spec struct {
-	// Frozen are frozen uppers, which are lowers as well, the topmost first. They lie above Lowers.
+	// Frozen are frozen uppers, which are lowers as well, the topmost first.
 	Frozen []FrozenUpper
-	// Lowers are the read-only directories, the topmost first. One is enough, with and without an upper.
+	// Lowers are the read-only directories, the topmost first. One is enough, with and without an upper, and there may be none.
 	Lowers []*os.File
 	// Upper and Work are directories of one file system, reached through one mount. Both are nil in a read-only view.
 	Upper, Work *os.File
@@ -40,6 +40,8 @@ type Spec struct {
 // FrozenUpper is an upper that became read-only.
 type FrozenUpper struct {
 	Dir *os.File
+	// Under is how many of Lowers lie above it. It does not decrease from one to the next.
+	Under int
 	// Groups has the groups of its files appear exchanged, one pair after the other.
 	Groups []Swap
 	// Detached is set if Dir is the root of a mount that is in no namespace, and that nobody else has.
@@ -48,8 +50,6 @@ type FrozenUpper struct {
 
 func (s Spec) validate() error {
 	switch {
-	case len(s.Lowers) == 0:
-		return fmt.Errorf("%w: an overlay needs at least one lower directory", errdefs.ErrInvalidArgument)
 	case len(s.Frozen)+len(s.Lowers) > MaxLowers:
 		return fmt.Errorf("%w: %d lower directories: overlayfs takes at most %d",
 			errdefs.ErrInvalidArgument, len(s.Frozen)+len(s.Lowers), MaxLowers)

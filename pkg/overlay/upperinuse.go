@@ -38,7 +38,7 @@ func (m *Mounter) probeUpperWithAPI(upper *os.File) error {
 		return err
 	}
 	defer context.Close()
-	if err := m.setDir(context, "lowerdir+", m.empty); err != nil {
+	if err := m.setDir(context, "lowerdir+", m.empty[0]); err != nil {
 		return err
 	}
 	for _, key := range []string{"upperdir", "workdir"} {
@@ -53,10 +53,10 @@ func (m *Mounter) probeUpperWithAPI(upper *os.File) error {
 }
 
 func (m *Mounter) probeUpperWithMount(upper *os.File) error {
-	target := linux.ProcPath(m.empty)
+	target := linux.ProcPath(m.empty[0])
 	options := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%[2]s,index=on", target, linux.ProcPath(upper))
 	if err := linux.Mount(mountSource, target, fsType, 0, options); err != nil {
 		return err
 	}
-	return linux.DetachFile(m.empty)
+	return linux.DetachFile(m.empty[0])
 }
