@@ -12,6 +12,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -154,7 +155,10 @@ func TestSnapshotsThatAreRefused(t *testing.T) {
 	}
 	n.snapshot("good", snapshotClass(t), "source")
 	n.waitSnapshot("good")
-	each := storageClass(t, nil, "layers", threeLayers, "upper", "pod")
+	each := storageClass(t, func(c *storagev1.StorageClass) {
+		mode := storagev1.VolumeBindingImmediate
+		c.VolumeBindingMode = &mode
+	}, "layers", threeLayers, "upper", "pod")
 	other := immediateOn(t, cluster.workers[0])
 	for name, c := range map[string]struct {
 		options []claimOption
