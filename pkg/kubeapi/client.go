@@ -22,6 +22,7 @@ type Reader interface {
 	PodVolume(ctx context.Context, pod kubelet.Pod, name string) (kubelet.Volume, error)
 	ClaimAnnotations(ctx context.Context, namespace, name string) (map[string]string, error)
 	VolumeTopology(ctx context.Context, driver, handle, label string) ([]string, error)
+	PodPhase(ctx context.Context, pod kubelet.Pod) (corev1.PodPhase, error)
 }
 
 // New returns a Client for the API server that [Config] finds, or [None] if it finds none. New does not connect.
@@ -100,6 +101,22 @@ func (c *Client) ClaimAnnotations(ctx context.Context, namespace, name string) (
 		return nil, apiError(fmt.Sprintf("get claim %s/%s", namespace, name), err)
 	}
 	return claim.Annotations, nil
+}
+
+// PodPhase returns the phase of a pod. It returns ErrNotFound if the pod is gone, also where another one has its name,
+// ErrFailedPrecondition if the driver may not read it, and ErrUnavailable if the API server did not answer.
+func (c *Client) PodPhase(ctx context.Context, ref kubelet.Pod) (corev1.PodPhase, error) {
+	pod, err := c.client.Pods(ref.Namespace).Get(ctx, ref.Name, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return "", fmt.Errorf("%w: pod %s is gone: %w", errdefs.ErrNotFound, ref, err)
+	}
+	if err != nil {
+		return "", apiError(fmt.Sprintf("get pod %s", ref), err)
+	}
+	if string(pod.UID) != ref.UID {
+		return "", fmt.Errorf("%w: pod %s with the UID %s is gone, and another one has its name", errdefs.ErrNotFound, ref, ref.UID)
+	}
+	return pod.Status.Phase, nil
 }
 
 // isMounted reports whether a container mounts the volume. Kubelet does not set up the others.

@@ -1,7 +1,7 @@
 // Package kubeapi asks the API server for what the driver needs to know of pods and claims.
 //
-// The driver needs the API server for three things: to find the volumes of a pod that belong to claims, which kubelet stores under
-// the names of their PersistentVolumes, to know after a reboot whether an emptyDir is in memory, and to read the annotation in which a
-// claim names its layers. It works without one for everything else. [None] then takes the place of a [Client], and its errors say what
-// to configure.
+// The driver needs the API server for four things: to find the volumes of a pod that belong to claims, which kubelet stores under
+// the names of their PersistentVolumes, to know after a reboot whether an emptyDir is in memory, to read the annotation in which a
+// claim names its layers, and to know whether a pod has succeeded, of which a volume is to become a version of a cache. It works without
+// one for everything else. [None] then takes the place of a [Client], and its errors say what to configure.
 package kubeapi

@@ -156,6 +156,30 @@ func TestClaimAnnotations(t *testing.T) {
 	}
 }
 
+func TestPodPhase(t *testing.T) {
+	pod := &corev1.Pod{
+		TypeMeta:   metav1.TypeMeta{Kind: "Pod", APIVersion: "v1"},
+		ObjectMeta: metav1.ObjectMeta{Name: "pod", Namespace: "default", UID: "uid-1"},
+		Status:     corev1.PodStatus{Phase: corev1.PodSucceeded},
+	}
+	client := newTestClient(t, map[string]any{"pods/pod": pod})
+	if phase, err := client.PodPhase(t.Context(), testPod); phase != corev1.PodSucceeded || err != nil {
+		t.Errorf("got %q, %v", phase, err)
+	}
+	for name, c := range map[string]struct {
+		pod kubelet.Pod
+		is  func(error) bool
+	}{
+		"gone":      {kubelet.Pod{UID: "uid-1", Namespace: "default", Name: "gone"}, errdefs.IsNotFound},
+		"recreated": {kubelet.Pod{UID: "uid-0", Namespace: "default", Name: "pod"}, errdefs.IsNotFound},
+		"forbidden": {kubelet.Pod{UID: "uid-1", Namespace: "default", Name: "forbidden"}, errdefs.IsFailedPrecondition},
+	} {
+		if phase, err := client.PodPhase(t.Context(), c.pod); phase != "" || !c.is(err) {
+			t.Errorf("%s: got %q, %v", name, phase, err)
+		}
+	}
+}
+
 // newPV returns a PersistentVolume of a driver, with a node affinity by a label.
 func newPV(name, handle, label, value string) *corev1.PersistentVolume {
 	pv := &corev1.PersistentVolume{TypeMeta: metav1.TypeMeta{Kind: "PersistentVolume", APIVersion: "v1"}}
@@ -205,7 +229,8 @@ func TestNone(t *testing.T) {
 	}
 	_, errVolume := reader.PodVolume(t.Context(), testPod, "data")
 	_, errClaim := reader.ClaimAnnotations(t.Context(), "default", "a")
-	for _, err := range []error{errVolume, errClaim} {
+	_, errPhase := reader.PodPhase(t.Context(), testPod)
+	for _, err := range []error{errVolume, errClaim, errPhase} {
 		if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "--kubeconfig") {
 			t.Errorf("%v is no precondition with the fix in it", err)
 		}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 
+	corev1 "k8s.io/api/core/v1"
+
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 )
 
@@ -23,6 +25,11 @@ func (None) ClaimAnnotations(_ context.Context, namespace, name string) (map[str
 // VolumeTopology returns [kubelet.ErrNoAPIServer].
 func (None) VolumeTopology(_ context.Context, _, handle, _ string) ([]string, error) {
 	return nil, noAccess("find the PersistentVolume of volume " + handle)
+}
+
+// PodPhase returns [kubelet.ErrNoAPIServer].
+func (None) PodPhase(_ context.Context, pod kubelet.Pod) (corev1.PodPhase, error) {
+	return "", noAccess(fmt.Sprintf("read the phase of pod %s", pod))
 }
 
 func noAccess(action string) error {
