@@ -16,6 +16,7 @@ const (
 	Volumes     = "volumes"
 	Frozen      = "frozen"
 	Snapshots   = "snapshots"
+	Caches      = "caches"
 	Layers      = "layers"
 	Images      = "images"
 	Mounter     = "mounter"
@@ -28,8 +29,9 @@ const (
 	PersistentMark = "persistent"
 	PodUppers      = "pods"
 
-	// SnapshotRecord is a name in the directory of a snapshot.
+	// SnapshotRecord is a name in the directory of a snapshot, CacheRecord one in that of a cache.
 	SnapshotRecord = "snapshot.json"
+	CacheRecord    = "cache.json"
 )
 
 // ErrInUse is returned while another driver process uses the data root.
@@ -45,7 +47,7 @@ type Lock struct {
 // Acquire locks a data root for this process, and makes it if it is missing. It returns ErrInUse while another process has the
 // lock. The kernel releases the lock when the process ends.
 func Acquire(path string) (*Lock, error) {
-	for _, name := range []string{Volumes, Frozen, Snapshots, Trash} {
+	for _, name := range []string{Volumes, Frozen, Snapshots, Caches, Trash} {
 		if err := os.MkdirAll(filepath.Join(path, name), 0o700); err != nil {
 			return nil, fmt.Errorf("prepare the data root: %w", err)
 		}

@@ -11,6 +11,7 @@
 //	volumes/<volume handle>/pods/<pod>/…                the same for each pod of a claim with upper: pod
 //	frozen/<id>/{upper/ or data/ or disk.img}           an upper that became read-only (pkg/upper)
 //	snapshots/<snapshot ID>/snapshot.json               what a snapshot consists of (pkg/record)
+//	caches/<namespace>/<name>/cache.json                what the newest version of a cache consists of (pkg/record)
 //	layers/sha256/<diff ID>/{tree/, layer.json, implied}  unpacked layers (pkg/store)
 //	layers/incoming/<key>/…                             layers that are being pulled (pkg/store)
 //	images/<digest>.json                                what an image consists of (pkg/store)

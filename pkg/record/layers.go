@@ -96,7 +96,8 @@ func (s *Store) Unreadable() ([]string, error) {
 	return append(all.unreadable, all.unreadableSnapshots...), err
 }
 
-// FrozenInUse returns which volumes and snapshots list each of the frozen uppers. It returns ErrFailedPrecondition while a record cannot
+// FrozenInUse returns which volumes, snapshots and caches list each of the frozen uppers. Snapshots are named snapshots/ID, and caches
+// caches/NAMESPACE/NAME. It returns ErrFailedPrecondition while a record cannot
 // be read: it may list any.
 func (s *Store) FrozenInUse() (map[string][]string, error) {
 	listed := map[string][]string{}
@@ -108,7 +109,7 @@ func (s *Store) FrozenInUse() (map[string][]string, error) {
 		r, err := s.Load(id)
 		switch {
 		case err == nil:
-			for _, frozen := range r.Frozen {
+			for _, frozen := range r.AllFrozen() {
 				listed[frozen.ID] = append(listed[frozen.ID], id)
 			}
 		case errdefs.IsNotFound(err) && !ContainsUppers(s.Dir(id)), errors.Is(err, ErrEmpty):
@@ -127,7 +128,7 @@ func (s *Store) FrozenInUse() (map[string][]string, error) {
 			listed[frozen.ID] = append(listed[frozen.ID], snapshotUser(snapshot.ID))
 		}
 	}
-	return listed, nil
+	return listed, s.Caches().addFrozen(listed)
 }
 
 // survey is what all records of a node say.

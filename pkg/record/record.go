@@ -44,6 +44,11 @@ type Record struct {
 	Frozen []Frozen `json:"frozen,omitempty"`
 	// Freezing is set while the upper becomes the first of Frozen. Whoever loads the record to work on the volume finishes that.
 	Freezing bool `json:"freezing,omitempty"`
+	// Caches has the frozen uppers of the caches among the layers, by the name of the cache. They were its newest version when the
+	// volume was published, and may be none.
+	Caches map[string][]CacheVersion `json:"caches,omitempty"`
+	// Committing is set while the upper becomes a version of a cache.
+	Committing *Committing `json:"committing,omitempty"`
 	// Resolved has the image digests that references to images and archives were resolved to, and Layers the layers of
 	// these images by diff ID: garbage collection leaves them in the layer store.
 	Resolved reference.Digests `json:"resolved,omitempty"`
@@ -108,6 +113,25 @@ func (f Frozen) Swaps(group *uint32, stored uint32) []overlay.Swap {
 		return (&Group{ID: *group, First: *group, Stored: stored}).Swaps()
 	}
 	return (&Group{ID: *group, First: f.Group.First, Stored: f.Group.Stored}).Swaps()
+}
+
+// Committing says which version of a cache an upper becomes.
+type Committing struct {
+	CacheVersion
+	// Generation is that of the cache with this version. A cache that has it already has this version, or one that was committed later.
+	Generation int64 `json:"generation"`
+}
+
+// AllFrozen returns all frozen uppers that the record lists.
+func (r *Record) AllFrozen() []Frozen {
+	all := slices.Clone(r.Frozen)
+	for _, versions := range r.Caches {
+		all = append(all, frozenOf(versions)...)
+	}
+	if r.Committing != nil {
+		all = append(all, r.Committing.Frozen)
+	}
+	return all
 }
 
 // HasMetacopy reports whether one of the volume's uppers, frozen or not, may have files of which only the metadata was copied up.

@@ -98,7 +98,7 @@ func (s *Store) SaveDurably(r *Record) error {
 
 func (s *Store) write(r *Record) error {
 	r.Version = version
-	if len(r.Frozen) > 0 {
+	if len(r.AllFrozen()) > 0 {
 		r.Version = frozenVersion
 	}
 	data, err := json.Marshal(r)
