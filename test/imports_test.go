@@ -18,8 +18,8 @@ var mayImport = map[string][]string{
 	"cmd/overlayctl":      {"pkg/admin/api"},
 	"cmd/kubectl-overlay": {},
 	"pkg/admin": {
-		"pkg/admin/api", "pkg/commit", "pkg/diff", "pkg/image", "pkg/image/compose", "pkg/record", "pkg/registry", "pkg/spec", "pkg/store",
-		"pkg/volume",
+		"pkg/admin/api", "pkg/cache", "pkg/commit", "pkg/diff", "pkg/image", "pkg/image/compose", "pkg/record", "pkg/registry", "pkg/spec",
+		"pkg/store", "pkg/volume",
 	},
 	"pkg/admin/api": {},
 	"pkg/driver": {
@@ -28,9 +28,10 @@ var mayImport = map[string][]string{
 	},
 	"pkg/overlaynode": {},
 	"pkg/volume": {
-		"pkg/dataroot", "pkg/diff", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/record", "pkg/reference", "pkg/spec",
-		"pkg/store", "pkg/upper", "pkg/volume/chown", "pkg/volume/flatten",
+		"pkg/cache", "pkg/dataroot", "pkg/diff", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/record", "pkg/reference",
+		"pkg/spec", "pkg/store", "pkg/upper", "pkg/volume/chown", "pkg/volume/flatten",
 	},
+	"pkg/cache":          {"pkg/record", "pkg/upper"},
 	"pkg/volume/chown":   {},
 	"pkg/volume/flatten": {"pkg/record", "pkg/upper"},
 	"pkg/diff":           {"pkg/unpack"},

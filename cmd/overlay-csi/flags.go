@@ -42,6 +42,7 @@ type options struct {
 	adminSocket         string
 	registry            registry.Config
 	store               store.Config
+	maxCacheBytes       int64
 	podVolumeWait       time.Duration
 	reconcile           time.Duration
 	disabledFeatures    []string
@@ -53,7 +54,7 @@ type options struct {
 
 // parseFlags parses the command line. For --help it writes the help to output and returns pflag.ErrHelp.
 func parseFlags(args []string, output io.Writer) (options, error) {
-	opts, roots, submounts, maxLayerSize := options{}, []string{}, []string{}, ""
+	opts, roots, submounts, maxLayerSize, maxCacheSize := options{}, []string{}, []string{}, "", ""
 	flags := pflag.NewFlagSet("overlay-csi", pflag.ContinueOnError)
 	flags.SetOutput(output)
 	flags.SortFlags = false
@@ -91,6 +92,8 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 	flags.StringArrayVar(&submounts, "layer-root-allow-submounts", nil,
 		"`NAME` of a layer root in which paths may lead into other mounts beneath it; repeatable")
 	addStoreFlags(flags, &opts, &maxLayerSize)
+	flags.StringVar(&maxCacheSize, "cache-max-size", "10Gi",
+		"maximum `size` of all caches together, of which the least recently used are removed; 0: nothing is committed")
 	flags.BoolVar(&opts.volumeHealth, "volume-health", false, "serve the health RPCs, which are alpha in CSI 1.13")
 	flags.StringVar(&opts.httpEndpoint, "http-endpoint", ":9808", "`address` of /healthz and /readyz; empty: none")
 	flags.StringVar(&opts.adminSocket, "admin-socket", "", "`socket` for overlayctl (default <data-root>/overlayctl.sock)")
@@ -110,6 +113,9 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 	}
 	if opts.store.MaxLayerBytes, err = parseSize(maxLayerSize); err != nil {
 		return options{}, fmt.Errorf("--max-layer-size %q: %w", maxLayerSize, err)
+	}
+	if opts.maxCacheBytes, err = parseSize(maxCacheSize); err != nil {
+		return options{}, fmt.Errorf("--cache-max-size %q: %w", maxCacheSize, err)
 	}
 	return opts, opts.complete()
 }

@@ -93,6 +93,7 @@ func run(ctx context.Context, opts options) error {
 	if err != nil {
 		return err
 	}
+	layers.ReclaimFirst(manager.Caches().Reclaim)
 	registrar, err := newRegistrar(ctx, opts)
 	if err != nil {
 		return err
@@ -107,10 +108,11 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 
-	handler := admin.NewHandler(layers, manager, records, newCommitter(root, opts), opts.store.MaxLayerBytes)
+	handler := admin.NewHandler(layers, manager, records, manager.Caches(), newCommitter(root, opts), opts.store.MaxLayerBytes)
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { manager.Run(ctx); return nil })
+	group.Go(func() error { manager.Caches().Run(ctx); return nil })
 	group.Go(func() error { root.RunDeleter(ctx); return nil })
 	group.Go(func() error { layers.Run(ctx); return nil })
 	group.Go(func() error {
@@ -220,7 +222,8 @@ func newAPI(opts options) (kubeapi.Reader, error) {
 		return nil, fmt.Errorf("--kubeconfig: %w", err)
 	}
 	if api == (kubeapi.None{}) {
-		klog.Background().Info("No API server; volume:// does not find claims of a pod, and claims cannot name their layers")
+		klog.Background().Info("No API server; volume:// does not find claims of a pod, claims cannot name their layers, and nothing is " +
+			"committed to caches")
 	}
 	return api, err
 }
@@ -259,6 +262,7 @@ func newManager(
 		BootID:            bootID,
 		ReconcileInterval: opts.reconcile,
 		Overcommit:        opts.overcommit,
+		MaxCacheBytes:     opts.maxCacheBytes,
 		Root:              root,
 		Ballast:           ballast,
 		Records:           records,
@@ -266,6 +270,7 @@ func newManager(
 		Layers:            layer.NewResolver(roots, podVolumes, layers),
 		PodVolumes:        podVolumes,
 		Pods:              kubeletDir,
+		PodPhases:         api,
 		Backends:          backends,
 	}), nil
 }

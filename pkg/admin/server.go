@@ -19,7 +19,9 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/admin/api"
+	"github.com/overlay-csi/overlay-csi/pkg/cache"
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
@@ -48,6 +50,12 @@ type records interface {
 	Unreadable() ([]string, error)
 }
 
+// caches are the methods of the caches that the handler calls.
+type caches interface {
+	List() ([]cache.Status, error)
+	Delete(ctx context.Context, key record.CacheKey) error
+}
+
 // layerStore are the layers, and a pull that returns a hold on them.
 type layerStore interface {
 	layers
@@ -58,6 +66,7 @@ type handler struct {
 	layers  layers
 	volumes volumes
 	records records
+	caches  caches
 	// fetch pulls an image with the node's credentials.
 	fetch func(ctx context.Context, named reference.Canonical) (store.Image, error)
 	// maxLayerBytes is how large a layer may be that is written, 0 for any size: the node would unpack no larger one.
@@ -66,7 +75,9 @@ type handler struct {
 }
 
 // NewHandler returns the handler of the admin socket. maxLayerBytes is how large a layer may be that is written, 0 for any size.
-func NewHandler(layers layerStore, volumes volumes, records records, committer committer, maxLayerBytes int64) http.Handler {
+func NewHandler(
+	layers layerStore, volumes volumes, records records, caches caches, committer committer, maxLayerBytes int64,
+) http.Handler {
 	fetch := func(ctx context.Context, named reference.Canonical) (store.Image, error) {
 		lease, err := layers.Pull(ctx, named, registry.Operator(), "")
 		if err != nil {
@@ -75,7 +86,7 @@ func NewHandler(layers layerStore, volumes volumes, records records, committer c
 		defer lease.Release()
 		return lease.Image, nil
 	}
-	return newMux(&handler{layers, volumes, records, fetch, maxLayerBytes, committer})
+	return newMux(&handler{layers, volumes, records, caches, fetch, maxLayerBytes, committer})
 }
 
 func newMux(h *handler) http.Handler {
@@ -87,6 +98,8 @@ func newMux(h *handler) http.Handler {
 	mux.HandleFunc("GET /v1/volumes/{id}/diff", h.diff)
 	mux.HandleFunc("POST /v1/volumes/{id}/layer", h.writeLayer)
 	mux.HandleFunc("POST /v1/volumes/{id}/push", h.push)
+	mux.HandleFunc("GET /v1/caches", answer(h.listCaches))
+	mux.HandleFunc("DELETE /v1/caches/{namespace}/{name}", answer(h.deleteCache))
 	mux.HandleFunc("POST /v1/gc", answer(h.gc))
 	mux.HandleFunc("POST /v1/pull", h.pull)
 	return mux
@@ -134,6 +147,24 @@ func (h *handler) describe(r *http.Request) (api.Volume, error) {
 		return api.Volume{}, err
 	}
 	return wireVolume(description)
+}
+
+func (h *handler) listCaches(*http.Request) ([]api.Cache, error) {
+	all, err := h.caches.List()
+	if err != nil {
+		return nil, err
+	}
+	list := []api.Cache{}
+	for _, c := range all {
+		list = append(list, api.Cache{
+			Namespace: c.Namespace, Name: c.Name, Versions: c.Versions, Bytes: c.Bytes, LastUsed: c.LastUsed, Volumes: c.Users,
+		})
+	}
+	return list, nil
+}
+
+func (h *handler) deleteCache(r *http.Request) (struct{}, error) {
+	return struct{}{}, h.caches.Delete(r.Context(), record.CacheKey{Namespace: r.PathValue("namespace"), Name: r.PathValue("name")})
 }
 
 func (h *handler) gc(r *http.Request) (api.GCResult, error) {

@@ -118,7 +118,7 @@ func serve(t *testing.T, layers *fakeLayers) string {
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() {
-		done <- Serve(ctx, socket, newMux(&handler{layers, fakeVolumes{}, fakeVolumes{}, layers.fetch, 0, nil}))
+		done <- Serve(ctx, socket, newMux(&handler{layers, fakeVolumes{}, fakeVolumes{}, nil, layers.fetch, 0, nil}))
 	}()
 	t.Cleanup(func() {
 		stop()
@@ -269,7 +269,7 @@ func TestErrors(t *testing.T) {
 	}
 	recorder := httptest.NewRecorder()
 	request := httptest.NewRequest(http.MethodGet, "/v1/volumes/none", nil)
-	newMux(&handler{&fakeLayers{}, fakeVolumes{}, fakeVolumes{}, nil, 0, nil}).ServeHTTP(recorder, request)
+	newMux(&handler{&fakeLayers{}, fakeVolumes{}, fakeVolumes{}, nil, nil, 0, nil}).ServeHTTP(recorder, request)
 	if recorder.Code != http.StatusNotFound {
 		t.Errorf("got the status %d of a volume that does not exist, want 404", recorder.Code)
 	}

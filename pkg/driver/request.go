@@ -77,6 +77,10 @@ func publishRequest(req *csi.NodePublishVolumeRequest, allowedMountOptions []str
 		}
 		group = &parsed
 	}
+	if parsed.Commit != "" && (attributes.ReadOnly || req.GetReadonly()) {
+		return volume.PublishRequest{}, fmt.Errorf("%w: key %q: a read-only volume has nothing to commit; leave readOnly out",
+			errdefs.ErrInvalidArgument, spec.KeyCommit)
+	}
 	attributes.ReadOnly = attributes.ReadOnly || req.GetReadonly() || parsed.Upper == spec.UpperNone
 	return volume.PublishRequest{
 		VolumeID:    req.GetVolumeId(),

@@ -21,10 +21,18 @@ type ResolvedLayers struct {
 	Digests reference.Digests
 	// Stored are the diff IDs of the layers that are in the layer store.
 	Stored []digest.Digest
+	// Caches are the caches among the layers, whose directories are not in Dirs.
+	Caches []CacheLayer
 
 	owned  []*os.File
 	leases []*store.Lease
 	seen   map[string]bool
+}
+
+// CacheLayer is a cache among the layers. Under is how many of the directories of the other layers lie above it.
+type CacheLayer struct {
+	Name  string
+	Under int
 }
 
 func newResolvedLayers() *ResolvedLayers {

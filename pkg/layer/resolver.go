@@ -7,6 +7,8 @@ import (
 	"maps"
 	"slices"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
@@ -29,7 +31,8 @@ type Resolver struct {
 	tags       *Tags
 }
 
-// NewResolver returns a resolver of dir:// and archive:// beneath roots, volume:// in podVolumes, and oci:// in images.
+// NewResolver returns a resolver of dir:// and archive:// beneath roots, volume:// in podVolumes, and oci:// in images. The
+// frozen uppers of a cache:// are not layers, and others open them.
 func NewResolver(roots *Roots, podVolumes *PodVolumes, images images) *Resolver {
 	return &Resolver{roots: roots, podVolumes: podVolumes, images: images, tags: NewTags(images)}
 }
@@ -97,6 +100,9 @@ func (r *Resolver) resolve(
 			return err
 		}
 		return resolved.addImage(ref, lease)
+	case reference.Cache:
+		resolved.Caches = append(resolved.Caches, CacheLayer{ref.Name(), len(resolved.Dirs)})
+		return nil
 	}
 	panic(fmt.Sprintf("layer %s: scheme %q", ref, ref.Scheme()))
 }
@@ -108,9 +114,14 @@ func (r *Resolver) ResolveTags(
 	return r.tags.ResolveTags(ctx, refs, secrets, namespace)
 }
 
-// Check returns ErrInvalidArgument if a reference cannot be resolved on any node for any pod: if it names an unknown layer root.
+// Check returns ErrInvalidArgument if a reference cannot be resolved on any node for any pod: if it names an unknown layer root,
+// or a cache.
 func (r *Resolver) Check(refs []reference.Reference) error {
 	for _, ref := range refs {
+		if ref.Scheme() == reference.Cache {
+			return fmt.Errorf("%w: layer %s: a cache belongs to the namespace of a pod; use it in an inline volume of the pod",
+				errdefs.ErrInvalidArgument, ref)
+		}
 		if ref.Scheme() != reference.Dir && ref.Scheme() != reference.Archive {
 			continue
 		}
@@ -138,7 +149,7 @@ func (r *Resolver) CheckPresent(ctx context.Context, refs []reference.Reference)
 				return err
 			}
 			archive.Close()
-		case reference.OCI, reference.Volume:
+		case reference.OCI, reference.Volume, reference.Cache:
 		}
 	}
 	return nil

@@ -51,6 +51,8 @@ type GCResult struct {
 	Bytes int64 `json:"bytes"`
 	// Downloads is the total size of the unfinished downloads that were removed, in bytes.
 	Downloads int64 `json:"downloads"`
+	// Caches is the total size of the caches that were removed, in bytes.
+	Caches int64 `json:"caches"`
 }
 
 // collector is the garbage collection of the store.
@@ -61,6 +63,8 @@ type collector struct {
 	prefetcher *prefetcher
 	records    records
 	trash      dataRoot
+	// reclaim removes other data of the node that may be lost, before layers are removed that would have to be pulled again. It may be nil.
+	reclaim func(ctx context.Context, bytes int64, dryRun bool) (int64, error)
 	// mu serializes collections.
 	mu sync.Mutex
 }
@@ -107,8 +111,15 @@ func (c *collector) collect(ctx context.Context, request GCRequest) (GCResult, e
 		return GCResult{}, err
 	}
 	target.bytes -= downloads
+	var reclaimed int64
+	if c.reclaim != nil && target.bytes > 0 && !request.All {
+		if reclaimed, err = c.reclaim(ctx, target.bytes, request.DryRun); err != nil {
+			klog.FromContext(ctx).Error(err, "Could not remove caches; unused layers are removed instead")
+		}
+		target.bytes -= reclaimed
+	}
 	result, err := c.sweep(ctx, used, target, request.DryRun)
-	result.Downloads = downloads
+	result.Downloads, result.Caches = downloads, reclaimed
 	return result, err
 }
 

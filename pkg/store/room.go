@@ -230,7 +230,7 @@ func (c *collector) withRoom(ctx context.Context, size int64, do func() error) e
 		}
 		klog.FromContext(ctx).Info("Removing unused layers for what is unpacked", keyReason, err.Error())
 		collected, failed := c.collect(ctx, request)
-		if failed != nil || (collected.Bytes == 0 && collected.Downloads == 0) {
+		if failed != nil || collected.Bytes+collected.Downloads+collected.Caches == 0 {
 			return errors.Join(err, failed)
 		}
 		c.awaitTrash(ctx)
@@ -253,7 +253,7 @@ func (c *collector) requestFor(size int64) (GCRequest, error) {
 // all of them together are smaller.
 func (c *collector) makeRoom(ctx context.Context, bytes int64) error {
 	collectable, err := c.collect(ctx, GCRequest{DryRun: true, Bytes: bytes})
-	if err != nil || collectable.Bytes+collectable.Downloads < bytes {
+	if err != nil || collectable.Bytes+collectable.Downloads+collectable.Caches < bytes {
 		return err
 	}
 	if _, err := c.collect(ctx, GCRequest{Bytes: bytes}); err != nil {

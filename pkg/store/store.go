@@ -213,6 +213,12 @@ func (s *Store) Layers() []LayerStatus { return s.catalogue.listLayers() }
 // Images returns the images whose layers are all present, sorted by name.
 func (s *Store) Images() []Image { return s.catalogue.listImages() }
 
+// ReclaimFirst has garbage collection call a function that removes other data of the node, before it removes layers to make room. The
+// function returns how many bytes it removed, or with dryRun would remove. ReclaimFirst is called before layers are pulled.
+func (s *Store) ReclaimFirst(reclaim func(ctx context.Context, bytes int64, dryRun bool) (int64, error)) {
+	s.collector.reclaim = reclaim
+}
+
 // GC removes unused layers, the least recently used first, and the images that contain them.
 func (s *Store) GC(ctx context.Context, request GCRequest) (GCResult, error) {
 	return s.collector.collect(ctx, request)

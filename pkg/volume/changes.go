@@ -163,7 +163,7 @@ func (m *Manager) openInUse(c *Changes, r *record.Record, p *record.Publication)
 	if err := m.openLayers(c, r, p); err != nil {
 		return err
 	}
-	frozen, err := m.openFrozen(c.ctx, r)
+	frozen, err := m.openFrozen(c.ctx, placedOf(r))
 	if err != nil {
 		return err
 	}
@@ -239,7 +239,7 @@ func (m *Manager) openFrozenChanges(c *Changes, r *record.Record, resting *os.Fi
 	if err := m.openLayers(c, r, p); err != nil {
 		return err
 	}
-	dirs, err := m.openFrozen(c.ctx, r)
+	dirs, err := m.openFrozen(c.ctx, placedOf(r))
 	if err != nil {
 		return err
 	}
@@ -248,7 +248,7 @@ func (m *Manager) openFrozenChanges(c *Changes, r *record.Record, resting *os.Fi
 	if err := c.setUppers(dirs); err != nil {
 		return err
 	}
-	frozen, err := frozenLowers(r, p, dirs)
+	frozen, err := frozenLowers(r, p, placedOf(r), dirs)
 	if err != nil {
 		return err
 	}
@@ -291,7 +291,17 @@ func (m *Manager) openLayers(c *Changes, r *record.Record, p *record.Publication
 		// A layer has the owners that the kernel maps: the mapping exchanges IDs, so that it is its own inverse.
 		c.Tree.Owner = owner.Map
 	}
-	c.Tree.Base, err = m.views.OpenDetached(overlay.Spec{Lowers: layers.Dirs, LayerOwner: owner})
+	caches := placedCaches(r, layers)
+	dirs, err := m.openFrozen(c.ctx, caches)
+	if err != nil {
+		return err
+	}
+	defer closeAll(dirs)
+	frozen, err := frozenLowers(r, p, caches, dirs)
+	if err != nil {
+		return err
+	}
+	c.Tree.Base, err = m.views.OpenDetached(overlay.Spec{Frozen: frozen, Lowers: layers.Dirs, LayerOwner: owner})
 	if err != nil {
 		return fmt.Errorf("mount the layers: %w", err)
 	}

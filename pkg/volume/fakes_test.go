@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	corev1 "k8s.io/api/core/v1"
 
 	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
@@ -66,6 +67,8 @@ type fakeNode struct {
 	// measured is what frozen uppers take of the disk. mergedApart is set if they were copied when they were merged last.
 	measured    int64
 	mergedApart bool
+	// phase is that of each pod.
+	phase corev1.PodPhase
 	// layerDir is the one layer that each reference resolves to.
 	layerDir *os.File
 }
@@ -96,7 +99,8 @@ func newFakeNode(t *testing.T) *fakeNode {
 func (n *fakeNode) boot(id string) {
 	n.manager = NewManager(Config{
 		Node: "node-1", BootID: id, ReconcileInterval: time.Hour, Overcommit: 1, Root: fakeRoot{n}, Records: n.records, Mounter: fakeMounter{n},
-		Layers: fakeLayers{n}, PodVolumes: fakePodVolumes{n}, Pods: fakePods{n}, Backends: fakeBackends{n},
+		Layers: fakeLayers{n}, PodVolumes: fakePodVolumes{n}, Pods: fakePods{n}, PodPhases: fakePhases{n},
+		MaxCacheBytes: 1 << 30, Backends: fakeBackends{n},
 	})
 }
 
@@ -249,7 +253,11 @@ func (l fakeLayers) Resolve(_ context.Context, refs []reference.Reference, _ lay
 		l.n.onResolve()
 	}
 	resolved := &layer.ResolvedLayers{}
-	for range refs {
+	for _, ref := range refs {
+		if ref.Scheme() == reference.Cache {
+			resolved.Caches = append(resolved.Caches, layer.CacheLayer{Name: ref.Name(), Under: len(resolved.Dirs)})
+			continue
+		}
 		resolved.Dirs = append(resolved.Dirs, l.n.layerDir)
 		resolved.Fingerprints = append(resolved.Fingerprints, "")
 	}
@@ -289,6 +297,12 @@ type fakePods struct{ n *fakeNode }
 
 func (p fakePods) PodUID(target string) string { return filepath.Base(filepath.Dir(target)) }
 func (p fakePods) PodGone(uid string) bool     { return p.n.gone[uid] }
+
+type fakePhases struct{ n *fakeNode }
+
+func (f fakePhases) PodPhase(context.Context, kubelet.Pod) (corev1.PodPhase, error) {
+	return f.n.phase, nil
+}
 
 // fakeBackends has every upper in a directory.
 type fakeBackends struct{ n *fakeNode }

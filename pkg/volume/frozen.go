@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
 
+	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
@@ -180,10 +181,10 @@ func (s *snapshots) copyInUse(ctx context.Context, r *record.Record) ([]record.F
 	return slices.Concat([]record.Frozen{frozen}, r.Frozen), nil
 }
 
-// openFrozen opens the frozen uppers of a volume. The caller closes them.
-func (s *snapshots) openFrozen(ctx context.Context, r *record.Record) ([]*os.File, error) {
+// openFrozen opens frozen uppers. The caller closes them.
+func (s *snapshots) openFrozen(ctx context.Context, list []placedFrozen) ([]*os.File, error) {
 	var dirs []*os.File
-	for _, frozen := range r.Frozen {
+	for _, frozen := range list {
 		dir, err := s.uppers.backends.OpenFrozen(ctx, frozen.Backend, frozen.ID)
 		if err != nil {
 			closeAll(dirs)
@@ -200,14 +201,109 @@ func closeAll(files []*os.File) {
 	}
 }
 
+// placedFrozen is a frozen upper with the number of directories of layers that lie above it.
+type placedFrozen struct {
+	record.Frozen
+	under int
+}
+
+// placed returns the frozen uppers of the volume, and of the caches among its layers, the topmost first.
+func (p *publishing) placed() []placedFrozen {
+	return append(placedOf(p.after), placedCaches(p.after, p.layers)...)
+}
+
+// placedOf returns the frozen uppers of a volume.
+func placedOf(r *record.Record) (list []placedFrozen) {
+	for _, frozen := range r.Frozen {
+		list = append(list, placedFrozen{frozen, 0})
+	}
+	return list
+}
+
+// placedCaches returns the frozen uppers of the caches among the layers of a volume.
+func placedCaches(r *record.Record, layers *layer.ResolvedLayers) (list []placedFrozen) {
+	for _, cache := range layers.Caches {
+		for _, version := range r.Caches[cache.Name] {
+			list = append(list, placedFrozen{version.Frozen, cache.Under})
+		}
+	}
+	return list
+}
+
+// findCaches enters the newest versions of the caches among the layers into the record. A volume that was published before, in this boot of
+// the node, keeps those that its upper was written on. Until the record is saved, they are kept from being swept.
+func (p *publishing) findCaches(ctx context.Context) error {
+	if !p.req.Spec.UsesCaches() {
+		return nil
+	}
+	if err := (record.CacheKey{Namespace: p.req.Pod.Namespace, Name: "cache"}).Check(); err != nil {
+		return fmt.Errorf("the namespace of the pod, which the caches belong to: %w", err)
+	}
+	if p.before != nil && p.before.Publication(p.req.Target) != nil &&
+		p.before.Publication(p.req.Target).BootID == p.publication.BootID && p.before.Caches != nil {
+		return nil
+	}
+	p.m.listing.RLock()
+	p.listing = true
+	p.after.Caches = map[string][]record.CacheVersion{}
+	count := len(p.layers.Dirs)
+	for _, cache := range p.layers.Caches {
+		versions, err := p.m.caches.Newest(ctx, record.CacheKey{Namespace: p.req.Pod.Namespace, Name: cache.Name})
+		if err != nil {
+			return err
+		}
+		p.after.Caches[cache.Name] = versions
+		count += len(versions)
+	}
+	if count > overlay.MaxLowers {
+		return fmt.Errorf("%w: the images have %d layers together, and with the caches there are %d; overlayfs takes at most %d",
+			errdefs.ErrInvalidArgument, len(p.layers.Dirs), count, overlay.MaxLowers)
+	}
+	return nil
+}
+
+// unlist ends what findCaches began.
+func (p *publishing) unlist() {
+	if p.listing {
+		p.m.listing.RUnlock()
+		p.listing = false
+	}
+}
+
+// rootAttr returns the attributes of the root of a new upper: those of the topmost directory below it.
+func (p *publishing) rootAttr() (upper.RootAttr, error) {
+	list := p.placed()
+	switch {
+	case len(list) > 0 && list[0].under == 0:
+		return frozenRootAttr(p.after, p.publication, list[0].Frozen, p.frozen[0])
+	case len(p.layers.Dirs) == 0:
+		return emptyRootAttr(p.after, p.publication), nil
+	}
+	return rootAttr(p.after, p.publication, p.layers.Dirs[0])
+}
+
+// emptyMode is the mode of a volume that has nothing below its upper, as kubelet's of an emptyDir.
+const emptyMode = 0o777
+
+// emptyRootAttr returns the attributes of the root of a volume that has nothing below its upper.
+func emptyRootAttr(r *record.Record, p *record.Publication) upper.RootAttr {
+	owner := layerOwner(r, p)
+	root := upper.RootAttr{UID: owner.UID, GID: owner.GID, Mode: emptyMode}
+	if p.Group != nil {
+		root.GID = *p.Group
+		root.Mode |= groupDirMode
+	}
+	return root
+}
+
 // frozenRootAttr returns the attributes of the root of a frozen upper as the view shows them, and open to the pod's group.
-func frozenRootAttr(r *record.Record, p *record.Publication, dir *os.File) (upper.RootAttr, error) {
+func frozenRootAttr(r *record.Record, p *record.Publication, frozen record.Frozen, dir *os.File) (upper.RootAttr, error) {
 	root, err := upper.RootAttrOf(dir)
 	if err != nil {
 		return upper.RootAttr{}, err
 	}
 	if r.Spec.Ownership != spec.OwnershipChown {
-		for _, swap := range r.Frozen[0].Swaps(p.Group, root.GID) {
+		for _, swap := range frozen.Swaps(p.Group, root.GID) {
 			root.GID = swap.Of(root.GID)
 		}
 	}
@@ -219,16 +315,18 @@ func frozenRootAttr(r *record.Record, p *record.Publication, dir *os.File) (uppe
 }
 
 // frozenLowers returns the frozen uppers as a view takes them.
-func frozenLowers(r *record.Record, p *record.Publication, dirs []*os.File) ([]overlay.FrozenUpper, error) {
+func frozenLowers(
+	r *record.Record, p *record.Publication, list []placedFrozen, dirs []*os.File,
+) ([]overlay.FrozenUpper, error) {
 	var lowers []overlay.FrozenUpper
 	for i, dir := range dirs {
-		lower := overlay.FrozenUpper{Dir: dir, Detached: r.Frozen[i].Backend == upper.DiskImage}
+		lower := overlay.FrozenUpper{Dir: dir, Under: list[i].under, Detached: list[i].Backend == upper.DiskImage}
 		if r.Spec.Ownership != spec.OwnershipChown {
 			root, err := upper.RootAttrOf(dir)
 			if err != nil {
 				return nil, err
 			}
-			lower.Groups = r.Frozen[i].Swaps(p.Group, root.GID)
+			lower.Groups = list[i].Swaps(p.Group, root.GID)
 		}
 		lowers = append(lowers, lower)
 	}

@@ -14,11 +14,14 @@ import (
 	"sync/atomic"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/klog/v2"
 
+	"github.com/overlay-csi/overlay-csi/pkg/cache"
 	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
@@ -41,6 +44,7 @@ const (
 	keyFrozen   = "frozen"
 	keyCount    = "count"
 	keyReplaced = "replaced"
+	keyCache    = "cache"
 )
 
 // dataRoot is where the volumes are.
@@ -111,6 +115,11 @@ type pods interface {
 	PodGone(uid string) bool
 }
 
+// podPhases knows whether a pod has succeeded.
+type podPhases interface {
+	PodPhase(ctx context.Context, pod kubelet.Pod) (corev1.PodPhase, error)
+}
+
 // Config configures a Manager. All fields but Ballast are required.
 type Config struct {
 	// Node is the name of the node, BootID identifies its current boot.
@@ -119,6 +128,8 @@ type Config struct {
 	ReconcileInterval time.Duration
 	// Overcommit is how many times the disk may be reserved for volumes.
 	Overcommit float64
+	// MaxCacheBytes is how much caches may take of the disk.
+	MaxCacheBytes int64
 
 	Root dataRoot
 	// Ballast is what is set aside in the data root for a full disk. It may be nil.
@@ -128,6 +139,7 @@ type Config struct {
 	Layers     layers
 	PodVolumes podVolumes
 	Pods       pods
+	PodPhases  podPhases
 	Backends   backends
 }
 
@@ -140,6 +152,7 @@ type Manager struct {
 	// unrecorded is for volumes whose records cannot be read.
 	unrecorded unrecorded
 	*snapshots
+	caches  *cache.Store
 	ledger  *ledger
 	usage   usageCache
 	locks   *locks
@@ -154,16 +167,21 @@ func NewManager(config Config) *Manager {
 	ledger := newLedger(config, uppers)
 	locks := newLocks()
 	unrecorded := unrecorded{config.Records, uppers, views, ledger}
+	snapshots := &snapshots{
+		node: config.Node, root: config.Root, volumes: config.Records, records: config.Records.Snapshots(), uppers: uppers, views: views,
+		ledger: ledger, locks: locks,
+	}
 	return &Manager{
 		config:     config,
 		records:    config.Records,
 		views:      views,
 		uppers:     uppers,
 		unrecorded: unrecorded,
-		snapshots: &snapshots{
-			node: config.Node, root: config.Root, volumes: config.Records, records: config.Records.Snapshots(), uppers: uppers, views: views,
-			ledger: ledger, locks: locks,
-		},
+		snapshots:  snapshots,
+		caches: cache.NewStore(cache.Config{
+			BootID: config.BootID, MaxBytes: config.MaxCacheBytes, Records: config.Records, Uppers: cacheUppers{config.Backends, snapshots},
+			Discard: config.Root.Discard, Sync: func() error { return syncFS(config.Root.Path()) },
+		}),
 		ledger:  ledger,
 		locks:   locks,
 		checker: &checker{records: config.Records, views: views, uppers: uppers, layers: config.Layers, locks: locks},
@@ -188,6 +206,34 @@ func (m *Manager) Run(ctx context.Context) {
 			m.reconcile(ctx)
 		}
 	}
+}
+
+// Caches returns the caches of the node.
+func (m *Manager) Caches() *cache.Store { return m.caches }
+
+// cacheUppers are the frozen uppers that caches consist of.
+type cacheUppers struct {
+	backends
+	snapshots *snapshots
+}
+
+// Hold keeps frozen uppers that no record lists from being swept until release is called.
+func (u cacheUppers) Hold() (release func()) {
+	u.snapshots.listing.RLock()
+	return u.snapshots.listing.RUnlock
+}
+
+// Sweep discards the frozen uppers that no record lists.
+func (u cacheUppers) Sweep(ctx context.Context) error { return u.snapshots.sweep(ctx) }
+
+// syncFS writes the file system of a directory to the disk.
+func syncFS(path string) error {
+	dir, err := linux.OpenDir(path)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return linux.SyncFS(dir)
 }
 
 // Ready reports whether what an earlier process left has been reconciled.

@@ -69,6 +69,8 @@ type publishing struct {
 	shared *os.File
 	// frozen are the volume's frozen uppers, the topmost first.
 	frozen []*os.File
+	// listing is set while frozen uppers that no record lists are kept from being swept.
+	listing bool
 	// madeBase is set if the directory of the pod's upper is new.
 	madeBase bool
 	// upper is nil if the view has none, or shares a view that has one. prepared is set while it is in use.
@@ -99,6 +101,7 @@ func (p *publishing) steps() []step {
 		{name: "open the target", do: p.openTarget, undo: p.removeTarget, again: true},
 		{name: "create the record", do: p.newRecord},
 		{name: "discard a stale upper", do: p.discardStaleUpper},
+		{name: "find the caches", do: p.findCaches},
 		{name: "save the record", do: p.saveRecord, undo: p.restoreRecord},
 		{name: "open a view to share", do: p.openShared},
 		{name: "open the frozen uppers", do: p.openFrozen},
@@ -152,6 +155,7 @@ func undo(ctx context.Context, steps []step) error {
 
 // close closes what the steps opened.
 func (p *publishing) close() {
+	p.unlist()
 	p.closeDirs()
 	closeAll(p.frozen)
 	for _, file := range []*os.File{p.target, p.shared} {

@@ -26,6 +26,9 @@ func (p *publishing) loadRecord(ctx context.Context) error {
 	m, id := p.m, p.req.VolumeID
 	r, err := m.records.Load(id)
 	if err == nil {
+		if r.Committing != nil {
+			return fmt.Errorf("%w: the volume is becoming a version of cache %s; unpublish it", errdefs.ErrUnavailable, r.Spec.Commit)
+		}
 		p.before = r
 		return m.finishFreezing(r)
 	}
@@ -202,7 +205,10 @@ func (p *publishing) discardStaleUpper(ctx context.Context) error {
 	return p.m.uppers.open(p.after, p.publication).Discard(ctx)
 }
 
-func (p *publishing) saveRecord(context.Context) error { return p.m.ledger.save(p.after) }
+func (p *publishing) saveRecord(context.Context) error {
+	defer p.unlist()
+	return p.m.ledger.save(p.after)
+}
 
 func (p *publishing) restoreRecord(context.Context) error {
 	if p.before == nil {
@@ -235,7 +241,7 @@ func (p *publishing) openFrozen(ctx context.Context) (err error) {
 	if p.shared != nil {
 		return nil
 	}
-	p.frozen, err = p.m.openFrozen(ctx, p.after)
+	p.frozen, err = p.m.openFrozen(ctx, p.placed())
 	return err
 }
 
@@ -279,14 +285,6 @@ func (p *publishing) prepareUpper(ctx context.Context) error {
 	}
 	// An access control list changes the mode.
 	return upper.SetGroup(p.dirs.Upper, root.GID, root.Mode)
-}
-
-// rootAttr returns the attributes of the root of a new upper: those of the topmost directory below it.
-func (p *publishing) rootAttr() (upper.RootAttr, error) {
-	if len(p.frozen) > 0 {
-		return frozenRootAttr(p.after, p.publication, p.frozen[0])
-	}
-	return rootAttr(p.after, p.publication, p.layers.Dirs[0])
 }
 
 // checkNotLost returns ErrDataLoss if the upper was made and does not exist.
@@ -352,7 +350,7 @@ func (p *publishing) checkUpperFree(context.Context) error {
 
 // overlay describes the view.
 func (p *publishing) overlay() (overlay.Spec, error) {
-	frozen, err := frozenLowers(p.after, p.publication, p.frozen)
+	frozen, err := frozenLowers(p.after, p.publication, p.placed(), p.frozen)
 	return overlay.Spec{
 		Frozen:      frozen,
 		Lowers:      p.layers.Dirs,

@@ -95,6 +95,17 @@ func (c *Client) Layer(ctx context.Context, id string, to io.Writer) error {
 	return nil
 }
 
+// Caches lists the caches on the node.
+func (c *Client) Caches(ctx context.Context) ([]Cache, error) {
+	return call[[]Cache](ctx, c, http.MethodGet, "caches", nil)
+}
+
+// DeleteCache deletes a cache.
+func (c *Client) DeleteCache(ctx context.Context, namespace, name string) error {
+	_, err := call[struct{}](ctx, c, http.MethodDelete, "caches/"+url.PathEscape(namespace)+"/"+url.PathEscape(name), nil)
+	return err
+}
+
 // GC removes layers that no volume uses: those that the driver's own garbage collection would remove, or with all, every one.
 // With dryRun it removes nothing, and returns what it would remove.
 func (c *Client) GC(ctx context.Context, dryRun, all bool) (GCResult, error) {

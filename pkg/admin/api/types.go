@@ -53,6 +53,18 @@ type GCResult struct {
 	Unreadable []string `json:"unreadable,omitempty"`
 }
 
+// Cache is a cache of a namespace.
+type Cache struct {
+	Namespace string `json:"namespace"`
+	Name      string `json:"name"`
+	// Versions is how many frozen uppers its newest version consists of, and Bytes what they take of the disk.
+	Versions int       `json:"versions"`
+	Bytes    int64     `json:"bytes"`
+	LastUsed time.Time `json:"lastUsed"`
+	// Volumes are the IDs of the volumes that have one of its frozen uppers.
+	Volumes []string `json:"volumes,omitempty"`
+}
+
 // Progress is how far a pull is.
 type Progress struct {
 	Image  string          `json:"image"`

@@ -1,0 +1,41 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"fmt"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+)
+
+// TestCache runs jobs after one another on a node: each begins with what the last one that succeeded has left.
+func TestCache(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t, "baseline")
+	node := cluster.workers[0]
+	volume := inlineVolume("cache", "layers", "cache://deps", "commit", "deps")
+	job := func(name, script string, want corev1.PodPhase) {
+		t.Helper()
+		once := func(p *corev1.Pod) { p.Spec.RestartPolicy = corev1.RestartPolicyNever }
+		p := n.start(name, withVolume(volume), onNode(node), withCommand(script), once)
+		eventually(t, name+" has ended", func() error {
+			p.refresh()
+			if p.Status.Phase != want {
+				return fmt.Errorf("phase %s, want %s", p.Status.Phase, want)
+			}
+			return nil
+		})
+		// The commit is done when kubelet has unmounted the volume, before the pod is gone.
+		p.delete()
+		wantNothingOf(t, node, p.UID)
+	}
+	job("first", "test -z \"$(ls /cache)\" && echo first > /cache/dep", corev1.PodSucceeded)
+	job("second", "test \"$(cat /cache/dep)\" = first && echo second > /cache/dep", corev1.PodSucceeded)
+	job("failed", "echo failed > /cache/dep && exit 1", corev1.PodFailed)
+	job("last", "test \"$(cat /cache/dep)\" = second", corev1.PodSucceeded)
+
+	other := newNamespace(t, "baseline")
+	p := other.run("other", withVolume(inlineVolume("cache", "layers", "cache://deps")), onNode(node))
+	p.want("ls /cache | wc -l", "0")
+}
