@@ -130,7 +130,7 @@ func TestCache(t *testing.T) {
 	// It may lie between layers.
 	between := layersOf(t, node, map[string]string{"d": "above"}, map[string]string{"below": "below"})
 	above, below, _ := strings.Cut(between, "\n")
-	wantCache(t, node, "ci", above+"\ncache://deps\n"+below, map[string]string{"d": "above", "below": "below"})
+	wantCache(t, node, "ci", above+"\ncache://deps\n"+below, map[string]string{"d": "above", "below": "below", "l": "layer"})
 	wantNoViews(t, node)
 }
 
@@ -352,4 +352,20 @@ func TestCacheMerges(t *testing.T) {
 		frozen, err := os.ReadDir(filepath.Join(node.DataRoot, "frozen"))
 		return err == nil && len(frozen) == 0
 	})
+}
+
+// TestCacheOfDiskImages: each version has the backend of its volume, and they may differ.
+func TestCacheOfDiskImages(t *testing.T) {
+	node, statuses := cacheNode(t)
+	image := cacheVolume("ci", "cache://deps", "deps")
+	image.Attributes["sizeLimit"], image.Attributes["sizeEnforcement"] = "16Mi", "image"
+	job(t, node, statuses, "image", image, corev1.PodSucceeded, "a", "b")
+	job(t, node, statuses, "directory", cacheVolume("ci", "cache://deps", "deps"), corev1.PodSucceeded, "b", "c")
+	job(t, node, statuses, "second-image", image, corev1.PodSucceeded, "c")
+	want := map[string]string{"a": "image", "b": "directory", "c": "second-image"}
+	wantCache(t, node, "ci", "cache://deps", want)
+	must(t, node.Kill())
+	start(t, node)
+	wantCache(t, node, "ci", "cache://deps", want)
+	wantNoViews(t, node)
 }
