@@ -68,12 +68,13 @@ func find(parent, roots []part, name string) (found result, err error) {
 	for i := 0; i < len(parent) && !found.isOver; i++ {
 		at := parent[i]
 		entry, err := found.in(at.dir, found.first != nil)
+		if errdefs.IsNotFound(err) {
+			continue
+		}
 		if err != nil {
 			return found, err
 		}
 		switch {
-		case entry == nil:
-			continue
 		case entry.stat.IsDir():
 			found.dirs = append(found.dirs, part{upper: at.upper, dir: entry.opened})
 		case found.first == nil:
@@ -109,20 +110,20 @@ func closeParts(parts []part) {
 	}
 }
 
-// in looks up the path in one upper, as ovl_lookup_layer does. The entry is nil if there is none. With isForData, a file is opened that
+// in looks up the path in one upper, as ovl_lookup_layer does. It returns ErrNotFound if there is none. With isForData, a file is opened that
 // is no metacopy file itself.
 func (l *lookup) in(base *os.File, isForData bool) (*entry, error) {
 	dir := base
 	// A redirect on the way replaces what leads to it, so that the position is counted from the end.
 	for left := len(l.path); ; left-- {
 		found, err := l.step(dir, left)
-		if err == nil && found != nil && isForData && !l.isMetacopy && found.stat.IsRegular() {
+		if err == nil && isForData && !l.isMetacopy && found.stat.IsRegular() {
 			found.opened, err = linux.Open(dir, found.name, os.O_RDONLY|linux.O_NOFOLLOW|syscall.O_NOATIME, 0)
 		}
 		if dir != base {
 			dir.Close()
 		}
-		if err != nil || found == nil || left == 1 {
+		if err != nil || left == 1 {
 			return found, err
 		}
 		dir = found.opened
@@ -134,7 +135,7 @@ func (l *lookup) step(dir *os.File, left int) (*entry, error) {
 	name, isLast := l.path[len(l.path)-left], left == 1
 	stat, err := linux.Fstatat(dir, name)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENAMETOOLONG) {
-		return nil, nil
+		return nil, errdefs.ErrNotFound
 	}
 	if err != nil {
 		return nil, err
@@ -143,7 +144,7 @@ func (l *lookup) step(dir *os.File, left int) (*entry, error) {
 	switch {
 	case stat.IsWhiteout(), isLast && l.isMetacopy && !stat.IsRegular(), !stat.IsDir() && (l.isDir || !isLast):
 		l.isOver = true
-		return nil, nil
+		return nil, errdefs.ErrNotFound
 	case stat.IsDir():
 		return l.stepDir(found, left)
 	}
