@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
 
+	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
@@ -169,8 +170,9 @@ func (m *Manager) resolveRequested(ctx context.Context, req *CreateRequest) (req
 	return requested, nil
 }
 
-// Delete deletes a volume and its upper. It returns nil if there is none, and ErrFailedPrecondition if the volume is mounted. A volume
-// that was deleted does not come back after a power cut: nobody would ask again.
+// Delete deletes a volume and its upper. It returns nil if there is none, ErrFailedPrecondition if the volume is mounted, and
+// ErrUnavailable while a container still has a view that was unmounted. A volume that was deleted does not come back after a power cut:
+// nobody would ask again.
 func (m *Manager) Delete(ctx context.Context, id string) error {
 	unlock, err := m.locks.acquire(ctx, id)
 	if err != nil {
@@ -197,7 +199,13 @@ func (m *Manager) Delete(ctx context.Context, id string) error {
 	}
 	// An undo that failed, or a crash in it, leaves uppers that are in no publication. An upper that was about to be frozen is either here
 	// or among the frozen ones.
-	if err := m.unrecorded.discard(ctx, id); err != nil {
+	err = m.unrecorded.discard(ctx, id)
+	if errors.Is(err, overlay.ErrUpperInUse) {
+		// No view is mounted. The volume's own error would ask for its record, which is there.
+		return fmt.Errorf("%w: %w of volume %s; a container that had the volume may still be running, try again later",
+			errdefs.ErrUnavailable, overlay.ErrUpperInUse, id)
+	}
+	if err != nil {
 		return err
 	}
 	if err := m.records.Sync(); err != nil {

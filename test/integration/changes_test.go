@@ -176,7 +176,7 @@ func TestDiffOfWhatHasNone(t *testing.T) {
 		"which pod":         {[]string{"diff", "shared"}, "say which pod"},
 		"another pod":       {[]string{"diff", "shared", "--pod", "nobody"}, "no view"},
 		"commit of a pod":   {[]string{"commit", "shared", "--output", "-"}, "upper claim"},
-		"commit to no file": {[]string{"commit", "shared"}, "--output is missing"},
+		"commit to no file": {[]string{"commit", "shared"}, "one of --output and --push"},
 		"bad ID":            {[]string{"diff", "../x"}, "volume ID"},
 	} {
 		t.Run(name, func(t *testing.T) {
