@@ -1,7 +1,6 @@
 package registry
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,7 +13,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sync/semaphore"
-	"golang.org/x/time/rate"
 )
 
 // Config configures access to registries.
@@ -38,14 +36,10 @@ type Config struct {
 	// Backoff is the pause after the first failed request of a download. It doubles after each further failure. It is also the pause before
 	// a request that continues a body that was cut off, or that a registry was too busy to answer.
 	Backoff time.Duration
-	// MaxPushes is the number of blobs that are sent at a time, for all pushes together. The default is DefaultMaxPushes.
-	MaxPushes int
-	// PushRate is the maximum number of bytes that all pushes together send in a second. 0 is no limit.
-	PushRate int64
 }
 
-// DefaultMaxPushes is the default of Config.MaxPushes.
-const DefaultMaxPushes = 3
+// maxSending is how many blobs are sent at a time, by all pushes together.
+const maxSending = 3
 
 // AllNamespaces is the entry of Config.CredentialsNamespaces for every namespace.
 const AllNamespaces = "*"
@@ -56,20 +50,15 @@ type Client struct {
 	header http.Header
 	// spare bounds the memory for large documents that the disk has no room for.
 	spare *semaphore.Weighted
-	// sending and sendRate bound the blobs that are sent.
-	sending  *semaphore.Weighted
-	sendRate *rate.Limiter
+	// sending bounds the blobs that are sent.
+	sending *semaphore.Weighted
 }
 
 // NewClient returns a client. It sends no request.
 func NewClient(config Config) *Client {
-	sendRate := rate.NewLimiter(rate.Inf, transferSize)
-	if config.PushRate > 0 {
-		sendRate = rate.NewLimiter(rate.Limit(config.PushRate), transferSize)
-	}
 	return &Client{
 		config: config, header: http.Header{"User-Agent": {config.UserAgent}}, spare: semaphore.NewWeighted(spareMemory),
-		sending: semaphore.NewWeighted(int64(cmp.Or(config.MaxPushes, DefaultMaxPushes))), sendRate: sendRate,
+		sending: semaphore.NewWeighted(maxSending),
 	}
 }
 

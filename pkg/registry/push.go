@@ -246,9 +246,6 @@ func (u *upload) write(ctx context.Context, to content.Writer, received func() (
 		}
 		u.reading.Store(false)
 		if n > 0 {
-			if err := u.repository.client.sendRate.WaitN(ctx, n); err != nil {
-				return err
-			}
 			_, err := to.Write(buffer[:n])
 			if errors.Is(err, io.ErrClosedPipe) {
 				// The registry has answered before it had all of it. Commit returns what it has answered.

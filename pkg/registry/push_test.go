@@ -438,7 +438,7 @@ func TestPushesAtATime(t *testing.T) {
 	to := repositoryOf(t, client, registry.Host+"/team/app:2", Credentials{})
 	manifest := Bytes(ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromString("m"), Size: 1}, []byte("m"))
 	must(t, to.Push(t.Context(), manifest, blobs, &atomic.Int64{}))
-	if most != DefaultMaxPushes {
-		t.Errorf("%d blobs were sent at a time, want %d", most, DefaultMaxPushes)
+	if most != maxSending {
+		t.Errorf("%d blobs were sent at a time, want %d", most, maxSending)
 	}
 }
