@@ -48,13 +48,13 @@ func (e entry) xattrs() (map[string]string, error) {
 }
 
 func readXattrs(names []string, err error, get func(name string) ([]byte, error)) (map[string]string, error) {
+	xattrs := map[string]string{}
 	if errors.Is(err, syscall.ENOTSUP) {
-		return nil, nil
+		return xattrs, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	xattrs := map[string]string{}
 	for _, name := range names {
 		value, err := get(name)
 		if errors.Is(err, syscall.ENODATA) {
@@ -94,4 +94,13 @@ func setXattrs(header *tar.Header, e entry) error {
 		header.PAXRecords[unpack.XattrRecord+name] = value
 	}
 	return nil
+}
+
+// readXattr returns an attribute of a directory, "" if it has none.
+func readXattr(dir *os.File, name string) (string, error) {
+	value, err := linux.GetXattr(dir, name)
+	if errors.Is(err, syscall.ENODATA) || errors.Is(err, syscall.ENOTSUP) {
+		return "", nil
+	}
+	return string(value), err
 }

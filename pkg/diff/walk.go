@@ -200,16 +200,12 @@ func (w *walker) step() error {
 		}
 		name := l.names.list[0]
 		l.names.list, l.names.last = l.names.list[1:], name
-		next, err := w.compare(l, name)
+		entered, err := w.compare(l, name)
 		if w.skipGone && isGone(err) {
 			continue
 		}
-		if err != nil {
+		if err != nil || entered {
 			return err
-		}
-		if next != nil {
-			w.enter(next)
-			return nil
 		}
 	}
 }
@@ -224,15 +220,14 @@ func isGone(err error) bool {
 	return false
 }
 
-// compare visits an entry. If it is a directory in which something may differ, it returns that.
-func (w *walker) compare(l *level, name string) (*level, error) {
+// compare visits an entry. It reports whether that is a directory in which something may differ, which it has entered.
+func (w *walker) compare(l *level, name string) (entered bool, err error) {
 	e := entry{path: join(l.path, name), parent: l.view, name: name, kind: Added, hidden: l.hidden}
 	var before linux.Stat
 	if l.base != nil {
-		var err error
 		before, err = linux.Fstatat(l.base, name)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, err
+			return false, err
 		}
 		if e.wasThere = err == nil; e.wasThere {
 			e.kind = Changed
@@ -242,31 +237,32 @@ func (w *walker) compare(l *level, name string) (*level, error) {
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && !e.wasThere:
 		// It is a whiteout of something that an upper had, or one of nothing.
-		return nil, nil
+		return false, nil
 	case errors.Is(err, fs.ErrNotExist):
 		e.kind, stat = Deleted, before
 	case err != nil:
-		return nil, err
+		return false, err
 	}
 	e.stat = stat
 	if len(e.path) > maxPath {
 		e.path = ""
-		return nil, w.visit(e)
+		return false, w.visit(e)
 	}
 	if e.kind == Deleted || !stat.IsDir() {
-		return nil, w.visit(e)
+		return false, w.visit(e)
 	}
 	next, err := w.openChild(l, name, e.wasThere && before.IsDir())
 	if err != nil {
-		return nil, err
+		return false, err
 	}
 	e.view, e.base = next.view, next.base
 	e.opaque = next.hidden && !l.hidden
 	if err := w.visit(e); err != nil {
 		next.close()
-		return nil, err
+		return false, err
 	}
-	return next, nil
+	w.enter(next)
+	return true, nil
 }
 
 // openChild opens a directory in the one of a level. inBase says whether the layers have a directory there.
@@ -334,15 +330,6 @@ func (l *level) openInUppers(next *level, name string) error {
 		}
 	}
 	return nil
-}
-
-// readXattr returns an attribute of a directory, "" if it has none.
-func readXattr(dir *os.File, name string) (string, error) {
-	value, err := linux.GetXattr(dir, name)
-	if errors.Is(err, syscall.ENODATA) || errors.Is(err, syscall.ENOTSUP) {
-		return "", nil
-	}
-	return string(value), err
 }
 
 // openDir opens an entry that is a directory, for reading.
