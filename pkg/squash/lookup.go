@@ -110,8 +110,8 @@ func closeParts(parts []part) {
 	}
 }
 
-// in looks up the path in one upper, as ovl_lookup_layer does. It returns ErrNotFound if there is none. With isForData, a file is opened that
-// is no metacopy file itself.
+// in looks up the path in one upper, as ovl_lookup_layer does. It returns ErrNotFound if there is none. With isForData, a file is opened
+// that is no metacopy file itself.
 func (l *lookup) in(base *os.File, isForData bool) (*entry, error) {
 	dir := base
 	// A redirect on the way replaces what leads to it, so that the position is counted from the end.

@@ -143,8 +143,8 @@ func (s *snapshots) checkFree(u upper.Upper) error {
 	return nil
 }
 
-// finishFreezing renames the upper of a volume whose record says that it is frozen, unless that was done, and takes the mark back. The
-// caller holds the volume's lock.
+// finishFreezing renames the upper of a volume whose record says that it is frozen, unless that was done, and then clears Freezing in the
+// record. The caller holds the volume's lock.
 func (s *snapshots) finishFreezing(r *record.Record) error {
 	if !r.Freezing {
 		return nil

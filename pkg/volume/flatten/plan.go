@@ -22,8 +22,9 @@ type List struct {
 	IsMounted bool
 }
 
-// Plan returns frozen uppers that follow one another in a list that is too long, the topmost first. Merged into one, they are to be replaced
-// in every list that Has them. It returns nil if there is nothing to merge. skip reports whether some were tried before, without success.
+// Plan returns frozen uppers that follow one another in a list that is too long, the topmost first. Merged into one, they are to be
+// replaced in every list that Has them. It returns nil if there is nothing to merge. skip reports whether some were tried before, without
+// success.
 //
 // It prefers those at the end that all too long lists have which end alike, such as clones of one snapshot: these go on sharing them.
 // Otherwise it takes all of the list.
