@@ -115,9 +115,7 @@ func run(ctx context.Context, opts options) error {
 	group.Go(func() error { manager.Caches().Run(ctx); return nil })
 	group.Go(func() error { root.RunDeleter(ctx); return nil })
 	group.Go(func() error { layers.Run(ctx); return nil })
-	group.Go(func() error {
-		return admin.Serve(ctx, opts.adminSocket, handler)
-	})
+	group.Go(func() error { return admin.Serve(ctx, opts.adminSocket, handler) })
 	group.Go(func() error { return server.Serve(ctx) })
 	if opts.httpEndpoint != "" {
 		group.Go(func() error { return serveHealth(ctx, opts.httpEndpoint, manager, server, registrar) })

@@ -128,15 +128,14 @@ func (c *Central) segmentsOf(ctx context.Context, handle string) ([]string, erro
 	if err := c.Nodes.Await(ctx); err != nil {
 		return nil, err
 	}
-	_, segment, isCentral := strings.Cut(handle, handleSeparator)
-	isCentral = isCentral && labelValue.MatchString(segment)
-	if isCentral {
+	segment := segmentIn(handle)
+	if segment != "" {
 		if _, err := c.node(segment); err == nil {
 			return []string{segment}, nil
 		}
 	}
 	segments, err := c.Cluster.VolumeTopology(ctx, c.DriverName, handle, c.topologyKey)
-	if err == nil && isCentral && len(segments) == 0 {
+	if err == nil && segment != "" && len(segments) == 0 {
 		segments = []string{segment}
 	}
 	return segments, err

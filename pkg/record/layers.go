@@ -97,8 +97,7 @@ func (s *Store) Unreadable() ([]string, error) {
 }
 
 // FrozenInUse returns which volumes, snapshots and caches list each of the frozen uppers. Snapshots are named snapshots/ID, and caches
-// caches/NAMESPACE/NAME. It returns ErrFailedPrecondition while a record cannot
-// be read: it may list any.
+// caches/NAMESPACE/NAME. It returns ErrFailedPrecondition while the record of a volume or snapshot cannot be read: it may list any.
 func (s *Store) FrozenInUse() (map[string][]string, error) {
 	listed := map[string][]string{}
 	ids, err := s.List()
