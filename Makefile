@@ -18,7 +18,7 @@ help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: build
-build: ## Build the driver and overlayctl into bin/
+build: ## Build the driver, overlayctl and kubectl-overlay into bin/
 	go build $(BUILD_FLAGS) -o bin/ ./cmd/...
 
 .PHONY: image
