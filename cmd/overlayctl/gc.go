@@ -12,7 +12,7 @@ func gcCommand(opts *options) *cobra.Command {
 	var dryRun, all bool
 	cmd := &cobra.Command{
 		Use:   "gc",
-		Short: "Remove layers that no volume uses if disk usage is above the high threshold",
+		Short: "Remove caches and layers that no volume uses if disk usage is above the high threshold",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			result, err := opts.client().GC(cmd.Context(), dryRun, all)
@@ -29,6 +29,9 @@ func gcCommand(opts *options) *cobra.Command {
 				verb := "removed"
 				if dryRun {
 					verb = "would be removed"
+				}
+				if result.Caches > 0 {
+					fmt.Fprintf(w, "caches, %s %s\n", humanize.IBytes(uint64(result.Caches)), verb)
 				}
 				fmt.Fprintf(w, "%d layers, %s %s\n", len(result.Layers), humanize.IBytes(uint64(result.Bytes)), verb)
 			})

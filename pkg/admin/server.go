@@ -177,7 +177,7 @@ func (h *handler) gc(r *http.Request) (api.GCResult, error) {
 	if err != nil {
 		return api.GCResult{}, err
 	}
-	result := api.GCResult{Layers: []api.Layer{}, Bytes: collected.Bytes, Unreadable: unreadable}
+	result := api.GCResult{Layers: []api.Layer{}, Bytes: collected.Bytes, Caches: collected.Caches, Unreadable: unreadable}
 	for _, layer := range collected.Layers {
 		result.Layers = append(result.Layers, wireLayer(layer, nil))
 	}

@@ -71,7 +71,7 @@ func (*fakeLayers) Progress(digest.Digest) (store.Progress, error) {
 
 func (f *fakeLayers) GC(_ context.Context, request store.GCRequest) (store.GCResult, error) {
 	f.gc = request
-	return store.GCResult{Layers: f.Layers(), Bytes: 4096}, nil
+	return store.GCResult{Layers: f.Layers(), Bytes: 4096, Caches: 8192}, nil
 }
 
 type fakeVolumes struct{}
@@ -162,7 +162,7 @@ func TestJSON(t *testing.T) {
 		},
 		"gc": {
 			func(ctx context.Context) (any, error) { return client.GC(ctx, true, true) },
-			`{"layers":[{` + layer + `}],"bytes":4096,"unreadable":["csi-2"]}`,
+			`{"layers":[{` + layer + `}],"bytes":4096,"caches":8192,"unreadable":["csi-2"]}`,
 		},
 		"volumes": {
 			func(ctx context.Context) (any, error) { return client.Volumes(ctx) },

@@ -49,6 +49,8 @@ type ImageLayer struct {
 type GCResult struct {
 	Layers []Layer `json:"layers"`
 	Bytes  int64   `json:"bytes"`
+	// Caches is the total size of the caches that were removed before layers, in bytes.
+	Caches int64 `json:"caches,omitempty"`
 	// Unreadable are the IDs of the volumes whose records cannot be read. Layers that may be theirs were left.
 	Unreadable []string `json:"unreadable,omitempty"`
 }
