@@ -18,8 +18,8 @@ import (
 // maxImageCopy is how many bytes are copied of a disk image while pods wait, where the file system cannot share blocks.
 const maxImageCopy = 1 << 30
 
-// copyImage copies a mounted disk image into a frozen upper's directory, as it is at one moment. Its file system is frozen meanwhile, which
-// leaves nothing to be done in the copy: its journal is empty, and it is marked clean.
+// copyImage copies a mounted disk image into a frozen upper's directory, as it is at one moment. Its file system is frozen for that: then
+// the copy's journal is empty, and it is marked clean.
 func (b *Backends) copyImage(ctx context.Context, d diskImage, frozen *os.File) error {
 	if err := d.checkMounted(); err != nil {
 		return err
@@ -137,7 +137,7 @@ func copyRanges(ctx context.Context, from, to *os.File) error {
 	left := int64(maxImageCopy)
 	return linux.Data(from, func(offset, bytes int64) error {
 		if left -= bytes; left < 0 {
-			return fmt.Errorf("%w: more than %d bytes were written to %s meanwhile", errdefs.ErrFailedPrecondition, maxImageCopy, from.Name())
+			return fmt.Errorf("%w: more than %d bytes were written to %s during the copy", errdefs.ErrFailedPrecondition, maxImageCopy, from.Name())
 		}
 		for end := offset + bytes; offset < end; offset += step {
 			if ctx.Err() != nil {
@@ -153,7 +153,7 @@ func copyRanges(ctx context.Context, from, to *os.File) error {
 }
 
 // atOneMoment calls do while the file system that is mounted at path is frozen: all that was written before is on its disk, and whoever
-// writes waits. Thaw does nothing meanwhile.
+// writes waits. Thaw does nothing until do returns.
 func (b *Backends) atOneMoment(path string, do func() error) (err error) {
 	b.moments.Lock()
 	defer b.moments.Unlock()

@@ -46,7 +46,7 @@ func (c *Changes) onClose(do func()) { c.closers = append(c.closers, do) }
 func (c *Changes) own(files ...*os.File) { c.onClose(func() { closeAll(files) }) }
 
 // ReadChanges opens what was written to a volume as it is now, to look at it. Pods may go on to write. Nothing on the disk changes, and
-// nobody waits: whoever wants the volume meanwhile, as a publish does, has the context of the changes end, and goes on once they are
+// nobody waits: whoever wants the volume, as a publish does, has the context of the changes end, and goes on once they are
 // closed. pod is the UID of the pod whose view is read, "" for the one that there is. It returns ErrNotFound if there is no such volume
 // or view.
 func (m *Manager) ReadChanges(ctx context.Context, id, pod string) (*Changes, error) {

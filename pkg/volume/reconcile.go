@@ -182,7 +182,7 @@ const lowestPriority = 19
 // flatten merges one run of frozen uppers. It reports whether there may be more to do. failed has the runs that could not be merged, and
 // are not tried again before the driver starts again.
 func (s *snapshots) flatten(ctx context.Context, failed map[string]bool) bool {
-	// The sweep does not run meanwhile: it would discard the merged one, which no record lists before it is complete.
+	// The sweep does not run at the same time: it would discard the merged one, which no record lists before it is complete.
 	s.listing.RLock()
 	defer s.listing.RUnlock()
 	logger := klog.FromContext(ctx)
