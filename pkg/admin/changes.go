@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"io"
 	"net/http"
 	"strings"
 	"time"
@@ -67,7 +68,9 @@ func (h *handler) writeLayer(w http.ResponseWriter, r *http.Request) {
 	changes.Tree.MaxBytes = h.maxLayerBytes
 	w.Header().Set("Content-Type", "application/vnd.oci.image.layer.v1.tar")
 	w.Header().Set("Trailer", api.ErrorTrailer+", "+api.EndTrailer)
-	if err := writeLayer(changes, w); err != nil {
+	to := patientWriter{w, clientPatience}
+	defer to.extend()
+	if err := writeLayer(changes, to); err != nil {
 		// A trailer has one line.
 		w.Header().Set(api.ErrorTrailer, strings.Join(strings.Fields(err.Error()), " "))
 		return
@@ -75,7 +78,28 @@ func (h *handler) writeLayer(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set(api.EndTrailer, "true")
 }
 
-func writeLayer(changes *volume.Changes, w http.ResponseWriter) error {
+// clientPatience is how long an answer waits for a client that does not read. While it waits, frozen uppers that nothing uses are kept.
+const clientPatience = 5 * time.Minute
+
+// patientWriter writes to a client, and gives it up if it does not read for too long: the context of its request is done then.
+type patientWriter struct {
+	http.ResponseWriter
+	patience time.Duration
+}
+
+// Write writes to the client.
+func (w patientWriter) Write(data []byte) (int, error) {
+	w.extend()
+	return w.ResponseWriter.Write(data)
+}
+
+// extend gives the client its time again.
+func (w patientWriter) extend() {
+	// A test's response has no deadline.
+	_ = http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(w.patience))
+}
+
+func writeLayer(changes *volume.Changes, w io.Writer) error {
 	buffer := bufio.NewWriterSize(w, answerBuffer)
 	if err := diff.WriteLayer(changes.Context(), changes.Tree, buffer); err != nil {
 		return err

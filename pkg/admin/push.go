@@ -42,11 +42,14 @@ func (h *handler) push(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
-	encoder := json.NewEncoder(w)
+	encoder := json.NewEncoder(patientWriter{w, clientPatience})
 	send := func(event api.PushEvent) {
+		// An error ends the context of the request.
 		_ = encoder.Encode(event)
 		_ = http.NewResponseController(w).Flush()
 	}
+	// Before the first event: a client whose driver ends knows that it pushed.
+	send(api.PushEvent{Progress: &api.PushProgress{}})
 	id, err := h.pushVolume(r.Context(), r.PathValue("id"), to, credentials, send)
 	if err != nil {
 		send(api.PushEvent{Error: err.Error()})

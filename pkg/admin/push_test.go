@@ -2,9 +2,12 @@ package admin
 
 import (
 	"errors"
+	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 )
@@ -37,5 +40,28 @@ func TestPushRequest(t *testing.T) {
 				t.Errorf("%s has no tag", to)
 			}
 		})
+	}
+}
+
+// TestClientThatDoesNotRead: a write to it ends, and so does the context of its request.
+func TestClientThatDoesNotRead(t *testing.T) {
+	ended := make(chan error, 1)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		to := patientWriter{w, 50 * time.Millisecond}
+		var err error
+		for data := make([]byte, 1<<16); err == nil; {
+			_, err = to.Write(data)
+		}
+		<-r.Context().Done()
+		ended <- err
+	}))
+	defer server.Close()
+	response, err := http.Get(server.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	if err := <-ended; !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the write ended with %v", err)
 	}
 }
