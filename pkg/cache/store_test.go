@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"testing"
 	"time"
 
@@ -267,5 +268,42 @@ func TestMerge(t *testing.T) {
 	}
 	if list, err := n.store.List(); err != nil || list[0].Bytes != 2 {
 		t.Errorf("%+v, %v", list, err)
+	}
+}
+
+// TestDamagedCacheStopsNoOther has things in place of a cache's record, and of its directory. The others are collected all the same.
+func TestDamagedCacheStopsNoOther(t *testing.T) {
+	for name, damage := range map[string]func(record string) error{
+		"directory": func(record string) error { return os.Mkdir(record, 0o700) },
+		"link":      func(record string) error { return os.Symlink("elsewhere", record) },
+		"pipe":      func(record string) error { return syscall.Mkfifo(record, 0o600) },
+		"too large": func(record string) error {
+			return errors.Join(os.WriteFile(record, nil, 0o600), os.Truncate(record, 1<<33))
+		},
+		"file in place of the directory": func(record string) error {
+			dir := filepath.Dir(record)
+			return errors.Join(os.Remove(dir), os.WriteFile(dir, nil, 0o600))
+		},
+		"file in place of the namespace": func(record string) error {
+			return os.WriteFile(filepath.Join(filepath.Dir(filepath.Dir(filepath.Dir(record))), "file"), nil, 0o600)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newFakeNode(t)
+			check(t, n.commit(keyOf("good"), "id", 10))
+			check(t, n.commit(keyOf("bad"), "other", 10))
+			path := filepath.Join(n.records.Caches().Dir(keyOf("bad")), dataroot.CacheRecord)
+			check(t, os.Remove(path))
+			check(t, damage(path))
+			if listed, err := n.records.FrozenInUse(); err != nil || len(listed["id"]) != 1 {
+				t.Errorf("before a round: %v, %v", listed, err)
+			}
+			check(t, n.store.round(t.Context()))
+			if n.uppers.swept == 0 {
+				t.Error("nothing was swept")
+			}
+			n.wantVersions(keyOf("good"), "id")
+			check(t, n.commit(keyOf("next"), "next", 10))
+		})
 	}
 }

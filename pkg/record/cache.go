@@ -4,10 +4,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -17,8 +19,12 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 )
 
-// cacheVersion is raised when an earlier driver could misread what this one writes.
-const cacheVersion = 1
+const (
+	// cacheVersion is raised when an earlier driver could misread what this one writes.
+	cacheVersion = 1
+	// maxCacheRecord is the maximum size of a record in bytes. Those of the most frozen uppers are far below it.
+	maxCacheRecord = 1 << 20
+)
 
 // CacheKey names a cache: a namespace of the cluster, and a name in it.
 type CacheKey struct{ Namespace, Name string }
@@ -107,9 +113,12 @@ func (c *Caches) Load(key CacheKey) (*Cache, error) {
 	if err := key.Check(); err != nil {
 		return nil, err
 	}
-	file, err := linux.Open(nil, c.path(key), os.O_RDONLY|linux.O_NOFOLLOW, 0)
-	if errors.Is(err, fs.ErrNotExist) {
+	file, err := linux.Open(nil, c.path(key), os.O_RDONLY|linux.O_NOFOLLOW|linux.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return nil, fmt.Errorf("%w: cache %s does not exist on this node", errdefs.ErrNotFound, key)
+	}
+	if errors.Is(err, syscall.ELOOP) {
+		err = fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read the record of cache %s: %w", key, err)
@@ -131,7 +140,10 @@ func decodeCache(file *os.File) (*Cache, error) {
 	if err != nil {
 		return nil, err
 	}
-	data, err := os.ReadFile(file.Name())
+	if !info.Mode().IsRegular() || info.Size() > maxCacheRecord {
+		return nil, fmt.Errorf("%w: %s is no file of at most %d bytes", ErrDamaged, file.Name(), maxCacheRecord)
+	}
+	data, err := io.ReadAll(file)
 	if err != nil {
 		return nil, err
 	}
@@ -216,7 +228,8 @@ func (c *Caches) List() ([]CacheKey, error) {
 
 func readNames(dir string) ([]string, error) {
 	entries, err := os.ReadDir(dir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	// A file that is no directory of caches has none: it must not keep the others from being collected.
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENOTDIR) {
 		return nil, fmt.Errorf("list caches: %w", err)
 	}
 	names := make([]string, len(entries))
