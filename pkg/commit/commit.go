@@ -103,17 +103,25 @@ func (a assembled) content(descriptor ocispec.Descriptor) registry.Content {
 	return a.base.Content(descriptor)
 }
 
-// explain returns an error with what to do about an image below that is gone.
+// explain returns an error with what to do about an image below that cannot be had.
 func (a assembled) explain(err error) error {
 	var refused *registry.Error
-	if a.base == nil || !errdefs.IsNotFound(err) || !errors.As(err, &refused) || refused.Image != a.base.Named().String() {
+	if a.base == nil || !errors.As(err, &refused) || refused.Image != a.base.Named().String() {
 		return err
 	}
-	return errGone(err)
+	return explainBase(err, refused)
 }
 
-func errGone(err error) error {
-	return fmt.Errorf("the image below what was written is gone from its registry: %w; push it there again, or copy the files", err)
+// explainBase is explain for an error about the image below. refused is that of its registry.
+func explainBase(err error, refused *registry.Error) error {
+	switch {
+	case errdefs.IsNotFound(err):
+		return fmt.Errorf("the image below what was written is gone from its registry: %w; push it there again, or copy the files", err)
+	case refused.User != "":
+		return fmt.Errorf("read the image below what was written: %w; check that the secret has a login for %s that may pull it",
+			err, refused.Registry)
+	}
+	return err
 }
 
 // assemble reads the volume and the image below it.
@@ -128,11 +136,12 @@ func (c *Committer) assemble(
 	var read compose.Base
 	if isImage {
 		read, err = c.readBase(ctx, base)
+		var refused *registry.Error
 		switch {
 		case errors.Is(err, compose.ErrNoBase):
 			base = nil
-		case errdefs.IsNotFound(err):
-			return made, errGone(err)
+		case errors.As(err, &refused) && (refused.User != "" || errdefs.IsNotFound(err)):
+			return made, explainBase(err, refused)
 		case err != nil:
 			return made, fmt.Errorf("read the image below what was written: %w", err)
 		}
