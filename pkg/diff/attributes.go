@@ -27,10 +27,24 @@ func sameAttributes(e entry) (bool, error) {
 	}
 	was, err := xattrsOf(e.base)
 	if err != nil {
-		return false, err
+		return false, ignoreMany(err)
 	}
 	is, err := xattrsOf(e.view)
-	return maps.Equal(was, is), err
+	return err == nil && maps.Equal(was, is), ignoreMany(err)
+}
+
+// maxXattrs is how many bytes of attributes a file of a layer may have, names and values. A header of a tar cannot have more.
+const maxXattrs = 1 << 20
+
+var errManyXattrs = fmt.Errorf("%w: its attributes have more than %d bytes, which no tar can carry; remove some of them",
+	errdefs.ErrFailedPrecondition, maxXattrs)
+
+// ignoreMany returns nil for a directory whose attributes are too large to compare.
+func ignoreMany(err error) error {
+	if errors.Is(err, errManyXattrs) {
+		return nil
+	}
+	return err
 }
 
 func xattrsOf(dir *os.File) (map[string]string, error) {
@@ -55,6 +69,7 @@ func readXattrs(names []string, err error, get func(name string) ([]byte, error)
 	if err != nil {
 		return nil, err
 	}
+	size := 0
 	for _, name := range names {
 		value, err := get(name)
 		if errors.Is(err, syscall.ENODATA) {
@@ -62,6 +77,9 @@ func readXattrs(names []string, err error, get func(name string) ([]byte, error)
 		}
 		if err != nil {
 			return nil, err
+		}
+		if size += len(name) + len(value); size > maxXattrs {
+			return nil, errManyXattrs
 		}
 		xattrs[name] = string(value)
 	}

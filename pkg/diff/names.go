@@ -2,10 +2,14 @@ package diff
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"slices"
+	"strings"
+
+	"github.com/containerd/errdefs"
 )
 
 const (
@@ -13,8 +17,12 @@ const (
 	// of all directories above it.
 	maxNames      = 32 << 10
 	maxOuterNames = 8 << 20
-	// keptNames is how many names of a directory stay in memory if those above are more than that.
+	// keptNames is how many names of a directory stay in memory if those above are more than that, and fewNames if they are twice as many:
+	// a path can have two thousand directories.
 	keptNames = 1 << 10
+	fewNames  = 32
+	// maxNameInError is how many bytes of a path are in an error.
+	maxNameInError = 256
 	// listed is how many names are read of a directory at once.
 	listed = 1024
 )
@@ -66,10 +74,10 @@ func (n *names) cut() {
 	}
 }
 
-// forget drops names, which are read again.
-func (n *names) forget() {
-	if len(n.list) > keptNames {
-		n.list = slices.Clone(n.list[:keptNames])
+// forget drops all names but the next ones. The others are read again.
+func (n *names) forget(keep int) {
+	if len(n.list) > keep {
+		n.list = slices.Clone(n.list[:keep])
 		n.more = true
 	}
 }
@@ -81,4 +89,17 @@ func (n *names) size() int {
 		size += len(name) + 16
 	}
 	return size
+}
+
+// quote returns the beginning of a path for an error, in quotes.
+func quote(path string) string {
+	if len(path) > maxNameInError {
+		return fmt.Sprintf("%q…", path[:maxNameInError])
+	}
+	return fmt.Sprintf("%q", path)
+}
+
+func pathTooLong(e entry) error {
+	return fmt.Errorf("%w: the path of a file named %s has more than %d bytes", errdefs.ErrFailedPrecondition,
+		quote(strings.ToValidUTF8(e.name, "\uFFFD")), maxPath)
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -153,5 +154,31 @@ func TestNoLayers(t *testing.T) {
 	}
 	if data := s.layer(tree); !bytes.Equal(data, s.layer(s.tree())) {
 		t.Error("the tar differs from the one over an empty layer")
+	}
+}
+
+// TestManyAttributes has a directory with more attributes than a tar can carry, and than should be in memory.
+func TestManyAttributes(t *testing.T) {
+	s := newStack(t)
+	sh(t, s.layers[0], "mkdir d")
+	s.uppers = []string{s.mkdir("upper")}
+	must(t, unix.Mount("tmpfs", s.uppers[0], "tmpfs", 0, "mode=755"))
+	t.Cleanup(func() { must(t, unix.Unmount(s.uppers[0], unix.MNT_DETACH)) })
+	must(t, os.Mkdir(s.uppers[0]+"/d", 0o755))
+	value := make([]byte, 64<<10)
+	for i := range 1000 {
+		must(t, unix.Setxattr(s.uppers[0]+"/d", fmt.Sprint("trusted.", i), value, 0))
+	}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	if got := strings.Join(s.changes(s.tree()), ", "); got != "C d" {
+		t.Errorf("changes: %s", got)
+	}
+	err := diff.WriteLayer(t.Context(), s.tree(), io.Discard)
+	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), `"d"`) {
+		t.Errorf("error %v", err)
+	}
+	if runtime.ReadMemStats(&after); after.TotalAlloc-before.TotalAlloc > 32<<20 {
+		t.Errorf("it took %d MiB of memory", (after.TotalAlloc-before.TotalAlloc)>>20)
 	}
 }

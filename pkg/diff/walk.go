@@ -6,10 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"strings"
 	"syscall"
-
-	"github.com/containerd/errdefs"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
@@ -19,8 +16,6 @@ const (
 	maxPath = 4095
 	// maxOpen is the number of levels of directories whose handles stay open. Those of a deeper level are opened again.
 	maxOpen = 16
-	// maxNameInError is how many bytes of a path are in an error.
-	maxNameInError = 256
 )
 
 // Walk calls visit for each entry that differs between the layers and the view, a directory before what is in it. A directory of which
@@ -210,6 +205,9 @@ func (w *walker) step() error {
 	}
 }
 
+// errNothing says that neither the view nor the layers have an entry.
+var errNothing = errors.New("no entry")
+
 // isGone reports whether an error says that a file was removed or replaced by one of another type.
 func isGone(err error) bool {
 	for _, gone := range []error{fs.ErrNotExist, syscall.ENOTDIR, syscall.ELOOP, syscall.ESTALE} {
@@ -338,8 +336,11 @@ func openDir(dir *os.File, name string) (*os.File, error) { return linux.OpenNam
 // enter takes a directory as the next level.
 func (w *walker) enter(next *level) {
 	last := w.levels[len(w.levels)-1]
-	if w.outerNames+last.names.size() > maxOuterNames {
-		last.names.forget()
+	switch {
+	case w.outerNames > 2*maxOuterNames:
+		last.names.forget(fewNames)
+	case w.outerNames+last.names.size() > maxOuterNames:
+		last.names.forget(keptNames)
 	}
 	w.outerNames += last.names.size()
 	if len(w.levels) > maxOpen {
@@ -376,17 +377,4 @@ func join(dir, name string) string {
 		return name
 	}
 	return dir + "/" + name
-}
-
-// quote returns the beginning of a path for an error, in quotes.
-func quote(path string) string {
-	if len(path) > maxNameInError {
-		return fmt.Sprintf("%q…", path[:maxNameInError])
-	}
-	return fmt.Sprintf("%q", path)
-}
-
-func pathTooLong(e entry) error {
-	return fmt.Errorf("%w: the path of a file named %s has more than %d bytes", errdefs.ErrFailedPrecondition,
-		quote(strings.ToValidUTF8(e.name, "\uFFFD")), maxPath)
 }
