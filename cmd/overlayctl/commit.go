@@ -69,8 +69,15 @@ func (o *options) push(cmd *cobra.Command, volume, image, secret string) error {
 	return o.print(cmd.OutOrStdout(), pushed, func(w io.Writer) { fmt.Fprintf(w, "%s\t%s\n", pushed.Name, pushed.Digest) })
 }
 
-// writeFile has write write a file, which gets its name once it is complete.
+// writeFile has write write a file, which gets its name once it is complete. It writes into a pipe or a device that has the name.
 func writeFile(path string, write func(io.Writer) error) (err error) {
+	if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
+		file, err := os.OpenFile(path, os.O_WRONLY, 0)
+		if err != nil {
+			return err
+		}
+		return errors.Join(write(file), file.Close())
+	}
 	file, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {
 		return err
