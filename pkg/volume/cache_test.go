@@ -1,6 +1,8 @@
 package volume
 
 import (
+	"context"
+	"errors"
 	"maps"
 	"os"
 	"path/filepath"
@@ -103,4 +105,19 @@ func TestCommitAfterReboot(t *testing.T) {
 	if keys, err := n.records.Caches().List(); err != nil || len(keys) > 0 {
 		t.Errorf("caches %v, %v", keys, err)
 	}
+}
+
+// TestCommitOfCanceledUnpublish: kubelet or the driver is stopped while a commit waits for the phase. The next unpublish goes on.
+func TestCommitOfCanceledUnpublish(t *testing.T) {
+	n := newFakeNode(t)
+	n.phase = corev1.PodRunning
+	req := n.cacheJob("one")
+	ctx, cancel := context.WithCancel(t.Context())
+	n.onPhase = cancel
+	if err := n.manager.Unpublish(ctx, req.VolumeID, req.Target); !errors.Is(err, context.Canceled) {
+		t.Errorf("the canceled unpublish returns %v", err)
+	}
+	n.onPhase, n.phase = nil, corev1.PodSucceeded
+	check(t, n.manager.Unpublish(t.Context(), req.VolumeID, req.Target))
+	wantNames(t, "the cache has", n.filesOf(n.cache().Frozen()), "one")
 }

@@ -67,8 +67,9 @@ type fakeNode struct {
 	// measured is what frozen uppers take of the disk. mergedApart is set if they were copied when they were merged last.
 	measured    int64
 	mergedApart bool
-	// phase is that of each pod.
-	phase corev1.PodPhase
+	// phase is that of each pod, and onPhase is called when somebody asks for it, if it is set.
+	phase   corev1.PodPhase
+	onPhase func()
 	// layerDir is the one layer that each reference resolves to.
 	layerDir *os.File
 }
@@ -301,6 +302,9 @@ func (p fakePods) PodGone(uid string) bool     { return p.n.gone[uid] }
 type fakePhases struct{ n *fakeNode }
 
 func (f fakePhases) PodPhase(context.Context, kubelet.Pod) (corev1.PodPhase, error) {
+	if f.n.onPhase != nil {
+		f.n.onPhase()
+	}
 	return f.n.phase, nil
 }
 

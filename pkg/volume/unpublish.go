@@ -67,7 +67,9 @@ func (m *Manager) dropPublication(ctx context.Context, r *record.Record, target 
 	m.usage.forget(target)
 	left := r.Without(target)
 	last := len(left.Publications) == 0
-	m.commit(ctx, r, p)
+	if err := m.commit(ctx, r, p); err != nil {
+		return err
+	}
 	if hasUpper(r) && (!sharesUpper(r) || last) {
 		if err := m.uppers.open(r, p).Release(ctx); err != nil {
 			return err
@@ -94,15 +96,21 @@ const (
 )
 
 // commit makes the upper of a volume with commit, whose view is not mounted any more, the newest version of its cache if its pod has
-// succeeded. It only logs what fails: the pod must be able to end, and its upper is discarded then.
-func (m *Manager) commit(ctx context.Context, r *record.Record, p *record.Publication) {
+// succeeded. It only logs what fails: the pod must be able to end, and its upper is discarded then. It returns an error if ctx was
+// canceled: kubelet or the driver was stopped, and the next unpublish goes on.
+func (m *Manager) commit(ctx context.Context, r *record.Record, p *record.Publication) error {
 	if r.Spec.Commit == "" {
-		return
+		return nil
 	}
 	key := record.CacheKey{Namespace: p.Pod.Namespace, Name: r.Spec.Commit}
-	if err := m.tryCommit(ctx, key, r, p); err != nil {
+	err := m.tryCommit(ctx, key, r, p)
+	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
+		return fmt.Errorf("commit volume %s to cache %s: %w: %w", r.ID, key, ctx.Err(), err)
+	}
+	if err != nil {
 		klog.FromContext(ctx).Info("Not committed", keyCache, key, keyVolume, r.ID, keyPod, p.Pod, keyReason, err.Error())
 	}
+	return nil
 }
 
 // tryCommit is commit with its error. The record says which version of the cache the upper becomes before it is one, so that after a crash
