@@ -115,6 +115,16 @@ func (l *ledger) reserveMore(ctx context.Context, r *record.Record, bytes int64)
 	if bytes == 0 || !reserves(r) {
 		return func() {}, nil
 	}
+	return l.take(ctx, bytes, func() func() { return l.growTo(r.ID, r.Size) })
+}
+
+// reserveFrozen reserves bytes for a frozen upper that is made, until release is called, after it is on the disk.
+func (l *ledger) reserveFrozen(ctx context.Context, bytes int64) (release func(), err error) {
+	return l.take(ctx, bytes, func() func() { return l.hold(bytes) })
+}
+
+// take has reserve reserve bytes if the node has room for them.
+func (l *ledger) take(ctx context.Context, bytes int64, reserve func() func()) (release func(), err error) {
 	if err := l.turn.Acquire(ctx, 1); err != nil {
 		return nil, err
 	}
@@ -122,7 +132,7 @@ func (l *ledger) reserveMore(ctx context.Context, r *record.Record, bytes int64)
 	if err := l.check(ctx, bytes); err != nil {
 		return nil, err
 	}
-	return l.growTo(r.ID, r.Size), nil
+	return reserve(), nil
 }
 
 // check returns ErrResourceExhausted if more bytes are wanted than are left. It measures what uppers take, which the more of them there

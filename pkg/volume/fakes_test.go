@@ -53,8 +53,8 @@ type fakeNode struct {
 	gone map[string]bool
 	// fail are errors of calls by name, for as long as they are there.
 	fail map[string]error
-	// whileGrowing is called while an upper grows.
-	whileGrowing func()
+	// whileGrowing is called while an upper grows, and whileCopying while one in use is copied, if it is set.
+	whileGrowing, whileCopying func()
 	// Those of these that are set are called by Hold, while layers are resolved, while a mount is looked up, while an upper is checked, and
 	// while what it takes is counted.
 	onHold      func()
@@ -368,6 +368,9 @@ func (b fakeBackends) Thaw() error { return b.n.failing("thaw") }
 func (b fakeBackends) CopyInUse(_ context.Context, at upper.Location, id string) error {
 	if err := b.n.failing("copy in use"); err != nil {
 		return err
+	}
+	if b.n.whileCopying != nil {
+		b.n.whileCopying()
 	}
 	check(b.n.t, os.MkdirAll(b.frozenDir(id), 0o700))
 	return os.CopyFS(filepath.Join(b.frozenDir(id), "upper"), os.DirFS(filepath.Join(b.n.dir, "data", at.Base, "upper")))

@@ -95,7 +95,7 @@ func (s *snapshots) keepWritten(ctx context.Context, r *record.Record) (release 
 	if err != nil {
 		return nil, err
 	}
-	if release, err = s.ledger.reserveMore(ctx, r, bytes); err != nil {
+	if release, err = s.ledger.reserveFrozen(ctx, bytes); err != nil {
 		return nil, fmt.Errorf("keep what was written to volume %s: %w", r.ID, err)
 	}
 	return release, nil

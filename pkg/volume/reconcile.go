@@ -268,9 +268,11 @@ func (s *snapshots) merge(ctx context.Context, lists []flatten.List, run []recor
 	if err != nil {
 		return merged, err
 	}
-	if err := s.ledger.check(ctx, bytes); err != nil {
+	release, err := s.ledger.reserveFrozen(ctx, bytes)
+	if err != nil {
 		return merged, fmt.Errorf("merge frozen uppers: %w", err)
 	}
+	defer release()
 	usage, err := linux.FileSystemUsageAt(s.root.Path())
 	if err != nil {
 		return merged, err

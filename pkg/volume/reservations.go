@@ -34,6 +34,8 @@ type reservations struct {
 	// growing has the new size of each volume that is made or is growing, which its record does not say before it is done. What it takes
 	// of the disk meanwhile is taken of that size.
 	growing map[string]int64
+	// held is what will be taken of the disk, and no record reserves: that of frozen uppers that are being made.
+	held int64
 	// available is what was free on the disk when the uppers were measured, which is good enough for [reservations.recent] until the time
 	// in valid.
 	available int64
@@ -278,9 +280,9 @@ func (v *reservations) allocatedNow() (sum int64) {
 	return sum
 }
 
-// reservedNow returns what is reserved, for growth too. The caller holds v.mu.
+// reservedNow returns what is reserved, for growth and frozen uppers too. The caller holds v.mu.
 func (v *reservations) reservedNow() int64 {
-	sum := v.reserved
+	sum := v.reserved + v.held
 	for id, size := range v.growing {
 		switch r := v.volumes[id]; {
 		case r == nil:
@@ -320,5 +322,17 @@ func (v *reservations) growTo(id string, size int64) (release func()) {
 		v.mu.Lock()
 		defer v.mu.Unlock()
 		delete(v.growing, id)
+	}
+}
+
+// hold reserves bytes until release is called. What of them is on the disk by then counts twice until then.
+func (v *reservations) hold(bytes int64) (release func()) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.held += bytes
+	return func() {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		v.held -= bytes
 	}
 }

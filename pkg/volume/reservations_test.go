@@ -58,6 +58,20 @@ func TestRecordThatCannotBeReadForAMoment(t *testing.T) {
 	}
 }
 
+// TestCopyTakesRoom: while a volume in use is copied, others do not get the room of the copy.
+func TestCopyTakesRoom(t *testing.T) {
+	n := newFakeNode(t)
+	n.sized()
+	n.onDiskUsage = func() int64 { return 8 * mib }
+	var meanwhile int64
+	n.whileCopying = func() { meanwhile = n.manager.ledger.reservedNow() }
+	_, err := n.snapshot("s")
+	check(t, err)
+	if after := n.manager.ledger.reservedNow(); meanwhile != 72*mib || after != 64*mib {
+		t.Errorf("%d bytes are reserved while 8 MiB are copied and %d afterwards, want 72 and 64 MiB", meanwhile, after)
+	}
+}
+
 // opens returns a function that says how often files in directories have been opened.
 func opens(t *testing.T, dirs ...string) func() int {
 	t.Helper()
