@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
@@ -114,11 +115,23 @@ func (m *Manager) clone(ctx context.Context, id string, req CreateRequest) (Volu
 		return Volume{}, err
 	}
 	m.listing.RLock()
-	defer m.listing.RUnlock()
+	unlist := sync.OnceFunc(m.listing.RUnlock)
+	defer unlist()
 	original, err := m.original(ctx, &req, requested)
 	if err != nil {
 		return Volume{}, fmt.Errorf("create volume %s: %w", req.Name, err)
 	}
+	made, err := m.provisionFrom(ctx, id, req, original)
+	if err != nil && req.Source.Volume != "" {
+		// A source in use was copied, and the next request copies it again.
+		unlist()
+		m.sweepAfter(ctx)
+	}
+	return made, err
+}
+
+// provisionFrom makes a volume that begins with what its source consists of.
+func (m *Manager) provisionFrom(ctx context.Context, id string, req CreateRequest, original *record.Snapshot) (Volume, error) {
 	req.Spec.Layers = original.Spec.Layers
 	// What is asked for is not less. If nothing is, it is the size of the source.
 	if req.Spec.Size = max(req.Spec.Size, original.Size); req.Spec.Size == 0 {

@@ -338,6 +338,19 @@ func TestClone(t *testing.T) {
 	}
 }
 
+// TestCloneOfAVolumeInUseFails: the copy does not stay until the next reconciliation. A provisioner tries again and again.
+func TestCloneOfAVolumeInUseFails(t *testing.T) {
+	n := newFakeNode(t)
+	n.create()
+	n.publish(n.request("p", rwo))
+	n.fail["choose"] = errForced
+	_, err := n.clone("c", Source{Volume: "v"})
+	wantKind(t, err, errForced)
+	if left := n.frozen(); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
 func TestCloneRefused(t *testing.T) {
 	const gib = 1 << 30
 	size := func(required, limit int64) func(*CreateRequest) {
