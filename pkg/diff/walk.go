@@ -205,9 +205,6 @@ func (w *walker) step() error {
 	}
 }
 
-// errNothing says that neither the view nor the layers have an entry.
-var errNothing = errors.New("no entry")
-
 // isGone reports whether an error says that a file was removed or replaced by one of another type.
 func isGone(err error) bool {
 	for _, gone := range []error{fs.ErrNotExist, syscall.ENOTDIR, syscall.ELOOP, syscall.ESTALE} {
