@@ -148,7 +148,7 @@ func TestErrorsNameCallAndPath(t *testing.T) {
 		"mount":         func() error { return Mount("x", missing, "tmpfs", 0, "") },
 		"open_tree":     func() error { _, err := OpenTree(dir, "no/such"); return err },
 		"lsetxattr u.x": func() error { return SetXattrAt(dir, "no/such", "u.x", nil) },
-		"getxattr u.x":  func() error { _, err := GetXattrAt(dir, "no/such", "u.x"); return err },
+		"lgetxattr u.x": func() error { _, err := GetXattrAt(dir, "no/such", "u.x"); return err },
 	} {
 		t.Run(call, func(t *testing.T) {
 			err := do()

@@ -26,7 +26,15 @@ func TestCache(t *testing.T) {
 			}
 			return nil
 		})
-		// The commit is done when kubelet has unmounted the volume, before the pod is gone.
+		// The commit is done when kubelet has unmounted the volume, and needs the pod: one that has ended is gone as soon as it is deleted.
+		eventually(t, "the volume of "+name+" is unpublished", func() error {
+			left, err := cluster.onNode(node, fmt.Sprintf(
+				`grep %[1]s /proc/self/mountinfo; grep -l %[1]s %[2]s/volumes/*/volume.json 2>/dev/null; true`, p.UID, dataRoot))
+			if err == nil && left != "" {
+				err = fmt.Errorf("%w: %s", errNot, left)
+			}
+			return err
+		})
 		p.delete()
 		wantNothingOf(t, node, p.UID)
 	}
