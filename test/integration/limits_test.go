@@ -268,6 +268,12 @@ func TestCapacityCountsWhatIsPromised(t *testing.T) {
 	unpublish(t, pod, v)
 	createSized(t, node, "unlimited", readWriteOnce, 240<<20, "layers", layers, "sizeEnforcement", "none")
 	deleteVolume(t, node, v)
+	// Until its image is deleted, the disk has less.
+	eventually(t, "the trash is empty", func() bool {
+		left, err := os.ReadDir(filepath.Join(node.DataRoot, "trash"))
+		must(t, err)
+		return len(left) == 0
+	})
 
 	must(t, node.Stop())
 	node.AddArgs("--overcommit=3")
