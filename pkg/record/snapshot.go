@@ -104,6 +104,11 @@ func (s *Snapshots) write(snapshot *Snapshot) error {
 	return errors.Join(linux.SyncDir(dir), s.Sync())
 }
 
+// SyncRecord writes to the disk that a snapshot has its record. Save of a process that was killed may not have come to that.
+func (s *Snapshots) SyncRecord(id string) error {
+	return errors.Join(linux.SyncPath(s.Dir(id)), s.Sync())
+}
+
 // Sync writes which snapshots there are to the disk.
 func (s *Snapshots) Sync() error { return linux.SyncPath(s.dir) }
 

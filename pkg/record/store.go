@@ -136,6 +136,9 @@ func (s *Store) write(r *Record) error {
 	return errors.Join(linux.SyncDir(dir), s.Sync())
 }
 
+// SyncRecord writes to the disk that a volume has its record. Save of a process that was killed may not have come to that.
+func (s *Store) SyncRecord(id string) error { return errors.Join(linux.SyncPath(s.Dir(id)), s.Sync()) }
+
 // Sync writes which volumes there are to the disk.
 func (s *Store) Sync() error { return linux.SyncPath(s.dir) }
 

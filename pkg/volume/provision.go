@@ -65,7 +65,10 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error)
 	r, err := m.records.Load(id)
 	switch {
 	case err == nil:
-		return toVolume(r), checkCreated(r, req)
+		if err := checkCreated(r, req); err != nil {
+			return Volume{}, err
+		}
+		return toVolume(r), m.records.SyncRecord(id)
 	case !errdefs.IsNotFound(err):
 		return Volume{}, err
 	}

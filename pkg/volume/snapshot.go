@@ -67,7 +67,7 @@ func (s *snapshots) CreateSnapshot(ctx context.Context, req SnapshotRequest) (Sn
 	case err == nil && (made.Name != req.Name || made.Volume != req.Volume):
 		return Snapshot{}, fmt.Errorf("%w: snapshot %s is of volume %s", errdefs.ErrAlreadyExists, id, made.Volume)
 	case err == nil:
-		return toSnapshot(made), nil
+		return toSnapshot(made), s.records.SyncRecord(id)
 	case !errdefs.IsNotFound(err):
 		return Snapshot{}, err
 	}
