@@ -46,4 +46,7 @@ func TestCache(t *testing.T) {
 	other := newNamespace(t, "baseline")
 	p := other.run("other", withVolume(inlineVolume("cache", "layers", "cache://deps")), onNode(node))
 	p.want("ls /cache | wc -l", "0")
+
+	// A cache outlives its namespace.
+	cluster.overlayctl(t, node, "caches", "delete", n.name+"/deps")
 }

@@ -175,6 +175,15 @@ func (c *kindCluster) driverPod(t *testing.T, node string) *corev1.Pod {
 	return nil
 }
 
+// overlayctl runs the operator's command in the driver's pod on a node, and returns what it printed.
+func (c *kindCluster) overlayctl(t *testing.T, node string, args ...string) string {
+	t.Helper()
+	exec := []string{"--namespace", driverNamespace, "exec", c.driverPod(t, node).Name, "--container", "driver", "--", "overlayctl"}
+	output, err := command("kubectl", append(exec, args...)...)
+	must(t, err)
+	return output
+}
+
 // leftoversScript prints what there is of the driver's on a node: views, state, rubbish.
 const leftoversScript = `grep ' - overlay overlay ' /proc/self/mountinfo | grep ` + "'kubernetes.io~csi'" + ` | cut -d' ' -f5
 cd ` + dataRoot + ` && find volumes snapshots frozen trash -mindepth 1 -maxdepth 1 2>/dev/null || true`

@@ -150,36 +150,11 @@ func TestClaimStaysOnItsDigest(t *testing.T) {
 
 	// What an operator sees of it on the node.
 	node := second.Spec.NodeName
-	output, err := command(
-		"kubectl",
-		"--namespace",
-		driverNamespace,
-		"exec",
-		cluster.driverPod(t, node).Name,
-		"--container",
-		"driver",
-		"--",
-		"overlayctl",
-		"inspect",
-		n.volumeOf("kept").Spec.CSI.VolumeHandle,
-	)
-	must(t, err)
+	output := cluster.overlayctl(t, node, "inspect", n.volumeOf("kept").Spec.CSI.VolumeHandle)
 	if !strings.Contains(output, old) || !strings.Contains(output, `"UpperDir"`) {
 		t.Errorf("overlayctl inspect says %s", output)
 	}
-	output, err = command(
-		"kubectl",
-		"--namespace",
-		driverNamespace,
-		"exec",
-		cluster.driverPod(t, node).Name,
-		"--container",
-		"driver",
-		"--",
-		"overlayctl",
-		"layers",
-	)
-	must(t, err)
+	output = cluster.overlayctl(t, node, "layers")
 	if !strings.Contains(output, n.volumeOf("kept").Spec.CSI.VolumeHandle) {
 		t.Errorf("overlayctl layers says %s", output)
 	}
