@@ -17,6 +17,7 @@ type fetcher struct {
 	catalogue *catalogue
 	collector *collector
 	slots     *slots
+	observer  Observer
 
 	mu sync.Mutex
 	// fetches are the fetches in progress. mu is locked before the lock of the catalogue.
@@ -75,8 +76,10 @@ type fetch struct {
 	isInSlot bool
 }
 
-func newFetcher(collector *collector, slots int) *fetcher {
-	return &fetcher{catalogue: collector.catalogue, collector: collector, slots: newSlots(slots), fetches: map[fetchKey]*fetch{}}
+func newFetcher(collector *collector, slots int, observer Observer) *fetcher {
+	return &fetcher{
+		catalogue: collector.catalogue, collector: collector, slots: newSlots(slots), observer: observer, fetches: map[fetchKey]*fetch{},
+	}
 }
 
 // layer fetches the layer of a blob if it is not present. It returns the diff ID, and acquires a reference on the layer. clock
@@ -198,7 +201,9 @@ func (f *fetcher) fetchUntilLost(
 	}
 	defer slot.release()
 	defer f.runClocks(current)()
+	before := current.received.load()
 	layer, err := from.fetch(ctx, blob, key.workDirName(), &current.received)
+	f.observer.LayerFetched(max(current.received.load()-before, 0), current.received.unpacked.Load())
 	if err != nil && errors.Is(context.Cause(ctx), errSlotLost) {
 		err = errSlotLost
 	}

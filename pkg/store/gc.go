@@ -64,7 +64,8 @@ type collector struct {
 	records    records
 	trash      dataRoot
 	// reclaim removes other data of the node that may be lost, before layers are removed that would have to be pulled again. It may be nil.
-	reclaim func(ctx context.Context, bytes int64, dryRun bool) (int64, error)
+	reclaim  func(ctx context.Context, bytes int64, dryRun bool) (int64, error)
+	observer Observer
 	// mu serializes collections.
 	mu sync.Mutex
 }
@@ -90,6 +91,14 @@ func (c *collector) run(ctx context.Context) {
 func (c *collector) collect(ctx context.Context, request GCRequest) (GCResult, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	result, err := c.collectOnce(ctx, request)
+	if !request.DryRun {
+		c.observer.Collected(result, err)
+	}
+	return result, err
+}
+
+func (c *collector) collectOnce(ctx context.Context, request GCRequest) (GCResult, error) {
 	c.catalogue.beginGC()
 	defer c.catalogue.endGC()
 	// This comes after beginGC: a volume saves its record before it releases the lease on its layers.

@@ -38,6 +38,7 @@ type puller struct {
 	minFreePercent int
 	// maxLayerBytes is the maximum size of a layer. Zero is no limit.
 	maxLayerBytes int64
+	observer      Observer
 
 	// ctx cancels the pulls. work waits for them.
 	ctx  context.Context
@@ -95,6 +96,7 @@ type pull struct {
 // an error. It closes the origin. It returns ErrUnavailable if ctx is done before the pull is.
 func (p *puller) acquire(ctx context.Context, key pullKey, name string, present func() (*Image, error), from origin) (*Image, error) {
 	image, current, isNew := p.join(key, name, from, present)
+	p.observer.ImageRequested(current == nil)
 	if isNew {
 		p.work.Go(func() { p.run(key, current, from) })
 	} else if err := from.close(); err != nil {
@@ -209,7 +211,9 @@ func (p *puller) run(key pullKey, current *pull, from origin) {
 	}
 	current.cancel(nil)
 	err = errors.Join(err, from.close())
-	duration := time.Since(current.began).Round(time.Millisecond).String()
+	took := time.Since(current.began)
+	p.observer.PullEnded(took, err)
+	duration := took.Round(time.Millisecond).String()
 	if err != nil {
 		logger.Error(err, "Could not pull image", keyDuration, duration)
 	} else {

@@ -50,7 +50,7 @@ func TestSlowPullsReserveLittle(t *testing.T) {
 				catalogue := &catalogue{layout: layout{root: root, path: dir}}
 				p := &puller{
 					catalogue: catalogue, parallel: 4, pulls: map[pullKey]*pull{},
-					fetcher: &fetcher{catalogue: catalogue, fetches: map[fetchKey]*fetch{}},
+					fetcher: &fetcher{catalogue: catalogue, observer: unobserved{}, fetches: map[fetchKey]*fetch{}},
 				}
 				begin := func(host string) *pull {
 					blob := image.LayerBlob{Descriptor: ocispec.Descriptor{Digest: digest.FromString(host), Size: size}}
@@ -108,7 +108,7 @@ func TestLayersSharedWithASlowPull(t *testing.T) {
 				catalogue := &catalogue{layout: layout{root: root, path: dir}}
 				p := &puller{
 					catalogue: catalogue, parallel: 4, pulls: map[pullKey]*pull{},
-					fetcher: &fetcher{catalogue: catalogue, fetches: map[fetchKey]*fetch{}},
+					fetcher: &fetcher{catalogue: catalogue, observer: unobserved{}, fetches: map[fetchKey]*fetch{}},
 				}
 				shared := layer("shared", 20<<20)
 				slow := &pull{blobs: []image.LayerBlob{shared}, from: source{host: "registry"}, mayUse: anyLayer}

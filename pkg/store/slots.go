@@ -127,6 +127,13 @@ func (s *slots) acquire(
 	}
 }
 
+// count returns how many slots are held, and how many fetches wait for one.
+func (s *slots) count() (held, waiting int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.held), len(s.waiting)
+}
+
 // release frees the slot, or ends the wait for it.
 func (w *slot) release() {
 	s := w.slots

@@ -39,7 +39,7 @@ func (o *withoutRanges) fetch(ctx context.Context, blob image.LayerBlob, _ strin
 // TestSlotOfRegistryWithoutRanges: a blob that takes longer than a turn comes, although it begins again whenever it loses its slot.
 func TestSlotOfRegistryWithoutRanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := &fetcher{slots: newSlots(1)}
+		f := &fetcher{observer: unobserved{}, slots: newSlots(1)}
 		ctx, stop := context.WithCancel(t.Context())
 		defer stop()
 		var longest time.Duration

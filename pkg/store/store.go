@@ -20,6 +20,21 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/unpack"
 )
 
+// Keys of log messages.
+const (
+	keyBytes     = "bytes"
+	keyDigest    = "digest"
+	keyDirectory = "directory"
+	keyDuration  = "duration"
+	keyFile      = "file"
+	keyImage     = "image"
+	keyLayer     = "layer"
+	keyLayers    = "layers"
+	keyProgress  = "progress"
+	keyReason    = "reason"
+	keyRequired  = "required"
+)
+
 // Config is the configuration of a Store.
 type Config struct {
 	// MaxConcurrentLayerPulls is the maximum number of layers that are downloaded and unpacked at the same time.
@@ -38,6 +53,8 @@ type Config struct {
 	GC GCConfig
 	// Prefetch are the names of images that are pulled at start. Their layers are not removed.
 	Prefetch []string
+	// Observer learns of pulls and of garbage collection. It may be nil.
+	Observer Observer
 }
 
 // maxImports is the maximum number of archives that are open at the same time. The index of one takes up to 30 MiB, and its decompressor
@@ -99,6 +116,9 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 	}
 	limits := unpack.Limits{MaxBytes: config.MaxLayerBytes, MaxEntries: config.MaxLayerEntries, MinFreePercent: config.MinFreeDiskPercent}
 	ctx, stop := context.WithCancel(ctx)
+	if config.Observer == nil {
+		config.Observer = unobserved{}
+	}
 	documents := image.NewDocuments()
 	s := &Store{
 		Tags:      registry.NewTags(registries, documents),
@@ -109,13 +129,14 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 	}
 	s.collector = &collector{
 		config: config.GC, catalogue: catalogue, workDirs: workDirs, prefetcher: s.prefetcher, records: records, trash: root,
+		observer: config.Observer,
 	}
 	s.puller = &puller{
-		catalogue: catalogue, fetcher: newFetcher(s.collector, config.MaxConcurrentLayerPulls), collector: s.collector,
+		catalogue: catalogue, fetcher: newFetcher(s.collector, config.MaxConcurrentLayerPulls, config.Observer), collector: s.collector,
 		builder: s.builder, composing: newSlots(1),
 		parallel: config.MaxConcurrentLayerPulls, minFreePercent: config.MinFreeDiskPercent, maxLayerBytes: config.MaxLayerBytes,
-		abandonAfter: cmp.Or(config.AbandonAfter, abandonAfter),
-		ctx:          ctx, work: &s.work, pulls: map[pullKey]*pull{},
+		abandonAfter: cmp.Or(config.AbandonAfter, abandonAfter), observer: config.Observer,
+		ctx: ctx, work: &s.work, pulls: map[pullKey]*pull{},
 	}
 	return s, nil
 }
