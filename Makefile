@@ -125,10 +125,11 @@ scale-modules: ## Check that what make scale builds is complete: etcd, Kubernete
 	  (cd $$module && go list -mod=readonly -deps tool >/dev/null) || { echo "$$module: go mod tidy"; exit 1; }; done
 
 .PHONY: docs
-docs: ## Write docs/flags.md and the kernel features in docs/operations.md from the code
+docs: ## Write docs/flags.md, docs/metrics.md and the kernel features in docs/operations.md from the code
 	@{ printf '# Flags of overlay-csi\n\nMade from `overlay-csi --help` and `overlay-csi controller --help` by `make docs`.\n\n```\n'; \
 	  go run ./cmd/overlay-csi --help 2>&1; printf '```\n\n```\n'; go run ./cmd/overlay-csi controller --help 2>&1; printf '```\n'; } > docs/flags.md
 	@go test -count=1 ./test -run TestKernelFeaturesAreDocumented -update
+	@go test -count=1 ./pkg/metrics -run TestMetricsAreDocumented -update
 
 .PHONY: e2e
 e2e: ## Run the end-to-end tests on a kind cluster made for them (docker, kind, kubectl, helm; see test/e2e/run)

@@ -12,8 +12,8 @@ const module = "github.com/overlay-csi/overlay-csi/"
 // mayImport is the map of packages, the topmost first: what each may import of this module. Every package may import pkg/linux.
 var mayImport = map[string][]string{
 	"cmd/overlay-csi": {
-		"pkg/admin", "pkg/commit", "pkg/dataroot", "pkg/driver", "pkg/image", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay",
-		"pkg/overlaynode", "pkg/record", "pkg/registry", "pkg/store", "pkg/store/access", "pkg/unpack", "pkg/upper", "pkg/volume",
+		"pkg/admin", "pkg/commit", "pkg/dataroot", "pkg/driver", "pkg/image", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/metrics",
+		"pkg/overlay", "pkg/overlaynode", "pkg/record", "pkg/registry", "pkg/store", "pkg/store/access", "pkg/unpack", "pkg/upper", "pkg/volume",
 	},
 	"cmd/overlayctl":      {"pkg/admin/api"},
 	"cmd/kubectl-overlay": {},
@@ -22,6 +22,7 @@ var mayImport = map[string][]string{
 		"pkg/store", "pkg/volume",
 	},
 	"pkg/admin/api": {},
+	"pkg/metrics":   {"pkg/cache", "pkg/overlay", "pkg/record", "pkg/store", "pkg/volume"},
 	"pkg/driver": {
 		"pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/overlaynode", "pkg/record", "pkg/reference", "pkg/spec",
 		"pkg/volume",

@@ -20,6 +20,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 	"github.com/overlay-csi/overlay-csi/pkg/kubeapi"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
+	"github.com/overlay-csi/overlay-csi/pkg/metrics"
 	"github.com/overlay-csi/overlay-csi/pkg/overlaynode"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 )
@@ -55,7 +56,8 @@ func runController(ctx context.Context, opts controllerOptions) error {
 	defer stop()
 	dispatcher := overlaynode.NewDispatcher(ctx, client)
 	gone := &overlaynode.GoneNodes{Dispatcher: dispatcher, Exists: api.NodeExists, Grace: opts.gracePeriod, KeepBytes: keepBytesOfGone}
-	server, err := driver.NewServer(opts.endpoint, klog.FromContext(ctx))
+	measured := metrics.New(version)
+	server, err := driver.NewServer(opts.endpoint, klog.FromContext(ctx), measured)
 	if err != nil {
 		return err
 	}
@@ -78,7 +80,11 @@ func runController(ctx context.Context, opts controllerOptions) error {
 		if err != nil {
 			return fmt.Errorf("--http-endpoint: %w", err)
 		}
-		group.Go(func() error { return driver.ServeHealth(ctx, listener, server.Check) })
+		group.Go(func() error {
+			return driver.ServeHTTP(ctx, listener, driver.HTTPConfig{
+				Ready: server.Check, Metrics: measured.Handler(), Profiles: opts.profiles,
+			})
+		})
 	}
 	klog.FromContext(ctx).Info("Started", logVersion, version, logDriver, opts.driverName, logEndpoint, opts.endpoint)
 	return group.Wait()

@@ -16,6 +16,7 @@ type controllerOptions struct {
 	driverName   string
 	endpoint     string
 	httpEndpoint string
+	profiles     bool
 	namespace    string
 	kubeconfig   string
 	gracePeriod  time.Duration
@@ -40,7 +41,7 @@ func parseControllerFlags(args []string, output io.Writer) (controllerOptions, e
 	flags.DurationVar(&opts.gracePeriod, "node-grace-period", time.Hour,
 		"how long a Node must have been gone before volumes on it count as deleted when that is asked for")
 	addRegistryFlags(flags, &opts.registry)
-	flags.StringVar(&opts.httpEndpoint, "http-endpoint", ":9809", "`address` of /healthz and /readyz; empty: none")
+	addHTTPFlags(flags, ":9809", &opts.httpEndpoint, &opts.profiles)
 	addLogFlags(flags, &opts.log)
 	if err := flags.Parse(args); err != nil {
 		return controllerOptions{}, err

@@ -29,6 +29,7 @@ type options struct {
 	nodeID              string
 	endpoint            string
 	httpEndpoint        string
+	profiles            bool
 	dataRoot            string
 	upperMountDir       string
 	overcommit          float64
@@ -95,7 +96,7 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 	flags.StringVar(&maxCacheSize, "cache-max-size", "10Gi",
 		"maximum `size` of all caches together, of which the least recently used are removed; 0: nothing is committed")
 	flags.BoolVar(&opts.volumeHealth, "volume-health", false, "serve the health RPCs, which are alpha in CSI 1.13")
-	flags.StringVar(&opts.httpEndpoint, "http-endpoint", ":9808", "`address` of /healthz and /readyz; empty: none")
+	addHTTPFlags(flags, ":9808", &opts.httpEndpoint, &opts.profiles)
 	flags.StringVar(&opts.adminSocket, "admin-socket", "", "`socket` for overlayctl (default <data-root>/overlayctl.sock)")
 	flags.StringSliceVar(&opts.disabledFeatures, "disable-kernel-features", nil,
 		"kernel `features` to treat as missing, to test the fallbacks: "+strings.Join(overlay.FeatureNames(), ", "))
@@ -312,4 +313,10 @@ func newLogger(opts logOptions) klog.Logger {
 		klog.SetSlogLogger(slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: slog.Level(-opts.verbosity)})))
 	}
 	return klog.Background()
+}
+
+// addHTTPFlags adds the flags of what is served over HTTP.
+func addHTTPFlags(flags *pflag.FlagSet, address string, endpoint *string, profiles *bool) {
+	flags.StringVar(endpoint, "http-endpoint", address, "`address` of /healthz, /readyz and /metrics; empty: none")
+	flags.BoolVar(profiles, "enable-pprof", false, "serve profiles of the process at the address of --http-endpoint, to whoever reaches it")
 }

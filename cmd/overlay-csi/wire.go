@@ -12,7 +12,6 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sync/errgroup"
 	"k8s.io/klog/v2"
-	registerapi "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 	mount "k8s.io/mount-utils"
 	"k8s.io/utils/exec"
 
@@ -25,6 +24,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/layer"
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/metrics"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/overlaynode"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
@@ -78,6 +78,9 @@ func run(ctx context.Context, opts options) error {
 	}
 	defer root.Close()
 	records := record.NewStore(root.VolumesDir(), opts.kubeletDir, lock.Ballast())
+	measured := metrics.New(version)
+	measured.AddStore()
+	opts.store.Observer = measured
 	layers, err := newStore(ctx, root, records, opts)
 	if err != nil {
 		return err
@@ -89,25 +92,33 @@ func run(ctx context.Context, opts options) error {
 	if err != nil {
 		return err
 	}
-	manager, err := newManager(root, lock.Ballast(), records, mounter, detached, api, layers, opts)
+	backends := newBackends(root, records, mounter, opts)
+	manager, err := newManager(root, lock.Ballast(), records, mounter, detached, api, layers, backends, opts)
 	if err != nil {
 		return err
 	}
 	layers.ReclaimFirst(manager.Caches().Reclaim)
-	registrar, err := newRegistrar(ctx, opts)
+	registrar, err := newRegistrar(ctx, opts, measured)
 	if err != nil {
 		return err
 	}
 	controller := newController(opts, manager, api)
-	agent, err := newAgent(ctx, opts, manager, controller)
+	agent, err := newAgent(ctx, opts, manager, controller, measured)
 	if err != nil {
 		return err
 	}
-	server, err := newCSIServer(ctx, opts, manager, controller, registrar)
+	server, err := newCSIServer(ctx, opts, manager, controller, registrar, measured)
 	if err != nil {
 		return err
 	}
 
+	node := measured.AddNode(metrics.NodeConfig{
+		CensusConfig: metrics.CensusConfig{
+			Records: records, Volumes: manager, Caches: manager.Caches(), FrozenUppers: backends.ListFrozen, Interval: opts.reconcile,
+		},
+		DataRoot: root.Path(), Store: layers, Discarded: root.Discarded, Features: features, Ready: manager.Ready,
+		Registered: registrar.check,
+	})
 	handler := admin.NewHandler(layers, manager, records, manager.Caches(), newCommitter(root, opts), opts.store.MaxLayerBytes)
 
 	group, ctx := errgroup.WithContext(ctx)
@@ -118,7 +129,8 @@ func run(ctx context.Context, opts options) error {
 	group.Go(func() error { return admin.Serve(ctx, opts.adminSocket, handler) })
 	group.Go(func() error { return server.Serve(ctx) })
 	if opts.httpEndpoint != "" {
-		group.Go(func() error { return serveHealth(ctx, opts.httpEndpoint, manager, server, registrar) })
+		group.Go(func() error { return serveHTTP(ctx, opts, measured, manager, server, registrar) })
+		group.Go(func() error { node.Run(ctx); return nil })
 	}
 	group.Go(func() error { return registrar.run(ctx) })
 	group.Go(func() error { agent(ctx); return nil })
@@ -226,10 +238,25 @@ func newAPI(opts options) (kubeapi.Reader, error) {
 	return api, err
 }
 
-// newManager returns the manager of the node's volumes, with the resolver of their layers and the backends of their uppers.
+// newBackends returns the backends of uppers.
+func newBackends(root *dataroot.Root, records *record.Store, mounter *overlay.Mounter, opts options) *upper.Backends {
+	backends := upper.NewBackends(upper.Config{
+		Root:     root.Dir(),
+		MountDir: opts.upperMountDir,
+		Discard:  root.Discard,
+		Sparse:   opts.overcommit > 1,
+		Commands: exec.New(),
+		Mounter:  mounter,
+		InUse:    volume.UpperInUse(records),
+	})
+	klog.Background().Info("Volume size enforcement", logBackends, backends.Enforcing())
+	return backends
+}
+
+// newManager returns the manager of the node's volumes, with the resolver of their layers.
 func newManager(
 	root *dataroot.Root, ballast *dataroot.Ballast, records *record.Store, mounter *overlay.Mounter, detached *overlay.DetachedRoot,
-	api kubeapi.Reader, layers *store.Store, opts options,
+	api kubeapi.Reader, layers *store.Store, backends *upper.Backends, opts options,
 ) (*volume.Manager, error) {
 	protected, err := layer.NewProtectedDir(root.Path())
 	if err != nil {
@@ -245,16 +272,6 @@ func newManager(
 	if err != nil {
 		return nil, err
 	}
-	backends := upper.NewBackends(upper.Config{
-		Root:     root.Dir(),
-		MountDir: opts.upperMountDir,
-		Discard:  root.Discard,
-		Sparse:   opts.overcommit > 1,
-		Commands: exec.New(),
-		Mounter:  mounter,
-		InUse:    volume.UpperInUse(records),
-	})
-	klog.Background().Info("Volume size enforcement", logBackends, backends.Enforcing())
 	return volume.NewManager(volume.Config{
 		Node:              opts.nodeID,
 		BootID:            bootID,
@@ -288,7 +305,7 @@ func newController(opts options, manager *volume.Manager, api kubeapi.Reader) *d
 // newAgent returns a function that carries out the requests of a central controller until its context is done. Without
 // --overlay-node-namespace it does nothing.
 func newAgent(
-	ctx context.Context, opts options, manager *volume.Manager, controller *driver.Controller,
+	ctx context.Context, opts options, manager *volume.Manager, controller *driver.Controller, measured *metrics.Metrics,
 ) (run func(context.Context), err error) {
 	if opts.overlayNodes == "" {
 		return func(context.Context) {}, nil
@@ -304,7 +321,7 @@ func newAgent(
 	agent, err := overlaynode.NewAgent(overlaynode.AgentConfig{
 		Client:         client,
 		Node:           opts.nodeID,
-		Handle:         driver.ForwardedTo(controller, klog.FromContext(ctx)),
+		Handle:         driver.ForwardedTo(controller, klog.FromContext(ctx), measured),
 		Capacity:       manager.Capacity,
 		ReportInterval: opts.capacityReport,
 	})
@@ -317,8 +334,9 @@ func newAgent(
 // newCSIServer returns the server of the CSI socket with its three services.
 func newCSIServer(
 	ctx context.Context, opts options, manager *volume.Manager, controller *driver.Controller, registrar *registrar,
+	measured *metrics.Metrics,
 ) (*driver.Server, error) {
-	server, err := driver.NewServer(opts.endpoint, klog.FromContext(ctx))
+	server, err := driver.NewServer(opts.endpoint, klog.FromContext(ctx), measured)
 	if err != nil {
 		return nil, err
 	}
@@ -335,66 +353,19 @@ func newCSIServer(
 	return server, nil
 }
 
-// serveHealth serves /healthz and /readyz on a TCP address until ctx is done.
-func serveHealth(ctx context.Context, address string, manager *volume.Manager, server *driver.Server, registrar *registrar) error {
-	listener, err := net.Listen("tcp", address)
+// serveHTTP serves /healthz, /readyz and /metrics on a TCP address until ctx is done.
+func serveHTTP(
+	ctx context.Context, opts options, measured *metrics.Metrics, manager *volume.Manager, server *driver.Server, registrar *registrar,
+) error {
+	listener, err := net.Listen("tcp", opts.httpEndpoint)
 	if err != nil {
 		return fmt.Errorf("--http-endpoint: %w", err)
 	}
-	return driver.ServeHealth(ctx, listener, func() error {
+	ready := func() error {
 		if !manager.Ready() {
 			return errors.New("cleaning up after an earlier process")
 		}
 		return errors.Join(server.Check(), registrar.check())
-	})
-}
-
-// registrar registers the driver with kubelet. With --register=false it has no server, and somebody else does that.
-type registrar struct {
-	registration *kubelet.Registration
-	server       *driver.Server
-}
-
-func newRegistrar(ctx context.Context, opts options) (*registrar, error) {
-	if !opts.register {
-		return &registrar{}, nil
 	}
-	csiSocket := opts.registrationPath
-	if csiSocket == "" {
-		var err error
-		if csiSocket, err = driver.SocketPath(opts.endpoint); err != nil {
-			return nil, err
-		}
-	}
-	socket := filepath.Join(opts.kubeletDir, "plugins_registry", opts.driverName+"-reg.sock")
-	server, err := driver.NewServer(socket, klog.FromContext(ctx))
-	if err != nil {
-		return nil, err
-	}
-	registration := kubelet.NewRegistration(opts.driverName, csiSocket)
-	server.OnRemake = registration.Reset
-	registerapi.RegisterRegistrationServer(server, registration)
-	return &registrar{registration: registration, server: server}, nil
-}
-
-// run serves the socket by which kubelet finds the driver, until ctx is done.
-func (r *registrar) run(ctx context.Context) error {
-	if r.server == nil {
-		return nil
-	}
-	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { r.registration.Run(ctx, r.server.Renew); return nil })
-	group.Go(func() error { return r.server.Serve(ctx) })
-	return group.Wait()
-}
-
-// check returns an error that says why kubelet does not have the driver.
-func (r *registrar) check() error {
-	if r.server == nil {
-		return nil
-	}
-	if err := r.server.Check(); err != nil {
-		return err
-	}
-	return r.registration.Registered()
+	return driver.ServeHTTP(ctx, listener, driver.HTTPConfig{Ready: ready, Metrics: measured.Handler(), Profiles: opts.profiles})
 }

@@ -131,6 +131,9 @@ func (r *Root) Discard(path string) error {
 // is done first.
 func (r *Root) AwaitDeleted(ctx context.Context) error { return r.deleter.Wait(ctx) }
 
+// Discarded returns how many trees and files are in the trash. What an earlier process left counts as one.
+func (r *Root) Discarded() uint64 { return r.deleter.Left() }
+
 // RunDeleter deletes what is in the trash, until ctx is done.
 func (r *Root) RunDeleter(ctx context.Context) { r.deleter.Run(ctx) }
 

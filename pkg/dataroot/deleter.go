@@ -126,6 +126,13 @@ func (d *Deleter) setDeleted(count uint64) {
 	d.changed = make(chan struct{})
 }
 
+// Left returns how many trees and files were discarded, and have not been dealt with by Run. What an earlier process left counts as one.
+func (d *Deleter) Left() uint64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.discarded.Load() - d.deleted
+}
+
 // Wait waits until Run has deleted what was discarded before, as far as it can be deleted. It returns the cause if ctx is done first.
 func (d *Deleter) Wait(ctx context.Context) error {
 	discarded := d.discarded.Load()

@@ -146,7 +146,7 @@ func (c *testCluster) Call(ctx context.Context, node, handle, method string, bod
 	if slices.Contains(c.away, node) {
 		return overlaynode.Result{}, fmt.Errorf("%w: node %s", overlaynode.ErrUnanswered, node)
 	}
-	result := ForwardedTo(c.controller(node), klog.Background())(ctx, method, body)
+	result := ForwardedTo(c.controller(node), klog.Background(), unobserved{})(ctx, method, body)
 	result.ID = method
 	object.Status.Results[handle] = result
 	object.Status.CapacityBytes = c.nodes[node].room
@@ -458,11 +458,11 @@ func TestForwardedErrors(t *testing.T) {
 	if status.Code(toStatus(err)) != codes.AlreadyExists || !strings.Contains(err.Error(), "node a: ") {
 		t.Errorf("got %v", err)
 	}
-	result := ForwardedTo(NewController(ControllerConfig{}), klog.Background())(t.Context(), "ForkVolume", []byte(`{}`))
+	result := ForwardedTo(NewController(ControllerConfig{}), klog.Background(), unobserved{})(t.Context(), "ForkVolume", []byte(`{}`))
 	if codes.Code(result.Code) != codes.Unavailable || !strings.Contains(result.Message, "older than the controller") {
 		t.Errorf("a method of a newer controller: %+v", result)
 	}
-	result = ForwardedTo(NewController(ControllerConfig{}), klog.Background())(t.Context(), methodDelete, []byte(`[]`))
+	result = ForwardedTo(NewController(ControllerConfig{}), klog.Background(), unobserved{})(t.Context(), methodDelete, []byte(`[]`))
 	if codes.Code(result.Code) != codes.InvalidArgument {
 		t.Errorf("a body that is no request: %+v", result)
 	}

@@ -36,8 +36,8 @@ const (
 const keyResolved = "resolvedLayers"
 
 // ForwardedTo returns a handler that hands the requests of a central controller to the controller service of this node. It logs to logger,
-// as a server does.
-func ForwardedTo(controller *Controller, logger klog.Logger) overlaynode.Handler {
+// and observer learns of each, as with a server.
+func ForwardedTo(controller *Controller, logger klog.Logger, observer rpcObserver) overlaynode.Handler {
 	return func(ctx context.Context, method string, body []byte) overlaynode.Result {
 		request, call := controller.forwarded(method)
 		if call == nil {
@@ -48,7 +48,7 @@ func ForwardedTo(controller *Controller, logger klog.Logger) overlaynode.Handler
 			return failed(fmt.Errorf("%w: the body of %s: %w", errdefs.ErrInvalidArgument, method, err))
 		}
 		info := &grpc.UnaryServerInfo{FullMethod: "/csi.v1.Controller/" + method}
-		response, err := withLog(logger)(ctx, request, info, func(ctx context.Context, request any) (any, error) {
+		response, err := withLog(logger, observer)(ctx, request, info, func(ctx context.Context, request any) (any, error) {
 			return withStatus(ctx, request, info, call)
 		})
 		if err != nil {

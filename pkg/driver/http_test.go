@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -10,7 +11,7 @@ import (
 	"testing"
 )
 
-func TestServeHealth(t *testing.T) {
+func TestServeHTTP(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -25,7 +26,8 @@ func TestServeHealth(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	served := make(chan error, 1)
-	go func() { served <- ServeHealth(ctx, listener, check) }()
+	metrics := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "up 1") })
+	go func() { served <- ServeHTTP(ctx, listener, HTTPConfig{Ready: check, Metrics: metrics}) }()
 	for _, c := range []struct {
 		name, method, path string
 		ready              bool
@@ -36,7 +38,9 @@ func TestServeHealth(t *testing.T) {
 		{"not ready", http.MethodGet, "/readyz", false, http.StatusServiceUnavailable, "not yet\n"},
 		{"ready", http.MethodGet, "/readyz", true, http.StatusOK, "ok\n"},
 		{"alive", http.MethodGet, "/healthz", true, http.StatusOK, "ok\n"},
-		{"another path", http.MethodGet, "/metrics", true, http.StatusNotFound, "404 page not found\n"},
+		{"metrics before it is ready", http.MethodGet, "/metrics", false, http.StatusOK, "up 1\n"},
+		{"profiles that nobody asked for", http.MethodGet, "/debug/pprof/", true, http.StatusNotFound, "404 page not found\n"},
+		{"another path", http.MethodGet, "/layers", true, http.StatusNotFound, "404 page not found\n"},
 		{"another method", http.MethodPost, "/readyz", true, http.StatusMethodNotAllowed, "Method Not Allowed\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -61,21 +65,21 @@ func TestServeHealth(t *testing.T) {
 	}
 	stop()
 	if err := <-served; err != nil {
-		t.Errorf("ServeHealth returns %v after its context is done", err)
+		t.Errorf("ServeHTTP returns %v after its context is done", err)
 	}
 	if conn, err := net.Dial("tcp", listener.Addr().String()); err == nil {
 		conn.Close()
-		t.Error("the listener is open after ServeHealth returned")
+		t.Error("the listener is open after ServeHTTP returned")
 	}
 }
 
-func TestServeHealthReportsAListenerThatFails(t *testing.T) {
+func TestServeHTTPReportsAListenerThatFails(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	listener.Close()
-	if err := ServeHealth(t.Context(), listener, func() error { return nil }); err == nil {
-		t.Error("ServeHealth on a closed listener returns nil")
+	if err := ServeHTTP(t.Context(), listener, HTTPConfig{Metrics: http.NotFoundHandler()}); err == nil {
+		t.Error("ServeHTTP on a closed listener returns nil")
 	}
 }

@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"fmt"
+	"path"
 	"regexp"
 	"runtime/debug"
 	"time"
@@ -47,8 +48,8 @@ func withStatus(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler g
 	return response, toStatus(err)
 }
 
-// withLog logs each RPC. The handler's context has a logger with the request's volume, pod and target.
-func withLog(logger klog.Logger) grpc.UnaryServerInterceptor {
+// withLog logs each RPC, and has observer learn of it. The handler's context has a logger with the request's volume, pod and target.
+func withLog(logger klog.Logger, observer rpcObserver) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 		begin := time.Now()
 		logger := logger.WithValues(requestLogValues(req)...)
@@ -56,7 +57,9 @@ func withLog(logger klog.Logger) grpc.UnaryServerInterceptor {
 			v.Info("Request", logMethod, info.FullMethod, logRequest, protosanitizer.StripSecrets(req).String())
 		}
 		response, err := handler(klog.NewContext(ctx, logger), req)
-		values := []any{logMethod, info.FullMethod, logDuration, time.Since(begin).String(), logCode, status.Code(err).String()}
+		took, code := time.Since(begin), status.Code(err).String()
+		observer.RPCEnded(path.Base(info.FullMethod), code, took)
+		values := []any{logMethod, info.FullMethod, logDuration, took.String(), logCode, code}
 		switch {
 		case err != nil:
 			logger.Error(err, "RPC", values...)

@@ -4,14 +4,40 @@ import (
 	"context"
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"k8s.io/klog/v2"
 )
 
 func TestPanicBecomesAnError(t *testing.T) {
 	_, err := withStatus(t.Context(), nil, nil, func(context.Context, any) (any, error) { panic("out of cheese") })
 	wantStatus(t, err, codes.Internal, "internal error: handler panicked: out of cheese (see driver log)")
+}
+
+// unobserved is an rpcObserver of tests in which nobody observes.
+type unobserved struct{}
+
+func (unobserved) RPCEnded(string, string, time.Duration) {}
+
+// observed has what was observed of the last RPC.
+type observed struct{ method, code string }
+
+func (o *observed) RPCEnded(method, code string, _ time.Duration) { o.method, o.code = method, code }
+
+func TestRPCsAreObserved(t *testing.T) {
+	var last observed
+	info := &grpc.UnaryServerInfo{FullMethod: csi.Node_NodePublishVolume_FullMethodName}
+	fail := func(context.Context, any) (any, error) { return nil, status.Error(codes.NotFound, "none") }
+	if _, err := withLog(klog.Background(), &last)(t.Context(), goodPublish(), info, fail); status.Code(err) != codes.NotFound {
+		t.Errorf("error %v; want that of the handler", err)
+	}
+	if want := (observed{"NodePublishVolume", "NotFound"}); last != want {
+		t.Errorf("observed %v; want %v", last, want)
+	}
 }
 
 func TestReadOnlyRPC(t *testing.T) {

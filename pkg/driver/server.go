@@ -50,15 +50,20 @@ type Server struct {
 	problem atomic.Pointer[error]
 }
 
-// NewServer returns a server on the socket that endpoint names (unix:///path or /path). It logs to logger. Services must be
-// registered before Serve.
-func NewServer(endpoint string, logger klog.Logger) (*Server, error) {
+// rpcObserver learns of each RPC that has ended, by the name of its method without the service.
+type rpcObserver interface {
+	RPCEnded(method, code string, duration time.Duration)
+}
+
+// NewServer returns a server on the socket that endpoint names (unix:///path or /path). It logs to logger, and observer learns of each
+// RPC. Services must be registered before Serve.
+func NewServer(endpoint string, logger klog.Logger, observer rpcObserver) (*Server, error) {
 	path, err := SocketPath(endpoint)
 	if err != nil {
 		return nil, err
 	}
 	server := grpc.NewServer(
-		grpc.ChainUnaryInterceptor(withLog(logger), withStatus),
+		grpc.ChainUnaryInterceptor(withLog(logger, observer), withStatus),
 		// Workers reuse their stacks, and windows of a fixed size need no pings that measure the socket. Together they
 		// save an eighth of an RPC's time. If all workers are busy, an RPC gets a goroutine of its own.
 		grpc.NumStreamWorkers(streamWorkers),

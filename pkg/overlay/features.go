@@ -131,6 +131,9 @@ func (f Features) has(names []string) bool {
 	return true
 }
 
+// Has reports whether the kernel has a feature, which is named as in [FeatureNames].
+func (f Features) Has(name string) bool { return f.has([]string{name}) }
+
 // String names the features that the kernel has.
 func (f Features) String() string {
 	var names []string

@@ -35,6 +35,13 @@ func (m *Manager) Capacity(ctx context.Context) (int64, error) {
 	return m.ledger.left(ctx, m.ledger.recent)
 }
 
+// Reserved returns how many bytes of the disk are reserved for volumes, 0 before the records have been read.
+func (m *Manager) Reserved() int64 {
+	m.ledger.mu.Lock()
+	defer m.ledger.mu.Unlock()
+	return m.ledger.reservedNow()
+}
+
 // left returns how many bytes can be reserved, by a look at the disk.
 func (l *ledger) left(ctx context.Context, look func(context.Context) (disk, error)) (int64, error) {
 	found, err := look(ctx)
