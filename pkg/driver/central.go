@@ -120,12 +120,16 @@ func (c *Central) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest
 	}
 	candidates := c.candidates(req.GetAccessibilityRequirements())
 	var layers layers
-	if begun := c.findBegun(req.GetName(), candidates); begun != nil {
+	begun, expired := c.findBegun(req.GetName(), candidates)
+	if begun != nil {
 		layers, candidates = begun.layers, []candidate{begun.candidate}
 	} else if layers, err = c.resolveLayers(ctx, req, request); err != nil {
 		return nil, err
 	}
 	request.Spec.Layers, request.Resolved = layers.requested, layers.resolved
+	if err := c.takeBack(ctx, req.GetName(), expired, candidates); err != nil {
+		return nil, err
+	}
 	return c.createOnFirst(ctx, candidates, req, request)
 }
 
@@ -210,14 +214,7 @@ func (c *Central) unlessGone(ctx context.Context, object *overlaynode.OverlayNod
 	}
 	gone, checkErr := c.Gone.Check(ctx, object)
 	if checkErr == nil && gone {
-		limited, cancel := context.WithTimeout(ctx, silentWait)
-		defer cancel()
-		err := forward(limited, c.Nodes, object.Spec.Node, handle, methodDelete,
-			&csi.DeleteVolumeRequest{VolumeId: handle}, &csi.DeleteVolumeResponse{})
-		if errors.Is(err, overlaynode.ErrUnanswered) {
-			err = c.Nodes.Keep(ctx, object.Spec.Node, handle)
-		}
-		if err != nil {
+		if err := c.deleteLater(ctx, object, handle); err != nil {
 			return err
 		}
 		return fmt.Errorf("%w: node %s is gone; the volume has to be made on another one", errdefs.ErrResourceExhausted, object.Spec.Node)

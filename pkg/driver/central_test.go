@@ -324,20 +324,56 @@ func TestCentralTagMoves(t *testing.T) {
 	}
 }
 
-// TestCentralCreationExpires: a claim for any node does not wait for one that did not answer in time.
+// TestCentralCreationExpires: a claim for any node does not wait for one that did not answer in time. That node may have made the volume,
+// and deletes it, also when it comes back later.
 func TestCentralCreationExpires(t *testing.T) {
-	cluster, central := newTestCluster(t, map[string]int64{"a": 1 << 40, "b": 1 << 40})
-	cluster.away = []string{"a"}
-	if _, err := central.CreateVolume(t.Context(), createOf(1<<30, dirLayers, "a", "b")); !errdefs.IsUnavailable(err) {
-		t.Fatalf("got %v", err)
-	}
-	request := cluster.objects["a"].Spec.Requests["pvc-1@a"]
-	past := metav1.NewTime(time.Now().Add(-time.Minute))
-	request.PostedAt, request.ExpiresAt = past, &past
-	cluster.objects["a"].Spec.Requests["pvc-1@a"] = request
-	response, err := central.CreateVolume(t.Context(), createOf(1<<30, dirLayers, "b", "a"))
-	if err != nil || response.GetVolume().GetVolumeId() != "pvc-1@b" {
-		t.Errorf("got %v, %v", response, err)
+	for name, c := range map[string]struct {
+		away, used bool
+		nodes      []string
+		want       string
+	}{
+		"elsewhere, the node answers again":        {nodes: []string{"b", "a"}, want: "pvc-1@b"},
+		"elsewhere, the node is still away":        {away: true, nodes: []string{"b", "a"}, want: "pvc-1@b"},
+		"on the same node, which is the only one":  {nodes: []string{"a"}, want: "pvc-1@a"},
+		"on the same node, which is the first one": {nodes: []string{"a", "b"}, want: "pvc-1@a"},
+		"nowhere: there is a PersistentVolume":     {used: true, nodes: []string{"b", "a"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cluster, central := newTestCluster(t, map[string]int64{"a": 1 << 40, "b": 1 << 40})
+			cluster.away = []string{"a"}
+			if _, err := central.CreateVolume(t.Context(), createOf(1<<30, dirLayers, "a", "b")); !errdefs.IsUnavailable(err) {
+				t.Fatalf("got %v", err)
+			}
+			// It made the volume before it went away.
+			request := cluster.objects["a"].Spec.Requests["pvc-1@a"]
+			result := ForwardedTo(cluster.controller("a"), klog.Background(), unobserved{})(t.Context(), request.Method, []byte(request.Body))
+			if result.Code != 0 || len(cluster.nodes["a"].volumes) != 1 {
+				t.Fatalf("node a: %+v", result)
+			}
+			past := metav1.NewTime(time.Now().Add(-time.Minute))
+			request.PostedAt, request.ExpiresAt = past, &past
+			cluster.objects["a"].Spec.Requests["pvc-1@a"] = request
+			if !c.away {
+				cluster.away = nil
+			}
+			if c.used {
+				cluster.affinity["pvc-1@a"] = "a"
+			}
+			response, err := central.CreateVolume(t.Context(), createOf(1<<30, dirLayers, c.nodes...))
+			if got := response.GetVolume().GetVolumeId(); got != c.want || c.used != errdefs.IsAborted(err) {
+				t.Fatalf("got %q, %v; want %q", got, err, c.want)
+			}
+			if c.away {
+				left := cluster.objects["a"].Spec.Requests["pvc-1@a"]
+				if left.Method != methodDelete || !slices.Equal(cluster.kept, []string{"pvc-1@a"}) {
+					t.Errorf("the node that is away is asked for %q, and %q are kept", left.Method, cluster.kept)
+				}
+				return
+			}
+			if _, ok := cluster.nodes["a"].volumes["pvc-1@a"]; ok != (c.used || c.want == "pvc-1@a") {
+				t.Errorf("node a has the volume: %t", ok)
+			}
+		})
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -73,27 +74,65 @@ type begun struct {
 
 // findBegun returns the creation of a volume that an earlier request of that name has begun on one of the nodes, nil if there is none. It
 // goes on there, and with the layers that the tags meant then. One that expired without an answer does not go on: the volume can be made
-// elsewhere.
-func (c *Central) findBegun(name string, candidates []candidate) *begun {
+// elsewhere. The nodes of these are returned too, since they may have made it.
+func (c *Central) findBegun(name string, candidates []candidate) (found *begun, expired []candidate) {
 	for _, candidate := range candidates {
 		handle := handleOn(name, candidate.segment)
 		earlier, asked := candidate.object.Spec.Requests[handle]
 		result, answered := candidate.object.Answer(handle)
-		if !asked || earlier.Method != methodCreate || answered && result.Code != 0 || !answered && earlier.IsExpired() {
+		if !asked || earlier.Method != methodCreate || answered && result.Code != 0 {
+			continue
+		}
+		if !answered && earlier.IsExpired() {
+			expired = append(expired, candidate)
 			continue
 		}
 		request := &csi.CreateVolumeRequest{}
-		if unmarshal(earlier.Body, request) != nil {
+		if found != nil || unmarshal(earlier.Body, request) != nil {
 			continue
 		}
 		parameters := request.GetParameters()
 		requested, err := reference.ParseList(parameters[spec.KeyLayers])
 		resolved, resolvedErr := reference.ParseList(cmp.Or(parameters[keyResolved], parameters[spec.KeyLayers]))
 		if err == nil && resolvedErr == nil {
-			return &begun{candidate, layers{requested, resolved}}
+			found = &begun{candidate, layers{requested, resolved}}
+		}
+	}
+	return found, expired
+}
+
+// takeBack has the nodes on which the creation of a volume expired delete what they may have made, unless the volume is to be on the node
+// after all. What a node has made, and could not say, nobody else would find.
+func (c *Central) takeBack(ctx context.Context, name string, expired, candidates []candidate) error {
+	for _, left := range expired {
+		if len(candidates) == 1 && candidates[0].segment == left.segment {
+			continue
+		}
+		handle := handleOn(name, left.segment)
+		used, err := c.Cluster.VolumeTopology(ctx, c.DriverName, handle, c.topologyKey)
+		if err != nil {
+			return err
+		}
+		if len(used) > 0 {
+			return fmt.Errorf("%w: a PersistentVolume has volume %s", errdefs.ErrAborted, handle)
+		}
+		if err := c.deleteLater(ctx, left.object, handle); err != nil {
+			return err
 		}
 	}
 	return nil
+}
+
+// deleteLater has a node that does not answer delete a volume when it does.
+func (c *Central) deleteLater(ctx context.Context, object *overlaynode.OverlayNode, handle string) error {
+	ctx, cancel := context.WithTimeout(ctx, silentWait)
+	defer cancel()
+	err := forward(ctx, c.Nodes, object.Spec.Node, handle, methodDelete,
+		&csi.DeleteVolumeRequest{VolumeId: handle}, &csi.DeleteVolumeResponse{})
+	if errors.Is(err, overlaynode.ErrUnanswered) {
+		err = c.Nodes.Keep(ctx, object.Spec.Node, handle)
+	}
+	return err
 }
 
 // createOnFirst has the first node that has room create the volume.

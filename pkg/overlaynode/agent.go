@@ -156,6 +156,14 @@ func (a *Agent) carryOut(ctx context.Context, informer cache.SharedIndexInformer
 	if a.slots.Acquire(ctx, 1) != nil {
 		return
 	}
+	if !a.isWanted(informer, handle, request.ID) {
+		a.slots.Release(1)
+		a.mu.Lock()
+		delete(a.running, handle)
+		a.mu.Unlock()
+		a.start(ctx, informer)
+		return
+	}
 	limited, cancel := context.WithTimeout(ctx, requestTimeout)
 	result := a.Handle(limited, request.Method, []byte(request.Body))
 	cancel()
@@ -173,6 +181,17 @@ func (a *Agent) carryOut(ctx context.Context, informer cache.SharedIndexInformer
 	a.notify()
 	// There may be another request for the volume.
 	a.start(ctx, informer)
+}
+
+// isWanted reports whether the object still has a request, which may have waited long for its turn. What nobody waits for any more must not
+// make a volume that nobody knows.
+func (a *Agent) isWanted(informer cache.SharedIndexInformer, handle, id string) bool {
+	object := a.current(informer)
+	if object == nil {
+		return false
+	}
+	request := object.Spec.Requests[handle]
+	return request.ID == id && !request.IsExpired()
 }
 
 // write writes what is new until ctx is done.

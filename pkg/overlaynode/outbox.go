@@ -14,8 +14,9 @@ import (
 
 const (
 	// keepAnswered is how long an answered request stays, so that a controller that takes over finds what the one before has begun, and
-	// keepBytes is how many bytes they may take, with their answers.
+	// keepExpired how long one that expired without an answer. keepBytes is how many bytes each of these may take, with the answers.
 	keepAnswered = 15 * time.Minute
+	keepExpired  = time.Hour
 	keepBytes    = 64 << 10
 	// maxRequests is the maximum size of all requests of a node in bytes. An object of the API server has at most 1.5 MiB, and the answers
 	// take their part. Requests that are larger than small may take maxLarge of it: many deletions do not wait for a few creations.
@@ -153,8 +154,8 @@ func (d *Dispatcher) writeBatch(name string, batch map[string]*queued, calls map
 	return err
 }
 
-// needless returns the handles of the requests that need not stay: those that expired, and the oldest of the answered ones that no call
-// waits for.
+// needless returns the handles of the requests that need not stay: of those that expired, which a controller that was away looks for, and of
+// the answered ones that no call waits for, all but the newest.
 func needless(object *OverlayNode, calls map[string]int) []string {
 	var expired, answered []string
 	for handle, request := range object.Spec.Requests {
@@ -166,14 +167,19 @@ func needless(object *OverlayNode, calls map[string]int) []string {
 			expired = append(expired, handle)
 		}
 	}
+	return append(beyond(object, expired, keepExpired), beyond(object, answered, keepAnswered)...)
+}
+
+// beyond returns the handles of requests that are older than keep, and of the oldest where all take more than keepBytes.
+func beyond(object *OverlayNode, handles []string, keep time.Duration) []string {
 	posted := func(handle string) time.Time { return object.Spec.Requests[handle].PostedAt.Time }
-	slices.SortFunc(answered, func(a, b string) int { return cmp.Or(posted(b).Compare(posted(a)), strings.Compare(a, b)) })
+	slices.SortFunc(handles, func(a, b string) int { return cmp.Or(posted(b).Compare(posted(a)), strings.Compare(a, b)) })
 	size := 0
-	for i, handle := range answered {
+	for i, handle := range handles {
 		size += object.Spec.Requests[handle].size() + len(object.Status.Results[handle].Body)
-		if size > keepBytes || time.Since(posted(handle)) > keepAnswered {
-			return append(expired, answered[i:]...)
+		if size > keepBytes || time.Since(posted(handle)) > keep {
+			return handles[i:]
 		}
 	}
-	return expired
+	return nil
 }
