@@ -72,6 +72,8 @@ proof: ## The second tier, hours: long crash runs, race detector, whole kernels,
 $(PROOFS): export OVERLAY_CSI_TEST_ALL := 1
 $(PROOFS): export OVERLAY_CSI_PROOF := 1
 proof-test: test
+# All tests in both modes.
+proof-e2e: export E2E_OTHER_RUN ?= .
 proof-e2e: e2e
 proof-race: test-race
 proof-kernel-6.1 proof-kernel-6.12: proof-kernel-%:

@@ -85,7 +85,7 @@ func TestChartRefusesWrongValues(t *testing.T) {
 		"controller.nodeGracePeriod=soon":                                      "nodeGracePeriod",
 		"controller.replicas=-1":                                               "replicas",
 		"controller.podDisruptionBudget.maxUnavailable=null":                   "podDisruptionBudget",
-		"provisioner.mode=central,controller.serviceAccount.create=false":      "controller.serviceAccount.name",
+		"controller.serviceAccount.create=false":                               "controller.serviceAccount.name",
 		"serviceAccount.create=false":                                          "serviceAccount.name",
 		"updateStrategy.type=Sometimes":                                        "updateStrategy",
 		"driver.extraArgs[0]=no-dash":                                          "extraArgs",
@@ -102,7 +102,7 @@ func TestChartRefusesWrongValues(t *testing.T) {
 // TestChartAsksForTheKind: Helm installs the CustomResourceDefinition with a new release alone.
 func TestChartAsksForTheKind(t *testing.T) {
 	t.Parallel()
-	upgrade := []string{"template", "x", chart, "--is-upgrade", "--set", "provisioner.mode=central"}
+	upgrade := []string{"template", "x", chart, "--is-upgrade"}
 	_, err := command("helm", upgrade...)
 	if err == nil || !strings.Contains(err.Error(), "kubectl apply --server-side -f charts/overlay-csi/crds") {
 		t.Errorf("without the kind: %v", err)

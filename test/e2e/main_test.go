@@ -34,12 +34,12 @@ const (
 	modeCentral = "central"
 )
 
-// mode is the one that the tests have the chart in, unless a test is about the other one.
+// mode is the one that the tests have the chart in, unless a test is about the other one: the chart's default, if none is set.
 func mode() string {
 	if value := os.Getenv(envMode); value != "" {
 		return value
 	}
-	return modeNode
+	return modeCentral
 }
 
 // onlyCentral skips a test of what the mode with a controller has.
