@@ -12,7 +12,7 @@ import (
 
 // TestOverlaySemantics is what programs do to files, on a view whose upper already holds half of them.
 func TestOverlaySemantics(t *testing.T) {
-	for name, test := range map[string]func(t *testing.T, view, layer, upper string){
+	tests := map[string]func(t *testing.T, view, layer, upper string){
 		"copy-up keeps owner, mode, times and xattrs": copyUp,
 		"whiteout":                           whiteout,
 		"opaque directory":                   opaqueDirectory,
@@ -26,9 +26,11 @@ func TestOverlaySemantics(t *testing.T) {
 		"no file handles":                    noFileHandles,
 		"copy_file_range":                    copyFileRange,
 		"no upper on a view":                 noUpperOnAView,
-	} {
-		t.Run(name, func(t *testing.T) {
-			onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
+	}
+	// One driver for all: to start it takes longer than they do, in the virtual machine of test/kernel by far.
+	onEachKernel(t, func(t *testing.T, node *drivertest.Node) {
+		for name, test := range tests {
+			t.Run(name, func(t *testing.T) {
 				v := inline("layers", layersOf(t, node, map[string]string{"f": "layer", "dir/a": "a", "dir/sub/b": "b"}))
 				pod := newPod(t, node, "pod")
 				layer := filepath.Join(node.LayerDir, "layer-0")
@@ -38,12 +40,13 @@ func TestOverlaySemantics(t *testing.T) {
 				target := publish(t, pod, v)
 				test(t, target, layer, upperDir(node, pod, v))
 				unpublish(t, pod, v)
+				removePod(t, pod)
 				wantFile(t, filepath.Join(layer, "f"), "layer")
 				wantFile(t, filepath.Join(layer, "dir/sub/b"), "b")
 				wantNothingLeft(t, node)
 			})
-		})
-	}
+		}
+	})
 }
 
 func copyUp(t *testing.T, view, layer, upper string) {
