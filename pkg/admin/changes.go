@@ -78,7 +78,7 @@ func (h *handler) writeLayer(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set(api.EndTrailer, "true")
 }
 
-// clientPatience is how long an answer waits for a client that does not read. While it waits, frozen uppers that nothing uses are kept.
+// clientPatience is how long an answer waits for a client that does not read. While it waits, the frozen uppers that it reads are kept.
 const clientPatience = 5 * time.Minute
 
 // patientWriter writes to a client, and gives it up if it does not read for too long: the context of its request is done then.

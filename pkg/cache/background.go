@@ -53,12 +53,8 @@ func (s *Store) round(ctx context.Context) error {
 
 // merge merges the frozen uppers of a cache that has many. Views that are mounted keep what they have.
 func (s *Store) merge(ctx context.Context, key record.CacheKey) error {
-	defer s.config.Uppers.Hold()()
-	found, err := s.load(key)
-	if err != nil || len(found.Versions) <= mergeBeyond {
-		return nil
-	}
-	run := mergeable(found.Versions)
+	found, run, unpin := s.plan(key)
+	defer unpin()
 	if len(run) < 2 || s.unmergeable[run[0].ID] {
 		return nil
 	}
@@ -67,10 +63,9 @@ func (s *Store) merge(ctx context.Context, key record.CacheKey) error {
 		return err
 	}
 	merged := record.CacheVersion{Frozen: record.Frozen{ID: upper.NewFrozenID(), Backend: run[0].Backend, Group: run[0].Group}}
-	ids := make([]string, len(run))
-	for i, version := range run {
-		ids[i] = version.ID
-	}
+	// The sweep would discard it before it is complete, and a record lists it.
+	defer s.config.Uppers.Pin(merged.ID)()
+	ids := idsOf(run)
 	err = s.config.Uppers.MergeFrozen(ctx, merged.Backend, ids, merged.ID, len(usersOf(found, listed)) > 0)
 	if err == nil {
 		merged.Bytes, _, err = s.config.Uppers.MeasureFrozen(ctx, merged.Backend, []string{merged.ID})
@@ -81,6 +76,24 @@ func (s *Store) merge(ctx context.Context, key record.CacheKey) error {
 	}
 	klog.FromContext(ctx).Info("Versions of a cache merged", keyCache, key, keyVersions, len(run), keyBytes, merged.Bytes)
 	return s.replace(key, run, merged)
+}
+
+// plan returns a cache, and the versions of it to merge, none if there is nothing to do. They are not discarded until unpin is called.
+func (s *Store) plan(key record.CacheKey) (found *record.Cache, run []record.CacheVersion, unpin func()) {
+	defer s.config.Uppers.Hold()()
+	found, err := s.load(key)
+	if err == nil && len(found.Versions) > mergeBeyond {
+		run = mergeable(found.Versions)
+	}
+	return found, run, s.config.Uppers.Pin(idsOf(run)...)
+}
+
+func idsOf(versions []record.CacheVersion) []string {
+	ids := make([]string, len(versions))
+	for i, version := range versions {
+		ids[i] = version.ID
+	}
+	return ids
 }
 
 // mergeable returns the longest part of the versions that can be one: of one backend, with files that are stored with one group, and no

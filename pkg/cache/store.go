@@ -36,9 +36,10 @@ type uppers interface {
 	MergeFrozen(ctx context.Context, backend upper.Backend, ids []string, into string, isApart bool) error
 	MeasureFrozen(ctx context.Context, backend upper.Backend, ids []string) (bytes, inodes int64, err error)
 	DiscardFrozen(id string) error
-	// Sweep discards those that no record lists. It does nothing until what Hold returns is called.
+	// Sweep discards those that no record lists. It does nothing until what Hold returns is called, and leaves those that are pinned.
 	Sweep(ctx context.Context) error
 	Hold() (release func())
+	Pin(ids ...string) (unpin func())
 }
 
 // Config configures a Store. All fields are required.

@@ -49,6 +49,8 @@ func (f *fakeUppers) MeasureFrozen(context.Context, upper.Backend, []string) (by
 func (f *fakeUppers) DiscardFrozen(string) error { return nil }
 func (f *fakeUppers) Hold() (release func())     { return func() {} }
 
+func (f *fakeUppers) Pin(...string) (unpin func()) { return func() {} }
+
 func (f *fakeUppers) Sweep(context.Context) error {
 	f.swept++
 	return nil

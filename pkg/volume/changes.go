@@ -77,13 +77,14 @@ func (m *Manager) CaptureChanges(ctx context.Context, id string) (*Changes, erro
 			return fmt.Errorf("%w: the volume has upper %q: only what was written to one with upper claim can be kept",
 				errdefs.ErrFailedPrecondition, r.Spec.Upper)
 		}
-		// Until the files are closed, no frozen upper is discarded: a copy is in no record, and the volume may be deleted.
 		m.listing.RLock()
-		c.onClose(m.listing.RUnlock)
+		defer m.listing.RUnlock()
 		frozen, err := m.capture(ctx, r)
 		if err != nil {
 			return err
 		}
+		// Until the files are closed: a copy is in no record, and the volume may be deleted.
+		c.onClose(m.pins.pin(idsOf(frozen)...))
 		captured := *r
 		if len(frozen) > len(r.Frozen) {
 			c.onClose(func() { m.discardCopy(ctx, frozen[0].ID) })

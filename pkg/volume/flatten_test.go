@@ -101,15 +101,14 @@ func TestFlattenCrash(t *testing.T) {
 			lists, err := n.manager.lists()
 			check(n.t, err)
 			run := flatten.Plan(lists, func([]record.Frozen) bool { return false })
-			_, err = n.manager.merge(n.t.Context(), lists, run)
-			check(n.t, err)
+			check(n.t, n.manager.merge(n.t.Context(), lists, run, newMerged(run)))
 		},
 		"one record saved": func(n *fakeNode) {
 			lists, err := n.manager.lists()
 			check(n.t, err)
 			run := flatten.Plan(lists, func([]record.Frozen) bool { return false })
-			merged, err := n.manager.merge(n.t.Context(), lists, run)
-			check(n.t, err)
+			merged := newMerged(run)
+			check(n.t, n.manager.merge(n.t.Context(), lists, run, merged))
 			_, err = n.manager.replace(n.t.Context(), flatten.List{Volume: "v"}, run, merged)
 			check(n.t, err)
 		},

@@ -195,6 +195,13 @@ func (s *snapshots) openFrozen(ctx context.Context, list []placedFrozen) ([]*os.
 	return dirs, nil
 }
 
+func idsOf(list []record.Frozen) (ids []string) {
+	for _, frozen := range list {
+		ids = append(ids, frozen.ID)
+	}
+	return ids
+}
+
 func closeAll(files []*os.File) {
 	for _, file := range files {
 		file.Close()
@@ -334,7 +341,8 @@ func frozenLowers(
 }
 
 // sweep discards the frozen uppers that no record lists, and what a crash left of a snapshot before it had a record. While a record
-// cannot be read, it discards nothing: a person may restore it. It does nothing while one is being made: the next reconciliation does it.
+// cannot be read, it discards nothing: a person may restore it. It does nothing while a list is being made: the next reconciliation does
+// it.
 func (s *snapshots) sweep(ctx context.Context) error {
 	if !s.listing.TryLock() {
 		return nil
@@ -353,13 +361,15 @@ func (s *snapshots) sweep(ctx context.Context) error {
 	if err != nil || len(ids) == 0 {
 		return err
 	}
+	// Before the records are read: one that is pinned no more is in a record by now, or nobody needs it.
+	pinned := s.pins.all()
 	listed, err := s.volumes.FrozenInUse()
 	if err != nil {
 		return fmt.Errorf("find the frozen uppers that nothing uses: %w", err)
 	}
 	var failed error
 	for _, id := range ids {
-		if len(listed[id]) > 0 {
+		if len(listed[id]) > 0 || pinned[id] > 0 {
 			continue
 		}
 		if err := s.uppers.backends.DiscardFrozen(id); err != nil {

@@ -3,6 +3,7 @@ package volume
 import (
 	"context"
 	"fmt"
+	"maps"
 	"sync"
 	"time"
 
@@ -117,6 +118,37 @@ func (l *locks) isHeld(id string) bool {
 	defer l.mu.Unlock()
 	_, held := l.held[id]
 	return held
+}
+
+// pins keep frozen uppers from being discarded that no record lists: those that are being made or read for long.
+type pins struct {
+	mu    sync.Mutex
+	count map[string]int
+}
+
+func newPins() *pins { return &pins{count: map[string]int{}} }
+
+// pin keeps frozen uppers until unpin is called. The caller holds snapshots.listing for reading, or nobody has made them yet.
+func (p *pins) pin(ids ...string) (unpin func()) {
+	p.add(ids, 1)
+	return sync.OnceFunc(func() { p.add(ids, -1) })
+}
+
+func (p *pins) add(ids []string, n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, id := range ids {
+		if p.count[id] += n; p.count[id] == 0 {
+			delete(p.count, id)
+		}
+	}
+}
+
+// all returns the frozen uppers that are pinned now.
+func (p *pins) all() map[string]int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return maps.Clone(p.count)
 }
 
 func (l *locks) leave(id string, lock *volumeLock) {

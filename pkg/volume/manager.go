@@ -169,7 +169,7 @@ func NewManager(config Config) *Manager {
 	unrecorded := unrecorded{config.Records, uppers, views, ledger}
 	snapshots := &snapshots{
 		node: config.Node, root: config.Root, volumes: config.Records, records: config.Records.Snapshots(), uppers: uppers, views: views,
-		ledger: ledger, locks: locks,
+		ledger: ledger, locks: locks, pins: newPins(),
 	}
 	return &Manager{
 		config:     config,
@@ -217,11 +217,14 @@ type cacheUppers struct {
 	snapshots *snapshots
 }
 
-// Hold keeps frozen uppers that no record lists from being swept until release is called.
+// Hold has the sweep do nothing until release is called.
 func (u cacheUppers) Hold() (release func()) {
 	u.snapshots.listing.RLock()
 	return u.snapshots.listing.RUnlock
 }
+
+// Pin keeps frozen uppers from being swept until unpin is called.
+func (u cacheUppers) Pin(ids ...string) (unpin func()) { return u.snapshots.pins.pin(ids...) }
 
 // Sweep discards the frozen uppers that no record lists.
 func (u cacheUppers) Sweep(ctx context.Context) error { return u.snapshots.sweep(ctx) }

@@ -182,20 +182,20 @@ const lowestPriority = 19
 // flatten merges one run of frozen uppers. It reports whether there may be more to do. failed has the runs that could not be merged, and
 // are not tried again before the driver starts again.
 func (s *snapshots) flatten(ctx context.Context, failed map[string]bool) bool {
-	// The sweep does not run at the same time: it would discard the merged one, which no record lists before it is complete.
-	s.listing.RLock()
-	defer s.listing.RUnlock()
 	logger := klog.FromContext(ctx)
-	lists, err := s.lists()
+	lists, run, unpin, err := s.plan(failed)
 	if err != nil {
 		logger.Error(err, "Could not look for frozen uppers to merge, will retry")
 		return false
 	}
-	run := flatten.Plan(lists, func(run []record.Frozen) bool { return failed[runKey(run)] })
+	defer unpin()
 	if run == nil {
 		return false
 	}
-	merged, err := s.merge(ctx, lists, run)
+	merged := newMerged(run)
+	// The sweep would discard it before it is complete, and a record lists it.
+	defer s.pins.pin(merged.ID)()
+	err = s.merge(ctx, lists, run, merged)
 	switch {
 	case ctx.Err() != nil:
 		return false
@@ -228,6 +228,18 @@ func (s *snapshots) flatten(ctx context.Context, failed map[string]bool) bool {
 	return ctx.Err() == nil
 }
 
+// plan returns the lists of frozen uppers of all records, and a run of them to merge, nil if there is none. The run is not discarded until
+// unpin is called.
+func (s *snapshots) plan(failed map[string]bool) (lists []flatten.List, run []record.Frozen, unpin func(), err error) {
+	s.listing.RLock()
+	defer s.listing.RUnlock()
+	if lists, err = s.lists(); err != nil {
+		return nil, nil, nil, err
+	}
+	run = flatten.Plan(lists, func(run []record.Frozen) bool { return failed[runKey(run)] })
+	return lists, run, s.pins.pin(idsOf(run)...), nil
+}
+
 // runKey names a run of frozen uppers: there is one with these ends.
 func runKey(run []record.Frozen) string { return run[0].ID + run[len(run)-1].ID }
 
@@ -255,38 +267,42 @@ func (s *snapshots) lists() ([]flatten.List, error) {
 	return lists, nil
 }
 
-// merge merges a run of frozen uppers into a new one.
-func (s *snapshots) merge(ctx context.Context, lists []flatten.List, run []record.Frozen) (record.Frozen, error) {
+// newMerged returns the frozen upper that a run becomes.
+func newMerged(run []record.Frozen) record.Frozen {
 	merged := record.Frozen{ID: upper.NewFrozenID(), Backend: run[0].Backend, Group: run[0].Group}
-	var ids []string
 	for _, frozen := range run {
-		ids = append(ids, frozen.ID)
 		merged.Metacopy = merged.Metacopy || frozen.Metacopy
 	}
+	return merged
+}
+
+// merge merges a run of frozen uppers into a new one.
+func (s *snapshots) merge(ctx context.Context, lists []flatten.List, run []record.Frozen, merged record.Frozen) error {
+	ids := idsOf(run)
 	// As much as a copy takes: not every file system takes links.
 	bytes, inodes, err := s.uppers.backends.MeasureFrozen(ctx, merged.Backend, ids)
 	if err != nil {
-		return merged, err
+		return err
 	}
 	release, err := s.ledger.reserveFrozen(ctx, bytes)
 	if err != nil {
-		return merged, fmt.Errorf("merge frozen uppers: %w", err)
+		return fmt.Errorf("merge frozen uppers: %w", err)
 	}
 	defer release()
 	usage, err := linux.FileSystemUsageAt(s.root.Path())
 	if err != nil {
-		return merged, err
+		return err
 	}
 	// btrfs has no limit, and says 0.
 	if usage.Inodes.Total > 0 && usage.Inodes.Available < inodes {
-		return merged, fmt.Errorf("%w: merging frozen uppers takes up to %d inodes, and %d are free",
+		return fmt.Errorf("%w: merging frozen uppers takes up to %d inodes, and %d are free",
 			errdefs.ErrResourceExhausted, inodes, usage.Inodes.Available)
 	}
 	isMounted := slices.ContainsFunc(lists, func(l flatten.List) bool { return l.IsMounted && flatten.Shares(l.Frozen, run) })
 	if err := s.uppers.backends.MergeFrozen(ctx, merged.Backend, ids, merged.ID, isMounted); err != nil {
-		return merged, errors.Join(err, s.uppers.backends.DiscardFrozen(merged.ID))
+		return errors.Join(err, s.uppers.backends.DiscardFrozen(merged.ID))
 	}
-	return merged, nil
+	return nil
 }
 
 // replace puts the merged frozen upper into the record of a volume or snapshot in place of a run. It reports false if the list has changed,

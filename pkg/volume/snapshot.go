@@ -27,8 +27,9 @@ type snapshots struct {
 	ledger  *ledger
 	locks   *locks
 	// listing is held for reading from before a frozen upper exists, or is taken over from another record, until the record that lists it
-	// is saved. The sweep of those that no record lists holds it for writing.
+	// is saved. The sweep of those that no record lists holds it for writing. What takes long pins its frozen uppers instead.
 	listing sync.RWMutex
+	pins    *pins
 }
 
 // SnapshotRequest asks for a snapshot of a volume.

@@ -462,3 +462,21 @@ func TestSweepWhileRecordsCannotBeRead(t *testing.T) {
 		t.Errorf("left behind: %v", left)
 	}
 }
+
+// TestSweepWhileChangesAreRead keeps what a push reads of a volume that is deleted, and discards what nobody reads.
+func TestSweepWhileChangesAreRead(t *testing.T) {
+	n := newFakeNode(t)
+	n.written("read")
+	changes, err := n.manager.CaptureChanges(t.Context(), "v")
+	check(t, err)
+	read := n.loaded("v").Frozen
+	n.writeTo("not read")
+	_, err = n.snapshot("s")
+	check(t, err)
+	check(t, n.manager.Delete(t.Context(), "v"))
+	check(t, n.manager.DeleteSnapshot(t.Context(), "s"))
+	wantNames(t, "left while it is read", n.frozen(), read[0].ID)
+	changes.Close()
+	n.manager.reconcile(t.Context())
+	wantNames(t, "left afterwards", n.frozen())
+}
