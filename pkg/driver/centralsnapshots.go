@@ -51,7 +51,7 @@ func (c *Central) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshotReq
 	limited, cancel := c.patience(ctx, object)
 	defer cancel()
 	err = forward(limited, c.Nodes, object.Spec.Node, snapshotKey(handle), methodCreateSnapshot,
-		&csi.CreateSnapshotRequest{Name: handle, SourceVolumeId: req.GetSourceVolumeId()}, answer)
+		&csi.CreateSnapshotRequest{Name: handle, SourceVolumeId: req.GetSourceVolumeId(), Parameters: userKeys(req.GetParameters())}, answer)
 	if err := c.unlessLost(ctx, object, err); err != nil {
 		return nil, err
 	}

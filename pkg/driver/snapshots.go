@@ -23,16 +23,29 @@ type snapshotter interface {
 	ListSnapshots(after string, limit int, volume string) (snapshots []volume.Snapshot, more bool, err error)
 }
 
+// keyInUse is the key of a VolumeSnapshotClass that says what happens to volumes in use that cannot be copied at one moment. With inUseCopy
+// they are copied file by file, without it their snapshots are refused.
+const (
+	keyInUse  = "inUse"
+	inUseCopy = "copy"
+)
+
 // checkSnapshotRequest validates a request for a snapshot.
 func checkSnapshotRequest(req *csi.CreateSnapshotRequest) error {
-	switch keys := userKeys(req.GetParameters()); {
+	keys := userKeys(req.GetParameters())
+	inUse, isSet := keys[keyInUse]
+	delete(keys, keyInUse)
+	switch {
 	case req.GetName() == "":
 		return fmt.Errorf("%w: the snapshot name is missing", errdefs.ErrInvalidArgument)
 	case len(req.GetName()) > 128:
 		return fmt.Errorf("%w: the snapshot name has %d bytes, the maximum is 128", errdefs.ErrInvalidArgument, len(req.GetName()))
 	case len(keys) > 0:
-		return fmt.Errorf("%w: unknown key %q; a VolumeSnapshotClass of this driver has only keys of the sidecar (csi.storage.k8s.io/…)",
-			errdefs.ErrInvalidArgument, slices.Sorted(maps.Keys(keys))[0])
+		return fmt.Errorf("%w: unknown key %q; a VolumeSnapshotClass of this driver has %s, and keys of the sidecar (csi.storage.k8s.io/…)",
+			errdefs.ErrInvalidArgument, slices.Sorted(maps.Keys(keys))[0], keyInUse)
+	case isSet && inUse != inUseCopy:
+		return fmt.Errorf("%w: %s is %q; the only value is %q: leave the key out, and volumes in use are copied at one moment or not at all",
+			errdefs.ErrInvalidArgument, keyInUse, inUse, inUseCopy)
 	}
 	return record.CheckID(req.GetSourceVolumeId())
 }
@@ -65,7 +78,9 @@ func (c *Controller) createSnapshot(
 		return nil, fmt.Errorf("%w: the accessibility requirements do not include this node (%s), which a snapshot stays on",
 			errdefs.ErrResourceExhausted, c.segment)
 	}
-	created, err := c.snapshots.CreateSnapshot(ctx, volume.SnapshotRequest{Name: handle, Volume: req.GetSourceVolumeId()})
+	created, err := c.snapshots.CreateSnapshot(ctx, volume.SnapshotRequest{
+		Name: handle, Volume: req.GetSourceVolumeId(), CopyInUse: req.GetParameters()[keyInUse] == inUseCopy,
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -172,7 +172,10 @@ func TestSnapshotRefuses(t *testing.T) {
 			},
 			"a key": {&csi.CreateSnapshotRequest{
 				Name: "s", SourceVolumeId: "pvc-1@a", Parameters: map[string]string{"pull": "x", "inUse": "copy"},
-			}, codes.InvalidArgument, `unknown key "inUse"`},
+			}, codes.InvalidArgument, `unknown key "pull"`},
+			"another value": {&csi.CreateSnapshotRequest{
+				Name: "s", SourceVolumeId: "pvc-1@a", Parameters: map[string]string{"inUse": "freeze"},
+			}, codes.InvalidArgument, `inUse is "freeze"; the only value is "copy"`},
 			"another volume's": {&csi.CreateSnapshotRequest{Name: "taken", SourceVolumeId: "pvc-2@a"}, codes.AlreadyExists, "of volume pvc-1@a"},
 			"no such volume":   {&csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: "pvc-9@a"}, codes.NotFound, "pvc-9@a"},
 			"another node": {&csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: "pvc-1@a", AccessibilityRequirements: &csi.TopologyRequirement{

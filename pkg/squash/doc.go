@@ -1,4 +1,4 @@
-// Package squash merges several uppers of overlayfs into one.
+// Package squash merges several uppers of overlayfs into one, and copies one that an overlay writes to.
 //
 // The merged directory is made of what overlayfs looks up: for each name, Merge takes the steps of ovl_lookup (fs/overlayfs/namei.c) in
 // the uppers alone. What the lookup has found then is in the merged directory, and what it would go on with below is written there in

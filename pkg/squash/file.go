@@ -157,13 +157,18 @@ func (f *files) copy(ctx context.Context, upper int, found result, into *os.File
 	if first.stat.IsRegular() {
 		return f.copyRegular(ctx, upper, found, from, into, name)
 	}
-	if first.stat.IsSymlink() {
+	return copySpecial(from, first.stat, into, name)
+}
+
+// copySpecial makes a copy of what is neither a directory nor a regular file, and is open at from by O_PATH.
+func copySpecial(from *os.File, stat linux.Stat, into *os.File, name string) (err error) {
+	if stat.IsSymlink() {
 		var target string
 		if target, err = linux.Readlinkat(from, ""); err == nil {
 			err = linux.Symlinkat(target, into, name)
 		}
 	} else {
-		err = linux.Mknodat(into, name, first.stat.Mode, first.stat.Rdev)
+		err = linux.Mknodat(into, name, stat.Mode, stat.Rdev)
 	}
 	if err != nil {
 		return err
@@ -173,11 +178,11 @@ func (f *files) copy(ctx context.Context, upper int, found result, into *os.File
 		return err
 	}
 	defer made.Close()
-	if err := setAttributes(from, made, first.stat, nil); err != nil {
+	if err := setAttributes(from, made, stat, nil); err != nil {
 		return err
 	}
 	// There are no times of a handle of O_PATH before Linux 5.8.
-	return linux.Utimensat(into, name, accessed(first.stat), modified(first.stat))
+	return linux.Utimensat(into, name, accessed(stat), modified(stat))
 }
 
 // copyRegular makes a copy of a regular file, which is open at from by O_PATH.

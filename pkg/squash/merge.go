@@ -7,7 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"syscall"
+	"slices"
 
 	"github.com/containerd/errdefs"
 
@@ -114,14 +114,7 @@ func (m *merger) open(uppers []*os.File, into *os.File) error {
 	if err := m.files.open(root.parts); err != nil {
 		return err
 	}
-	// It may have inherited access control lists, which the topmost root need not have.
-	for _, name := range []string{"system.posix_acl_default", "system.posix_acl_access"} {
-		err := linux.RemoveXattr(opened, name)
-		if err != nil && !errors.Is(err, syscall.ENODATA) && !errors.Is(err, syscall.EOPNOTSUPP) {
-			return err
-		}
-	}
-	return nil
+	return removeACLs(opened)
 }
 
 func (m *merger) close() {
@@ -140,16 +133,20 @@ func (l *level) close() {
 
 // path returns the path of the entry that is being merged, for an error.
 func (m *merger) path() string {
-	const most = 16
-	name := "/"
+	names := make([]string, len(m.levels))
 	for i, level := range m.levels {
-		if i == most {
-			name = path.Join(name, "…")
-			break
-		}
-		name = path.Join(name, level.name)
+		names[i] = level.name
 	}
-	return path.Join(name, m.current)
+	return path.Join(shortPath(names), m.current)
+}
+
+// shortPath returns the path of the first names.
+func shortPath(names []string) string {
+	const most = 16
+	if len(names) > most {
+		names = append(slices.Clone(names[:most]), "…")
+	}
+	return path.Join("/", path.Join(names...))
 }
 
 // step merges the entries of the last level up to the next directory, which it enters, or to the end, where it leaves the level.

@@ -71,6 +71,32 @@ func xattrAt(dir *os.File, entry, name string) (value []byte, ok bool, _ error) 
 	return valueOf(value, err)
 }
 
+// overlayXattrs returns the extended attributes of overlayfs that a copy of a file in an upper needs.
+func overlayXattrs(file *os.File) (map[string]string, error) {
+	found := map[string]string{}
+	for _, name := range []string{opaqueXattr, redirectXattr, metacopyXattr, originXattr} {
+		value, ok, err := xattr(file, name)
+		if err != nil {
+			return nil, err
+		}
+		if ok {
+			found[name] = string(value)
+		}
+	}
+	return found, nil
+}
+
+// removeACLs takes away what a directory that was made has inherited: the one that it is a copy of need not have it.
+func removeACLs(dir *os.File) error {
+	for _, name := range []string{"system.posix_acl_default", "system.posix_acl_access"} {
+		err := linux.RemoveXattr(dir, name)
+		if err != nil && !errors.Is(err, syscall.ENODATA) && !errors.Is(err, syscall.EOPNOTSUPP) {
+			return err
+		}
+	}
+	return nil
+}
+
 func valueOf(value []byte, err error) ([]byte, bool, error) {
 	if errors.Is(err, syscall.ENODATA) || errors.Is(err, syscall.EOPNOTSUPP) {
 		return nil, false, nil

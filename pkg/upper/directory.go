@@ -7,7 +7,10 @@ import (
 	"io/fs"
 	"os"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
+	"github.com/overlay-csi/overlay-csi/pkg/squash"
 )
 
 // directory is an upper in a plain directory of the data root. It has no limit.
@@ -97,3 +100,45 @@ func (d directory) Exists() (bool, error) {
 }
 
 func (d directory) Check() error { return checkDirs(d) }
+
+// HasMoments reports whether an upper of the backend can be copied as it is at one moment, while pods write to it.
+func (b Backend) HasMoments() bool { return b == BtrfsQgroup || b == DiskImage }
+
+// copySlack is how much larger a copy may be than the upper was before: a quarter, and this.
+var copySlack = squash.Room{Bytes: 16 << 20, Inodes: 4096}
+
+// MeasureInUse returns how many bytes and inodes a copy of an upper by CopyFiles may take.
+func (b *Backends) MeasureInUse(ctx context.Context, at Location) (bytes, inodes int64, err error) {
+	path, _ := b.Open(at).Paths()
+	used, err := countTree(ctx, path)
+	if err != nil {
+		return 0, 0, err
+	}
+	return used.bytes + used.bytes/4 + copySlack.Bytes, used.inodes + used.inodes/4 + copySlack.Inodes, nil
+}
+
+// CopyFiles copies an upper that pods write to, file by file, into a new frozen upper. It takes at most that many bytes and inodes. The copy
+// is not of one moment: squash.CopyInUse says what that means, and has the errors. It is for backends that have no moments. What a failed
+// call left is discarded by DiscardFrozen.
+func (b *Backends) CopyFiles(ctx context.Context, at Location, id string, bytes, inodes int64) error {
+	if at.Backend != Directory && at.Backend != ProjectQuota {
+		return fmt.Errorf("%w: an upper of the backend %s is not copied file by file", errdefs.ErrInvalidArgument, at.Backend)
+	}
+	path := at.Base + "/" + upperName
+	from, err := linux.Open(b.config.Root, path, os.O_RDONLY|linux.O_DIRECTORY, linux.ResolveBeneath|linux.ResolveNoSymlinks)
+	if err != nil {
+		return fmt.Errorf("open the upper: %w", err)
+	}
+	defer from.Close()
+	frozen, err := b.makeFrozen(id)
+	if err != nil {
+		return err
+	}
+	defer frozen.Close()
+	into, err := makeMerged(frozen, at.Backend)
+	if err != nil {
+		return err
+	}
+	defer into.Close()
+	return squash.CopyInUse(ctx, from, into, squash.Room{Bytes: bytes, Inodes: inodes})
+}

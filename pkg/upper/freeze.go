@@ -170,9 +170,10 @@ func (b *Backends) WrittenBytes(ctx context.Context, at Location) (int64, error)
 // CopyInUse copies an upper that pods write to, as it is at one moment, into a new frozen upper. It returns ErrFailedPrecondition, with
 // what to do, for a backend that has no such moment. What a failed call left is discarded by DiscardFrozen.
 func (b *Backends) CopyInUse(ctx context.Context, at Location, id string) error {
-	if at.Backend != BtrfsQgroup && at.Backend != DiskImage {
-		return fmt.Errorf("%w: an upper of the backend %s cannot be copied while pods write to it; stop the pods, or use a volume with "+
-			"sizeEnforcement: image, or a data root on btrfs with quotas", errdefs.ErrFailedPrecondition, at.Backend)
+	if !at.Backend.HasMoments() {
+		return fmt.Errorf("%w: an upper of the backend %s cannot be copied at one moment while pods write to it; stop the pods, or use a "+
+			"volume with sizeEnforcement: image, a data root on btrfs with quotas, or a VolumeSnapshotClass with inUse: copy, whose snapshots "+
+			"are not of one moment", errdefs.ErrFailedPrecondition, at.Backend)
 	}
 	frozen, err := b.makeFrozen(id)
 	if err != nil {

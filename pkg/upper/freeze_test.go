@@ -127,6 +127,13 @@ func TestCopyInUse(t *testing.T) {
 			if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "stop the pods") {
 				t.Errorf("got %v, want what to do", err)
 			}
+			bytes, inodes, err := open.MeasureInUse(t.Context(), at)
+			must(t, err)
+			must(t, open.CopyFiles(t.Context(), at, id, bytes, inodes))
+			must(t, os.WriteFile(filepath.Join(path, "file"), []byte("new"), 0o600))
+			wantFrozen(t, open, at.Backend, id, "content").Close()
+			must(t, open.DiscardFrozen(id))
+			wantWritable(t, path)
 			return
 		}
 		// A writer writes a number to one file, and then to the other.

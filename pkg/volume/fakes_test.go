@@ -70,6 +70,8 @@ type fakeNode struct {
 	// phase is that of each pod, and onPhase is called when somebody asks for it, if it is set.
 	phase   corev1.PodPhase
 	onPhase func()
+	// copyUntilRevoked has a copy of files end when somebody wants the volume, and not before.
+	copyUntilRevoked bool
 	// layerDir is the one layer that each reference resolves to.
 	layerDir *os.File
 }
@@ -372,7 +374,30 @@ func (b fakeBackends) CopyInUse(_ context.Context, at upper.Location, id string)
 	if b.n.whileCopying != nil {
 		b.n.whileCopying()
 	}
+	return b.copyUpper(at, id)
+}
+
+func (b fakeBackends) MeasureInUse(context.Context, upper.Location) (bytes, inodes int64, err error) {
+	return b.n.measured, 1, b.n.failing("measure in use")
+}
+
+func (b fakeBackends) CopyFiles(ctx context.Context, at upper.Location, id string, _, _ int64) error {
+	if b.n.whileCopying != nil {
+		b.n.whileCopying()
+	}
+	if b.n.copyUntilRevoked {
+		check(b.n.t, os.MkdirAll(b.frozenDir(id), 0o700))
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}
+	return b.copyUpper(at, id)
+}
+
+func (b fakeBackends) copyUpper(at upper.Location, id string) error {
 	check(b.n.t, os.MkdirAll(b.frozenDir(id), 0o700))
+	if err := b.n.failing("copy files"); err != nil {
+		return err
+	}
 	return os.CopyFS(filepath.Join(b.frozenDir(id), "upper"), os.DirFS(filepath.Join(b.n.dir, "data", at.Base, "upper")))
 }
 

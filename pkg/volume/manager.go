@@ -98,6 +98,8 @@ type frozenBackends interface {
 	Freeze(at upper.Location, id string) error
 	WrittenBytes(ctx context.Context, at upper.Location) (int64, error)
 	CopyInUse(ctx context.Context, at upper.Location, id string) error
+	MeasureInUse(ctx context.Context, at upper.Location) (bytes, inodes int64, err error)
+	CopyFiles(ctx context.Context, at upper.Location, id string, bytes, inodes int64) error
 	OpenFrozen(ctx context.Context, backend upper.Backend, id string) (*os.File, error)
 	CheckFrozen(backend upper.Backend, id string) error
 	MeasureFrozen(ctx context.Context, backend upper.Backend, ids []string) (bytes, inodes int64, err error)

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/singleflight"
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/record"
@@ -30,6 +32,8 @@ type snapshots struct {
 	// is saved. The sweep of those that no record lists holds it for writing. What takes long pins its frozen uppers instead.
 	listing sync.RWMutex
 	pins    *pins
+	// copies are the snapshots whose volumes are being copied file by file.
+	copies singleflight.Group
 }
 
 // SnapshotRequest asks for a snapshot of a volume.
@@ -38,6 +42,8 @@ type SnapshotRequest struct {
 	Name string
 	// Volume is the ID of the volume.
 	Volume string
+	// CopyInUse has a volume that is mounted be copied file by file, where its backend has no way to copy it at one moment.
+	CopyInUse bool
 }
 
 // Snapshot is a snapshot on this node.
@@ -52,8 +58,23 @@ type Snapshot struct {
 
 // CreateSnapshot keeps what was written to a volume until now. It returns the same snapshot for a repeated request, and
 // ErrAlreadyExists if the name is that of a snapshot of another volume. A volume that is mounted is copied at one moment, where its
-// backend can do that: else the error is ErrFailedPrecondition.
+// backend can do that: else the error is ErrFailedPrecondition, or with CopyInUse it is copied file by file. That may take long: it goes
+// on when ctx is done, and a repeated request waits for it.
 func (s *snapshots) CreateSnapshot(ctx context.Context, req SnapshotRequest) (Snapshot, error) {
+	if !req.CopyInUse {
+		return s.createSnapshot(ctx, req)
+	}
+	done := s.copies.DoChan(req.Name+"/"+req.Volume, func() (any, error) { return s.createSnapshot(context.WithoutCancel(ctx), req) })
+	select {
+	case <-ctx.Done():
+		return Snapshot{}, fmt.Errorf("copy volume %s, which goes on: %w", req.Volume, context.Cause(ctx))
+	case result := <-done:
+		made, _ := result.Val.(Snapshot)
+		return made, result.Err
+	}
+}
+
+func (s *snapshots) createSnapshot(ctx context.Context, req SnapshotRequest) (Snapshot, error) {
 	id := HandleFor(req.Name)
 	if err := record.CheckID(req.Volume); err != nil {
 		return Snapshot{}, err
@@ -72,20 +93,33 @@ func (s *snapshots) CreateSnapshot(ctx context.Context, req SnapshotRequest) (Sn
 	case !errdefs.IsNotFound(err):
 		return Snapshot{}, err
 	}
-	unlockVolume, err := s.locks.acquire(ctx, req.Volume)
-	if err != nil {
-		return Snapshot{}, err
+	var copied copiedUpper
+	if req.CopyInUse {
+		if copied, err = s.copyFiles(ctx, req.Volume); err != nil {
+			return Snapshot{}, fmt.Errorf("make snapshot %s: %w", id, err)
+		}
 	}
-	defer unlockVolume()
-	made, err = s.create(ctx, id, req)
+	unlockVolume, err := s.locks.acquire(ctx, req.Volume)
+	if err == nil {
+		defer unlockVolume()
+		made, err = s.create(ctx, id, req, copied)
+	}
+	if copied.ID != "" {
+		copied.unpin()
+	}
 	if err != nil {
+		// The next request copies it again. Of a record that was saved all the same, the sweep knows.
+		if copied.ID != "" {
+			s.sweepAfter(ctx)
+		}
 		return Snapshot{}, fmt.Errorf("make snapshot %s: %w", id, err)
 	}
 	klog.FromContext(ctx).Info("Snapshot created", keySnapshot, id, keyVolume, req.Volume)
 	return toSnapshot(made), nil
 }
 
-func (s *snapshots) create(ctx context.Context, id string, req SnapshotRequest) (*record.Snapshot, error) {
+// create makes a snapshot of a volume, with the copy of its upper if that was made before.
+func (s *snapshots) create(ctx context.Context, id string, req SnapshotRequest, copied copiedUpper) (*record.Snapshot, error) {
 	r, err := s.volumes.Load(req.Volume)
 	if err != nil {
 		return nil, err
@@ -96,7 +130,15 @@ func (s *snapshots) create(ctx context.Context, id string, req SnapshotRequest) 
 	}
 	s.listing.RLock()
 	defer s.listing.RUnlock()
-	frozen, err := s.capture(ctx, r)
+	var frozen []record.Frozen
+	switch {
+	case copied.ID == "":
+		frozen, err = s.capture(ctx, r)
+	case !reflect.DeepEqual(copied.below, r.Frozen) || !reflect.DeepEqual(copied.Group, r.Group):
+		err = errRevoked
+	default:
+		frozen = slices.Concat([]record.Frozen{copied.Frozen}, r.Frozen)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -109,6 +151,60 @@ func (s *snapshots) create(ctx context.Context, id string, req SnapshotRequest) 
 	}
 	// After an error the disk may have the record: the sweep knows.
 	return made, s.records.Save(made)
+}
+
+// copiedUpper is a copy of the upper of a volume, and what that was above. No record lists it, and it is kept until unpin is called.
+type copiedUpper struct {
+	record.Frozen
+	below []record.Frozen
+	unpin func()
+}
+
+// copyFiles copies the upper of a volume that is mounted file by file. It returns one without an ID for a volume that can be captured at one moment. Another
+// operation that wants the volume, as an unpublish does, ends the copy, with ErrAborted: no pod waits for it.
+func (s *snapshots) copyFiles(ctx context.Context, id string) (copied copiedUpper, err error) {
+	unlock, err := s.locks.acquire(ctx, id)
+	if err != nil {
+		return copied, err
+	}
+	unlock = sync.OnceFunc(unlock)
+	defer unlock()
+	r, err := s.volumes.Load(id)
+	if err != nil || !r.Spec.Persistent() || r.Backend == "" || r.Backend.HasMoments() {
+		return copied, err
+	}
+	if err := s.finishFreezing(r); err != nil {
+		return copied, err
+	}
+	if _, err = s.views.firstLive(r, ""); errdefs.IsNotFound(err) {
+		return copied, nil // It is at rest.
+	}
+	if err == nil {
+		err = checkRoom(r)
+	}
+	if err != nil {
+		return copied, err
+	}
+	ctx, end := s.locks.addReader(ctx, id)
+	defer end()
+	unlock()
+	at := s.uppers.location(r, nil)
+	bytes, inodes, err := s.uppers.backends.MeasureInUse(ctx, at)
+	if err != nil {
+		return copied, err
+	}
+	release, err := s.ledger.reserveFrozen(ctx, bytes)
+	if err != nil {
+		return copied, fmt.Errorf("copy volume %s: %w", id, err)
+	}
+	defer release()
+	copied = copiedUpper{Frozen: frozenOf(r), below: r.Frozen}
+	copied.unpin = s.pins.pin(copied.ID)
+	if err := s.uppers.backends.CopyFiles(ctx, at, copied.ID, bytes, inodes); err != nil {
+		defer copied.unpin()
+		return copiedUpper{}, errors.Join(err, s.uppers.backends.DiscardFrozen(copied.ID))
+	}
+	return copied, nil
 }
 
 // snapshotLock is the name of the lock of a snapshot. No volume has that ID.

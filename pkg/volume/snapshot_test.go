@@ -1,7 +1,9 @@
 package volume
 
 import (
+	"context"
 	"errors"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -208,6 +210,85 @@ func TestSnapshotInUse(t *testing.T) {
 	check(t, n.manager.DeleteSnapshot(t.Context(), "s"))
 	if left := n.frozen(); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
+	}
+}
+
+func (n *fakeNode) copyingSnapshot(name string) error {
+	_, err := n.manager.CreateSnapshot(n.t.Context(), SnapshotRequest{Name: name, Volume: "v", CopyInUse: true})
+	return err
+}
+
+// TestSnapshotCopiesFiles: what cannot be copied at one moment is copied file by file, if that was asked for.
+func TestSnapshotCopiesFiles(t *testing.T) {
+	n := newFakeNode(t)
+	n.written("one")
+	check(t, n.copyingSnapshot("at rest"))
+	req := n.publish(n.request("p", rwo))
+	check(t, os.WriteFile(filepath.Join(n.records.Dir("v"), "upper", "two"), nil, 0o600))
+	n.fail["copy in use"] = errdefs.ErrFailedPrecondition
+	_, err := n.snapshot("at one moment")
+	wantKind(t, err, errdefs.ErrFailedPrecondition)
+	before := n.state()
+	n.whileCopying = func() { check(t, n.manager.sweep(t.Context())) }
+	check(t, n.copyingSnapshot("s"))
+	if after := n.state(); after != before {
+		t.Errorf("the volume has changed:\n%s\nwas\n%s", after, before)
+	}
+	made, err := n.records.Snapshots().Load("s")
+	check(t, err)
+	wantNames(t, "copied", n.filesOf(made.Frozen), "two", "one")
+
+	left := n.frozen()
+	n.fail["copy files"] = errForced
+	wantKind(t, n.copyingSnapshot("fails"), errForced)
+	clear(n.fail)
+	n.measured = math.MaxInt64 / 2
+	wantKind(t, n.copyingSnapshot("no room"), errdefs.ErrResourceExhausted)
+	n.measured = 0
+	// A pod does not wait until the copy is complete.
+	unpublished := make(chan error, 1)
+	n.copyUntilRevoked = true
+	n.whileCopying = func() {
+		go func() { unpublished <- n.manager.Unpublish(t.Context(), "v", req.Target) }()
+	}
+	wantKind(t, n.copyingSnapshot("unpublished"), errdefs.ErrAborted)
+	check(t, <-unpublished)
+	wantNames(t, "left by copies that failed", n.frozen(), left...)
+	n.whileCopying, n.copyUntilRevoked = nil, false
+	check(t, n.copyingSnapshot("unpublished"))
+	for _, id := range []string{"at rest", "s", "unpublished"} {
+		check(t, n.manager.DeleteSnapshot(t.Context(), HandleFor(id)))
+	}
+	check(t, n.manager.Delete(t.Context(), "v"))
+	wantNames(t, "left in the end", n.frozen())
+}
+
+// TestSnapshotCopyOutlivesItsRequest: a repeated request waits for the copy that goes on.
+func TestSnapshotCopyOutlivesItsRequest(t *testing.T) {
+	n := newFakeNode(t)
+	n.create()
+	n.publish(n.request("p", rwo))
+	begun, goOn := make(chan struct{}), make(chan struct{})
+	n.whileCopying = func() { begun <- struct{}{}; <-goOn }
+	ctx, cancel := context.WithCancel(t.Context())
+	first := make(chan error)
+	request := SnapshotRequest{Name: "s", Volume: "v", CopyInUse: true}
+	go func() {
+		_, err := n.manager.CreateSnapshot(ctx, request)
+		first <- err
+	}()
+	<-begun
+	cancel()
+	wantKind(t, <-first, context.Canceled)
+	go func() {
+		_, err := n.manager.CreateSnapshot(t.Context(), request)
+		first <- err
+	}()
+	// Nobody else begins a copy.
+	goOn <- struct{}{}
+	check(t, <-first)
+	if made, err := n.records.Snapshots().Load("s"); err != nil || len(made.Frozen) != 1 || len(n.frozen()) != 1 {
+		t.Errorf("got %+v, %v, frozen %v", made, err, n.frozen())
 	}
 }
 

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -216,8 +217,30 @@ func TestSnapshotsAreRefused(t *testing.T) {
 	pod := newPod(t, node, "pod")
 	publish(t, pod, source)
 	_, err = snapshotOf(timeout(t), node, "in-use", source)
-	wantCode(t, err, codes.FailedPrecondition, "while pods write", "sizeEnforcement: image")
+	wantCode(t, err, codes.FailedPrecondition, "while pods write", "sizeEnforcement: image", "inUse: copy")
 	unpublish(t, pod, source)
+}
+
+// TestSnapshotInUseCopies copies what has no moment file by file, if the class says so.
+func TestSnapshotInUseCopies(t *testing.T) {
+	onEachFreezing(t, []string{"directory"}, func(t *testing.T, node *drivertest.Node, attributes []string) {
+		source := createSized(t, node, "source", readWriteOnce, snapshotSize, attributes...)
+		pod := newPod(t, node, "pod")
+		target := publish(t, pod, source)
+		must(t, errors.Join(os.WriteFile(target+"/layer", []byte("changed"), 0o600), os.Mkdir(target+"/dir", 0o755),
+			os.WriteFile(target+"/dir/new", []byte("new"), 0o600)))
+		response, err := node.Controller().CreateSnapshot(timeout(t), &csi.CreateSnapshotRequest{
+			Name: "copy", SourceVolumeId: source.ID, Parameters: map[string]string{"inUse": "copy"},
+		})
+		must(t, err)
+		must(t, os.WriteFile(target+"/dir/new", []byte("later"), 0o600))
+		unpublish(t, pod, source)
+		id := response.GetSnapshot().GetSnapshotId()
+		restored := restore(t, node, "restored", ofSnapshot(id), attributes...)
+		wantVolume(t, node, restored, map[string]string{"layer": "changed", "dir/new": "new"})
+		wantVolume(t, node, source, map[string]string{"layer": "changed", "dir/new": "later"})
+		deleteSnapshot(t, node, id)
+	})
 }
 
 // TestSnapshotUnderAWriter: a snapshot of a volume in use has all that was synced before, and nothing that was written after.
