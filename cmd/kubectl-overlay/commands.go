@@ -59,13 +59,16 @@ func diffCommand(opts *options, connect func(*options) (*cluster, error)) *cobra
 }
 
 func commitCommand(opts *options, connect func(*options) (*cluster, error)) *cobra.Command {
-	var output string
+	var output, format string
 	cmd := &cobra.Command{
 		Use:   "commit (POD VOLUME | pvc/NAME) --output FILE",
-		Short: "Write what was written to a volume to a file, as the tar of an image layer",
+		Short: "Write what was written to a volume to a file, as the tar of an image layer or as an OCI archive",
 	}
+	cmd.Flags().StringVar(&format, "format", "layer", "what is written: the tar of a layer (layer), or an OCI archive (oci)")
 	cmd.Flags().StringVarP(&output, "output", "o", "", "the `file` that is written, - for the standard output")
-	argsOf := func(v volume) []string { return []string{"commit", "--output", "-", "--", v.handle} }
+	argsOf := func(v volume) []string {
+		return []string{"commit", "--format", format, "--output", "-", "--", v.handle}
+	}
 	return onVolume(opts, connect, cmd, argsOf, func(run func(io.Writer) error) error {
 		switch output {
 		case "":

@@ -31,7 +31,7 @@ func pullCommand(opts *options) *cobra.Command {
 	}
 }
 
-// bars are the progress bars of a pull, one for each layer. They are drawn only if standard error is a terminal.
+// bars are the progress bars of a pull, one for each layer, or the one of a push. They are drawn only if standard error is a terminal.
 type bars struct {
 	progress *mpb.Progress
 	byLayer  map[digest.Digest]*mpb.Bar
@@ -50,10 +50,7 @@ func (b *bars) update(progress api.Progress) {
 				name = short(layer.Digest)
 			}
 			// The bar has one unit more than the blob has bytes, which is filled once the layer is unpacked.
-			bar = b.progress.AddBar(layer.Size+1,
-				mpb.PrependDecorators(decor.Name(name+" "), decor.CountersKibiByte("% .1f / % .1f")),
-				mpb.AppendDecorators(decor.OnComplete(decor.Percentage(), "done")))
-			b.byLayer[layer.Digest] = bar
+			bar = b.add(name, layer.Digest, layer.Size+1)
 		}
 		done := layer.Done
 		if layer.Present {
@@ -63,7 +60,28 @@ func (b *bars) update(progress api.Progress) {
 	}
 }
 
-// close stops the bars, and fills them if the pull is complete.
+// pushed shows the progress of a push, from when the size of the image is known. A registry that loses what it had gets it again.
+func (b *bars) pushed(progress api.PushProgress) {
+	if progress.Total == 0 {
+		return
+	}
+	bar := b.byLayer[""]
+	if bar == nil {
+		// The unit more is filled once the image has its tag.
+		bar = b.add("push", "", progress.Total+1)
+	}
+	bar.SetCurrent(progress.Sent)
+}
+
+func (b *bars) add(name string, id digest.Digest, size int64) *mpb.Bar {
+	bar := b.progress.AddBar(size,
+		mpb.PrependDecorators(decor.Name(name+" "), decor.CountersKibiByte("% .1f / % .1f")),
+		mpb.AppendDecorators(decor.OnComplete(decor.Percentage(), "done")))
+	b.byLayer[id] = bar
+	return bar
+}
+
+// close stops the bars, and fills them if all is done.
 func (b *bars) close(complete bool) {
 	for _, bar := range b.byLayer {
 		if complete {

@@ -14,7 +14,6 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/admin/api"
 	"github.com/overlay-csi/overlay-csi/pkg/diff"
-	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
 // answerBuffer is how many bytes of an answer are sent at once.
@@ -66,11 +65,23 @@ func (h *handler) writeLayer(w http.ResponseWriter, r *http.Request) {
 	}
 	defer changes.Close()
 	changes.Tree.MaxBytes = h.maxLayerBytes
-	w.Header().Set("Content-Type", "application/vnd.oci.image.layer.v1.tar")
+	writeTar(w, "application/vnd.oci.image.layer.v1.tar", func(to io.Writer) error {
+		return diff.WriteLayer(changes.Context(), changes.Tree, to)
+	})
+}
+
+// writeTar answers with what write writes. The trailer says whether it is complete.
+func writeTar(w http.ResponseWriter, mediaType string, write func(io.Writer) error) {
+	w.Header().Set("Content-Type", mediaType)
 	w.Header().Set("Trailer", api.ErrorTrailer+", "+api.EndTrailer)
 	to := patientWriter{w, clientPatience}
 	defer to.extend()
-	if err := writeLayer(changes, to); err != nil {
+	buffer := bufio.NewWriterSize(to, answerBuffer)
+	err := write(buffer)
+	if err == nil {
+		err = buffer.Flush()
+	}
+	if err != nil {
 		// A trailer has one line.
 		w.Header().Set(api.ErrorTrailer, strings.Join(strings.Fields(err.Error()), " "))
 		return
@@ -97,12 +108,4 @@ func (w patientWriter) Write(data []byte) (int, error) {
 func (w patientWriter) extend() {
 	// A test's response has no deadline.
 	_ = http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(w.patience))
-}
-
-func writeLayer(changes *volume.Changes, w io.Writer) error {
-	buffer := bufio.NewWriterSize(w, answerBuffer)
-	if err := diff.WriteLayer(changes.Context(), changes.Tree, buffer); err != nil {
-		return err
-	}
-	return buffer.Flush()
 }

@@ -20,13 +20,17 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/diff"
 	"github.com/overlay-csi/overlay-csi/pkg/image/compose"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
+	"github.com/overlay-csi/overlay-csi/pkg/volume"
 )
 
 // maxSecret is the maximum size of a Docker config.json in bytes. That of a Secret is as much.
 const maxSecret = 1 << 20
 
-// committer is what pushes volumes.
+// committer is what makes images of volumes.
 type committer interface {
+	WriteArchive(
+		ctx context.Context, to io.Writer, v commit.Volume, name string, credentials registry.Credentials, details compose.Details,
+	) error
 	Push(
 		ctx context.Context, v commit.Volume, to reference.NamedTagged, credentials registry.Credentials, details compose.Details,
 		progress *commit.Progress,
@@ -69,42 +73,75 @@ func parsePush(w http.ResponseWriter, r *http.Request) (reference.NamedTagged, r
 		return nil, registry.Credentials{}, fmt.Errorf("%w: %s has a digest; an image is pushed to a tag, and its digest follows",
 			errdefs.ErrInvalidArgument, named)
 	}
+	credentials, err := readSecret(w, r)
+	return to, credentials, err
+}
+
+// readSecret returns the credentials in the body of a request.
+func readSecret(w http.ResponseWriter, r *http.Request) (registry.Credentials, error) {
 	secret, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxSecret))
 	if err != nil {
-		return nil, registry.Credentials{}, fmt.Errorf("%w: read the secret: %w", errdefs.ErrInvalidArgument, err)
+		return registry.Credentials{}, fmt.Errorf("%w: read the secret: %w", errdefs.ErrInvalidArgument, err)
 	}
 	if len(secret) == 0 {
-		return to, registry.Operator(), nil
+		return registry.Operator(), nil
 	}
 	credentials, err := registry.ParseCredentials(map[string]string{corev1.DockerConfigJsonKey: string(secret)})
-	return to, credentials.AsOperator(), err
+	return credentials.AsOperator(), err
+}
+
+// capture opens what was written to a volume, for an image of it. The caller closes the changes.
+func (h *handler) capture(ctx context.Context, id string) (commit.Volume, compose.Details, *volume.Changes, error) {
+	description, err := h.volumes.Describe(ctx, id)
+	if err != nil {
+		return commit.Volume{}, compose.Details{}, nil, err
+	}
+	changes, err := h.volumes.CaptureChanges(ctx, id)
+	if err != nil {
+		return commit.Volume{}, compose.Details{}, nil, err
+	}
+	changes.Tree.MaxBytes = h.maxLayerBytes
+	captured := commit.Volume{
+		Layers: description.Spec.Layers, Resolved: description.Resolved,
+		WriteTar: func(ctx context.Context, to io.Writer) error { return diff.WriteLayer(ctx, changes.Tree, to) },
+	}
+	return captured, compose.Details{Created: time.Now().Truncate(time.Second), CreatedBy: "overlayctl commit " + id}, changes, nil
+}
+
+// writeArchive answers with an OCI archive of an image of a volume. The body of the request is that of a push. The trailer says whether the
+// archive is complete.
+func (h *handler) writeArchive(w http.ResponseWriter, r *http.Request) {
+	credentials, err := readSecret(w, r)
+	if err != nil {
+		http.Error(w, err.Error(), errhttp.ToHTTP(err))
+		return
+	}
+	captured, details, changes, err := h.capture(r.Context(), r.PathValue("id"))
+	if err != nil {
+		http.Error(w, err.Error(), errhttp.ToHTTP(err))
+		return
+	}
+	defer changes.Close()
+	writeTar(w, "application/x-tar", func(to io.Writer) error {
+		return h.committer.WriteArchive(changes.Context(), to, captured, r.URL.Query().Get("name"), credentials, details)
+	})
 }
 
 func (h *handler) pushVolume(
 	ctx context.Context, id string, to reference.NamedTagged, credentials registry.Credentials, send func(api.PushEvent),
 ) (digest.Digest, error) {
-	description, err := h.volumes.Describe(ctx, id)
-	if err != nil {
-		return "", err
-	}
-	changes, err := h.volumes.CaptureChanges(ctx, id)
+	captured, details, changes, err := h.capture(ctx, id)
 	if err != nil {
 		return "", err
 	}
 	defer changes.Close()
-	changes.Tree.MaxBytes = h.maxLayerBytes
-	volume := commit.Volume{
-		Layers: description.Spec.Layers, Resolved: description.Resolved,
-		WriteTar: func(ctx context.Context, to io.Writer) error { return diff.WriteLayer(ctx, changes.Tree, to) },
-	}
-	details := compose.Details{Created: time.Now().Truncate(time.Second), CreatedBy: "overlayctl commit " + id}
 	type result struct {
 		id  digest.Digest
 		err error
 	}
 	progress, done := &commit.Progress{}, make(chan result, 1)
 	go func() {
-		id, err := h.committer.Push(changes.Context(), volume, to, credentials, details, progress)
+		id, err := h.committer.Push(changes.Context(), captured, to, credentials, details, progress)
 		done <- result{id, err}
 	}()
 	ticker := time.NewTicker(progressInterval)

@@ -40,6 +40,7 @@ type layers interface {
 type volumes interface {
 	Describe(ctx context.Context, id string) (volume.Description, error)
 	IDs() ([]string, error)
+	DescribeSnapshots() ([]volume.SnapshotDescription, error)
 	ReadChanges(ctx context.Context, id, pod string) (*volume.Changes, error)
 	CaptureChanges(ctx context.Context, id string) (*volume.Changes, error)
 }
@@ -97,7 +98,9 @@ func newMux(h *handler) http.Handler {
 	mux.HandleFunc("GET /v1/volumes/{id}", answer(h.describe))
 	mux.HandleFunc("GET /v1/volumes/{id}/diff", h.diff)
 	mux.HandleFunc("POST /v1/volumes/{id}/layer", h.writeLayer)
+	mux.HandleFunc("POST /v1/volumes/{id}/archive", h.writeArchive)
 	mux.HandleFunc("POST /v1/volumes/{id}/push", h.push)
+	mux.HandleFunc("GET /v1/snapshots", answer(h.listSnapshots))
 	mux.HandleFunc("GET /v1/caches", answer(h.listCaches))
 	mux.HandleFunc("DELETE /v1/caches/{namespace}/{name}", answer(h.deleteCache))
 	mux.HandleFunc("POST /v1/gc", answer(h.gc))
@@ -147,6 +150,20 @@ func (h *handler) describe(r *http.Request) (api.Volume, error) {
 		return api.Volume{}, err
 	}
 	return wireVolume(description)
+}
+
+func (h *handler) listSnapshots(r *http.Request) ([]api.Snapshot, error) {
+	all, err := h.volumes.DescribeSnapshots()
+	if len(all) > 0 && err != nil {
+		// Who comes to find out what is wrong is not to be turned away.
+		klog.FromContext(r.Context()).Error(err, "The volumes that have snapshots cannot be listed")
+		err = nil
+	}
+	list := []api.Snapshot{}
+	for _, s := range all {
+		list = append(list, wireSnapshot(s))
+	}
+	return list, err
 }
 
 func (h *handler) listCaches(*http.Request) ([]api.Cache, error) {

@@ -93,6 +93,13 @@ func (fakeVolumes) Describe(_ context.Context, id string) (volume.Description, e
 
 func (fakeVolumes) IDs() ([]string, error) { return []string{"csi-1"}, nil }
 
+func (fakeVolumes) DescribeSnapshots() ([]volume.SnapshotDescription, error) {
+	taken := volume.Snapshot{ID: "s-1", Volume: "csi-1", Size: 1 << 30, Created: time.Unix(1, 0).UTC(), Ready: true}
+	return []volume.SnapshotDescription{
+		{Snapshot: taken, Volumes: []string{"csi-1", "csi-3"}}, {Snapshot: volume.Snapshot{ID: "s-2"}, IsDamaged: true},
+	}, errdefs.ErrFailedPrecondition
+}
+
 func (fakeVolumes) ReadChanges(_ context.Context, id, _ string) (*volume.Changes, error) {
 	return nil, fmt.Errorf("%w: volume %s", errdefs.ErrNotFound, id)
 }
@@ -163,6 +170,11 @@ func TestJSON(t *testing.T) {
 		"gc": {
 			func(ctx context.Context) (any, error) { return client.GC(ctx, true, true) },
 			`{"layers":[{` + layer + `}],"bytes":4096,"caches":8192,"unreadable":["csi-2"]}`,
+		},
+		"snapshots": {
+			func(ctx context.Context) (any, error) { return client.Snapshots(ctx) },
+			`[{"id":"s-1","volume":"csi-1","sizeBytes":1073741824,"created":"1970-01-01T00:00:01Z","state":"ready",` +
+				`"volumes":["csi-1","csi-3"]},{"id":"s-2","state":"damaged"}]`,
 		},
 		"volumes": {
 			func(ctx context.Context) (any, error) { return client.Volumes(ctx) },

@@ -28,6 +28,19 @@ func wireImage(i store.Image) api.Image {
 	return image
 }
 
+func wireSnapshot(s volume.SnapshotDescription) api.Snapshot {
+	wire := api.Snapshot{
+		ID: s.ID, Volume: s.Volume, SizeBytes: s.Size, Created: s.Created, State: api.SnapshotReady, Volumes: s.Volumes,
+	}
+	switch {
+	case s.IsDamaged:
+		wire.State = api.SnapshotDamaged
+	case !s.Ready:
+		wire.State = api.SnapshotPending
+	}
+	return wire
+}
+
 func wireProgress(p store.Progress) *api.Progress {
 	progress := &api.Progress{Image: p.Image, Layers: []api.LayerProgress{}}
 	for _, l := range p.Layers {

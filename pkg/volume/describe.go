@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
@@ -93,4 +94,44 @@ func (m *Manager) IDs() ([]string, error) {
 	ids, err := m.records.List()
 	slices.Sort(ids)
 	return ids, err
+}
+
+// SnapshotDescription describes a snapshot on this node.
+type SnapshotDescription struct {
+	Snapshot
+	// IsDamaged is set if its record cannot be read. All but its ID is unknown then.
+	IsDamaged bool
+	// Volumes are the IDs of the volumes that have one of its frozen uppers.
+	Volumes []string
+}
+
+// DescribeSnapshots describes all snapshots on this node, by ID. While the record of a volume cannot be read, the error is that of
+// [record.Store.FrozenInUse], and the volumes that have the snapshots are missing.
+func (s *snapshots) DescribeSnapshots() (list []SnapshotDescription, err error) {
+	ids, err := s.records.List()
+	if err != nil {
+		return nil, err
+	}
+	users, err := s.volumes.FrozenInUse()
+	for _, id := range ids {
+		made, err := s.records.Load(id)
+		switch {
+		case errdefs.IsNotFound(err):
+			continue
+		case err != nil:
+			list = append(list, SnapshotDescription{Snapshot: Snapshot{ID: id}, IsDamaged: true})
+			continue
+		}
+		described := SnapshotDescription{Snapshot: toSnapshot(made)}
+		for _, frozen := range made.Frozen {
+			for _, user := range users[frozen.ID] {
+				// Other users are snapshots/ID and caches/NAMESPACE/NAME.
+				if !strings.Contains(user, "/") && !slices.Contains(described.Volumes, user) {
+					described.Volumes = append(described.Volumes, user)
+				}
+			}
+		}
+		list = append(list, described)
+	}
+	return list, err
 }

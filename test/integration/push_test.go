@@ -90,6 +90,19 @@ func TestCommitPush(t *testing.T) {
 			reader, again := newPod(t, node, "reader-"+kind), pushVolume(r, "again-"+kind, layers)
 			wantEntries(t, entriesOf(t, publish(t, reader, again)), want)
 			unpublish(t, reader, again)
+			archive := "archive-" + kind + ".tar"
+			output, err = overlayctl(t, node, "commit", v.ID, "--output", filepath.Join(node.LayerDir, archive), "--format", "oci",
+				"--name", "team/app:2", "--secret", login)
+			if err != nil {
+				t.Fatalf("write an archive: %v\n%s", err, output)
+			}
+			layers = "archive://layers/" + archive
+			if c.below != "" {
+				layers += "\n" + c.below
+			}
+			again = pushVolume(r, "archived-"+kind, layers)
+			wantEntries(t, entriesOf(t, publish(t, reader, again)), want)
+			unpublish(t, reader, again)
 			// The volume goes on with what it had.
 			wantEntries(t, entriesOf(t, publish(t, pod, v)), want)
 			unpublish(t, pod, v)
@@ -101,6 +114,9 @@ func TestCommitPush(t *testing.T) {
 		if mount.FSType == "overlay" {
 			t.Errorf("an overlay is left at %s", mount.Mountpoint)
 		}
+	}
+	if _, err := overlayctl(t, node, "commit", "claim-image", "--output", "-", "--format", "oci"); err == nil {
+		t.Error("an archive was written without a login for the image below")
 	}
 	if log := node.Log(); strings.Contains(log, pushPassword) {
 		t.Error("the password is in the log")

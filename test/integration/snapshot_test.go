@@ -2,6 +2,7 @@ package integration
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -14,6 +15,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 
+	"github.com/overlay-csi/overlay-csi/pkg/admin/api"
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
 
@@ -219,6 +221,14 @@ func TestSnapshotsAreRefused(t *testing.T) {
 	_, err = snapshotOf(timeout(t), node, "in-use", source)
 	wantCode(t, err, codes.FailedPrecondition, "while pods write", "sizeEnforcement: image", "inUse: copy")
 	unpublish(t, pod, source)
+	output, err := overlayctl(t, node, "snapshots", "-o", "json")
+	must(t, err)
+	var listed []api.Snapshot
+	must(t, json.Unmarshal([]byte(output), &listed))
+	if len(listed) != 1 || listed[0].ID != snapshot || listed[0].Volume != source.ID || listed[0].SizeBytes != snapshotSize ||
+		listed[0].State != api.SnapshotReady || listed[0].Created.IsZero() {
+		t.Errorf("listed %+v", listed)
+	}
 }
 
 // TestSnapshotInUseCopies copies what has no moment file by file, if the class says so.

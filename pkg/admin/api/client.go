@@ -1,6 +1,7 @@
 package api
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -78,21 +79,40 @@ func (c *Client) Diff(ctx context.Context, id, pod string, change func(Change) e
 
 // Layer writes the tar of the image layer that has what was written to a volume.
 func (c *Client) Layer(ctx context.Context, id string, to io.Writer) error {
-	response, err := c.do(ctx, http.MethodPost, "volumes/"+url.PathEscape(id)+"/layer", nil)
+	return c.writeTar(ctx, id, "layer", nil, nil, to)
+}
+
+// Archive writes an image of a volume as an OCI archive, which calls it name. secret is a Docker config.json with logins for the image
+// below, which may be empty: those of the node are used beside them.
+func (c *Client) Archive(ctx context.Context, id, name string, secret []byte, to io.Writer) error {
+	query := url.Values{}
+	if name != "" {
+		query.Set("name", name)
+	}
+	return c.writeTar(ctx, id, "archive", query, bytes.NewReader(secret), to)
+}
+
+func (c *Client) writeTar(ctx context.Context, id, what string, query url.Values, body io.Reader, to io.Writer) error {
+	response, err := c.send(ctx, http.MethodPost, "volumes/"+url.PathEscape(id)+"/"+what, query, body)
 	if err != nil {
 		return err
 	}
 	defer response.Body.Close()
 	if _, err := io.Copy(to, response.Body); err != nil {
-		return fmt.Errorf("read the layer of volume %s: %w", id, err)
+		return fmt.Errorf("read the %s of volume %s: %w", what, id, err)
 	}
 	if message := response.Trailer.Get(ErrorTrailer); message != "" {
 		return errors.New(message)
 	}
 	if response.Trailer.Get(EndTrailer) == "" {
-		return fmt.Errorf("read the layer of volume %s: the answer ended early; the driver may have restarted: try again", id)
+		return fmt.Errorf("read the %s of volume %s: the answer ended early; the driver may have restarted: try again", what, id)
 	}
 	return nil
+}
+
+// Snapshots lists the snapshots on the node.
+func (c *Client) Snapshots(ctx context.Context) ([]Snapshot, error) {
+	return call[[]Snapshot](ctx, c, http.MethodGet, "snapshots", nil)
 }
 
 // Caches lists the caches on the node.

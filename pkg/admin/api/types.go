@@ -55,6 +55,26 @@ type GCResult struct {
 	Unreadable []string `json:"unreadable,omitempty"`
 }
 
+// Snapshot is a snapshot of a volume on the node.
+type Snapshot struct {
+	ID string `json:"id"`
+	// Volume is the ID of the volume that it was taken of, which may be gone.
+	Volume string `json:"volume,omitempty"`
+	// SizeBytes is the least size of a volume that is made of it, 0 if that may have none.
+	SizeBytes int64     `json:"sizeBytes,omitempty"`
+	Created   time.Time `json:"created,omitzero"`
+	State     string    `json:"state"`
+	// Volumes are the IDs of the volumes that have what it has: its source, if nothing was merged since, and those that were made of it.
+	Volumes []string `json:"volumes,omitempty"`
+}
+
+// The states of a snapshot. Volumes can be made of one that is ready, and the record of one that is damaged cannot be read.
+const (
+	SnapshotReady   = "ready"
+	SnapshotPending = "pending"
+	SnapshotDamaged = "damaged"
+)
+
 // Cache is a cache of a namespace.
 type Cache struct {
 	Namespace string `json:"namespace"`
