@@ -1,4 +1,5 @@
-// Package registry is a client of container registries: it resolves tags, fetches manifests, downloads blobs, and pushes images.
+// Package registry is a client of container registries: it resolves tags, fetches manifests, downloads blobs, and pushes and
+// deletes images.
 //
 // A Client is configured with containerd's certs.d directory for hosts and mirrors, and with the node's credentials. A
 // Repository is the repository of one image, accessed with one set of Credentials.
