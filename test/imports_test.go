@@ -14,6 +14,7 @@ var mayImport = map[string][]string{
 	"cmd/overlay-csi": {
 		"pkg/admin", "pkg/commit", "pkg/dataroot", "pkg/driver", "pkg/image", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/metrics",
 		"pkg/overlay", "pkg/overlaynode", "pkg/record", "pkg/registry", "pkg/store", "pkg/store/access", "pkg/unpack", "pkg/upper", "pkg/volume",
+		"pkg/volume/portable",
 	},
 	"cmd/overlayctl":      {"pkg/admin/api"},
 	"cmd/kubectl-overlay": {},
@@ -25,17 +26,19 @@ var mayImport = map[string][]string{
 	"pkg/metrics":   {"pkg/cache", "pkg/overlay", "pkg/record", "pkg/store", "pkg/volume"},
 	"pkg/driver": {
 		"pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/overlaynode", "pkg/record", "pkg/reference", "pkg/spec",
-		"pkg/volume",
+		"pkg/volume", "pkg/volume/portable",
 	},
 	"pkg/overlaynode": {},
 	"pkg/volume": {
 		"pkg/cache", "pkg/dataroot", "pkg/diff", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/record", "pkg/reference",
 		"pkg/spec", "pkg/store", "pkg/upper", "pkg/volume/chown", "pkg/volume/flatten",
+		"pkg/volume/portable",
 	},
-	"pkg/cache":          {"pkg/record", "pkg/upper"},
-	"pkg/volume/chown":   {},
-	"pkg/volume/flatten": {"pkg/record", "pkg/upper"},
-	"pkg/diff":           {"pkg/unpack"},
+	"pkg/cache":           {"pkg/record", "pkg/upper"},
+	"pkg/volume/chown":    {},
+	"pkg/volume/flatten":  {"pkg/record", "pkg/upper"},
+	"pkg/volume/portable": {"pkg/commit", "pkg/image", "pkg/image/compose", "pkg/reference", "pkg/registry"},
+	"pkg/diff":            {"pkg/unpack"},
 	"pkg/layer": {
 		"pkg/dataroot", "pkg/image", "pkg/kubeapi", "pkg/kubelet", "pkg/overlay", "pkg/reference", "pkg/registry", "pkg/store",
 	},

@@ -23,6 +23,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/metrics"
 	"github.com/overlay-csi/overlay-csi/pkg/overlaynode"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
+	"github.com/overlay-csi/overlay-csi/pkg/volume/portable"
 )
 
 // cleanInterval is the time between two looks for nodes that are gone.
@@ -61,6 +62,7 @@ func runController(ctx context.Context, opts controllerOptions) error {
 	if err != nil {
 		return err
 	}
+	registries, documents := registry.NewClient(opts.registry), image.NewDocuments()
 	csi.RegisterIdentityServer(server, driver.NewIdentity(opts.driverName, version, func() bool { return true }))
 	csi.RegisterNodeServer(server, driver.CentralNode{})
 	csi.RegisterControllerServer(server, driver.NewCentral(driver.CentralConfig{
@@ -68,7 +70,8 @@ func runController(ctx context.Context, opts controllerOptions) error {
 		Nodes:      dispatcher,
 		Gone:       gone,
 		Cluster:    api,
-		Tags:       layer.NewTags(registry.NewTags(registry.NewClient(opts.registry), image.NewDocuments())),
+		Tags:       layer.NewTags(registry.NewTags(registries, documents)),
+		Portable:   portable.NewRegistry(registries, documents),
 		Events:     recorder,
 	}))
 

@@ -44,6 +44,7 @@ type options struct {
 	registry            registry.Config
 	store               store.Config
 	maxCacheBytes       int64
+	maxPushes           int
 	podVolumeWait       time.Duration
 	reconcile           time.Duration
 	disabledFeatures    []string
@@ -95,6 +96,8 @@ func parseFlags(args []string, output io.Writer) (options, error) {
 	addStoreFlags(flags, &opts, &maxLayerSize)
 	flags.StringVar(&maxCacheSize, "cache-max-size", "10Gi",
 		"maximum `size` of all caches together, of which the least recently used are removed; 0: nothing is committed")
+	flags.IntVar(&opts.maxPushes, "max-concurrent-snapshot-pushes", 2,
+		"`number` of snapshots that are pushed to registries at the same time")
 	flags.BoolVar(&opts.volumeHealth, "volume-health", false, "serve the health RPCs, which are alpha in CSI 1.13")
 	addHTTPFlags(flags, ":9808", &opts.httpEndpoint, &opts.profiles)
 	flags.StringVar(&opts.adminSocket, "admin-socket", "", "`socket` for overlayctl (default <data-root>/overlayctl.sock)")
@@ -271,6 +274,8 @@ func (o *options) complete() error {
 		return fmt.Errorf("--upper-mount-dir %q: must be an absolute path outside of the data root", o.upperMountDir)
 	case !(o.overcommit >= 1 && o.overcommit <= 1000):
 		return fmt.Errorf("--overcommit %g: must be from 1 to 1000", o.overcommit)
+	case o.maxPushes < 1:
+		return fmt.Errorf("--max-concurrent-snapshot-pushes %d: must be at least 1", o.maxPushes)
 	case o.podVolumeWait < 0:
 		return fmt.Errorf("--pod-volume-wait %s: must not be negative", o.podVolumeWait)
 	case o.reconcile <= 0:

@@ -32,6 +32,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
+	"github.com/overlay-csi/overlay-csi/pkg/volume/portable"
 )
 
 // Keys of log messages.
@@ -93,7 +94,9 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 	backends := newBackends(root, records, mounter, opts)
-	manager, err := newManager(root, lock.Ballast(), records, mounter, detached, api, layers, backends, opts)
+	pushes := portable.NewPushes(ctx, opts.maxPushes)
+	defer pushes.Close()
+	manager, err := newManager(root, lock.Ballast(), records, mounter, detached, api, layers, backends, pushes, opts)
 	if err != nil {
 		return err
 	}
@@ -102,8 +105,12 @@ func run(ctx context.Context, opts options) error {
 	if err != nil {
 		return err
 	}
-	controller := newController(opts, manager, api)
-	agent, err := newAgent(ctx, opts, manager, controller, measured)
+	key, err := overlaynode.NewKey()
+	if err != nil {
+		return err
+	}
+	controller := newController(opts, manager, api, key)
+	agent, err := newAgent(ctx, opts, manager, controller, key, measured)
 	if err != nil {
 		return err
 	}
@@ -256,7 +263,7 @@ func newBackends(root *dataroot.Root, records *record.Store, mounter *overlay.Mo
 // newManager returns the manager of the node's volumes, with the resolver of their layers.
 func newManager(
 	root *dataroot.Root, ballast *dataroot.Ballast, records *record.Store, mounter *overlay.Mounter, detached *overlay.DetachedRoot,
-	api kubeapi.Reader, layers *store.Store, backends *upper.Backends, opts options,
+	api kubeapi.Reader, layers *store.Store, backends *upper.Backends, pushes *portable.Pushes, opts options,
 ) (*volume.Manager, error) {
 	protected, err := layer.NewProtectedDir(root.Path())
 	if err != nil {
@@ -287,17 +294,22 @@ func newManager(
 		Pods:              kubeletDir,
 		PodPhases:         api,
 		Backends:          backends,
+		Portable: volume.Portable{
+			Registry: portable.NewRegistry(newRegistryClient(root, opts), image.NewDocuments()), Pushes: pushes,
+			MaxLayerBytes: opts.store.MaxLayerBytes,
+		},
 	}), nil
 }
 
 // newController returns the controller service of this node.
-func newController(opts options, manager *volume.Manager, api kubeapi.Reader) *driver.Controller {
+func newController(opts options, manager *volume.Manager, api kubeapi.Reader, key *overlaynode.Key) *driver.Controller {
 	return driver.NewController(driver.ControllerConfig{
 		DriverName: opts.driverName,
 		NodeID:     opts.nodeID,
 		Volumes:    manager,
 		Snapshots:  manager,
 		Cluster:    api,
+		Key:        key,
 		Health:     opts.volumeHealth,
 	})
 }
@@ -305,7 +317,8 @@ func newController(opts options, manager *volume.Manager, api kubeapi.Reader) *d
 // newAgent returns a function that carries out the requests of a central controller until its context is done. Without
 // --overlay-node-namespace it does nothing.
 func newAgent(
-	ctx context.Context, opts options, manager *volume.Manager, controller *driver.Controller, measured *metrics.Metrics,
+	ctx context.Context, opts options, manager *volume.Manager, controller *driver.Controller, key *overlaynode.Key,
+	measured *metrics.Metrics,
 ) (run func(context.Context), err error) {
 	if opts.overlayNodes == "" {
 		return func(context.Context) {}, nil
@@ -323,6 +336,7 @@ func newAgent(
 		Node:           opts.nodeID,
 		Handle:         driver.ForwardedTo(controller, klog.FromContext(ctx), measured),
 		Capacity:       manager.Capacity,
+		PublicKey:      key.Public(),
 		ReportInterval: opts.capacityReport,
 	})
 	if err != nil {

@@ -71,6 +71,7 @@ type CentralConfig struct {
 	Gone       goneNodes
 	Cluster    cluster
 	Tags       tags
+	Portable   portables
 	Events     events
 }
 
@@ -101,7 +102,7 @@ func (c *Central) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest
 	if err != nil {
 		return nil, err
 	}
-	if request.Source != (volume.Source{}) {
+	if request.Source != (volume.Source{}) && !isPortable(request.Source) {
 		return c.createFromSource(ctx, req, request)
 	}
 	if !request.Spec.Persistent() {
@@ -120,11 +121,18 @@ func (c *Central) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest
 	}
 	candidates := c.candidates(req.GetAccessibilityRequirements())
 	var layers layers
+	if isPortable(request.Source) {
+		if req, layers, err = c.readPortable(ctx, req, &request); err != nil {
+			return nil, err
+		}
+	}
 	begun, expired := c.findBegun(req.GetName(), candidates)
 	if begun != nil {
 		layers, candidates = begun.layers, []candidate{begun.candidate}
-	} else if layers, err = c.resolveLayers(ctx, req, request); err != nil {
-		return nil, err
+	} else if !isPortable(request.Source) {
+		if layers, err = c.resolveLayers(ctx, req, request); err != nil {
+			return nil, err
+		}
 	}
 	request.Spec.Layers, request.Resolved = layers.requested, layers.resolved
 	if err := c.takeBack(ctx, req.GetName(), expired, candidates); err != nil {
@@ -166,8 +174,8 @@ func (c *Central) createOn(
 	if len(request.Spec.Layers) > 0 {
 		parameters[spec.KeyLayers] = strings.Join(request.Spec.LayerNames(), "\n")
 	}
-	created := request.Spec
-	if request.Source == (volume.Source{}) {
+	created, isOnNode := request.Spec, request.Source != (volume.Source{}) && !isPortable(request.Source)
+	if !isOnNode {
 		created.Layers = request.Resolved
 	}
 	if resolved := strings.Join(created.LayerNames(), "\n"); resolved != parameters[spec.KeyLayers] {
@@ -181,7 +189,7 @@ func (c *Central) createOn(
 		AccessibilityRequirements: &csi.TopologyRequirement{Requisite: []*csi.Topology{topology}},
 		VolumeContentSource:       req.GetVolumeContentSource(),
 	}, answer)
-	if request.Source != (volume.Source{}) {
+	if isOnNode {
 		err = c.unlessLost(ctx, on.object, err)
 	} else {
 		err = c.unlessGone(ctx, on.object, handle, err)

@@ -29,6 +29,9 @@ type testNode struct {
 	room      int64
 	volumes   map[string]volume.CreateRequest
 	snapshots map[string]volume.Snapshot
+	// pushed has the requests for snapshots in registries, which push pushes.
+	pushed []volume.SnapshotRequest
+	push   func(volume.SnapshotRequest) error
 	// made are the layers that a restored volume has, "" for those of the request.
 	made string
 }
@@ -40,7 +43,7 @@ func (n *testNode) Create(ctx context.Context, req volume.CreateRequest) (volume
 			return volume.Volume{}, err
 		}
 	}
-	if source := req.Source; source != (volume.Source{}) {
+	if source := req.Source; source != (volume.Source{}) && !isPortable(source) {
 		_, isSnapshot := n.snapshots[source.Snapshot]
 		if _, isVolume := n.volumes[source.Volume]; !isSnapshot && !isVolume {
 			return volume.Volume{}, fmt.Errorf("%w: source %v", errdefs.ErrNotFound, source)
@@ -99,6 +102,8 @@ type testCluster struct {
 	affinity map[string]string
 	ensured  []string
 	kept     []string
+	// key is that of all nodes.
+	key *overlaynode.Key
 	// deletions are the handles of the DeleteVolume requests that were given to nodes.
 	deletions []string
 }
@@ -156,7 +161,7 @@ func (c *testCluster) Call(ctx context.Context, node, handle, method string, bod
 // controller returns the controller service of a node.
 func (c *testCluster) controller(node string) *Controller {
 	return NewController(ControllerConfig{
-		DriverName: testDriver, NodeID: node, Volumes: c.nodes[node], Snapshots: c.nodes[node], Cluster: c,
+		DriverName: testDriver, NodeID: node, Volumes: c.nodes[node], Snapshots: c.nodes[node], Cluster: c, Key: c.key,
 	})
 }
 

@@ -13,6 +13,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/overlay-csi/overlay-csi/pkg/overlaynode"
+	"github.com/overlay-csi/overlay-csi/pkg/volume/portable"
 )
 
 // maxListed is how many snapshots a node lists in one answer: that is stored in the API server.
@@ -38,7 +39,11 @@ func (c *Central) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshotReq
 			errdefs.ErrInvalidArgument, req.GetSourceVolumeId())
 	}
 	segment := segments[0]
-	if !c.includes(req.GetAccessibilityRequirements(), segment) {
+	push, err := pushHandle(req, segment)
+	if err != nil {
+		return nil, err
+	}
+	if push.IsZero() && !c.includes(req.GetAccessibilityRequirements(), segment) {
 		return nil, fmt.Errorf("%w: the accessibility requirements do not include node %s, which has volume %s, and a snapshot stays there",
 			errdefs.ErrResourceExhausted, segment, req.GetSourceVolumeId())
 	}
@@ -47,11 +52,19 @@ func (c *Central) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshotReq
 		return nil, err
 	}
 	handle := handleOn(req.GetName(), segment)
+	forwarded := &csi.CreateSnapshotRequest{
+		Name: handle, SourceVolumeId: req.GetSourceVolumeId(), Parameters: userKeys(req.GetParameters()),
+	}
+	if !push.IsZero() {
+		handle, forwarded.Name = push.String(), req.GetName()
+		if err := seal(forwarded, req.GetSecrets(), object); err != nil {
+			return nil, err
+		}
+	}
 	answer := &csi.CreateSnapshotResponse{}
 	limited, cancel := c.patience(ctx, object)
 	defer cancel()
-	err = forward(limited, c.Nodes, object.Spec.Node, snapshotKey(handle), methodCreateSnapshot,
-		&csi.CreateSnapshotRequest{Name: handle, SourceVolumeId: req.GetSourceVolumeId(), Parameters: userKeys(req.GetParameters())}, answer)
+	err = forward(limited, c.Nodes, object.Spec.Node, snapshotKey(handle), methodCreateSnapshot, forwarded, answer)
 	if err := c.unlessLost(ctx, object, err); err != nil {
 		return nil, err
 	}
@@ -61,11 +74,14 @@ func (c *Central) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshotReq
 // believed returns what a node answers of a snapshot, with what the controller knows better. The node has the snapshot, and so what it says
 // of its size, its time and its state must be right for itself.
 func (c *Central) believed(answer *csi.Snapshot, handle, volume, segment string) *csi.Snapshot {
-	return &csi.Snapshot{
+	snapshot := &csi.Snapshot{
 		SnapshotId: handle, SourceVolumeId: volume,
 		SizeBytes: max(0, answer.GetSizeBytes()), CreationTime: answer.GetCreationTime(), ReadyToUse: answer.GetReadyToUse(),
-		AccessibleTopology: []*csi.Topology{c.topology(segment)},
 	}
+	if !portable.IsHandle(handle) {
+		snapshot.AccessibleTopology = []*csi.Topology{c.topology(segment)}
+	}
+	return snapshot
 }
 
 // unlessLost returns the error of a request for what a node has. It is ErrFailedPrecondition if the node is gone for good, and what it has
@@ -98,6 +114,9 @@ func (c *Central) DeleteSnapshot(ctx context.Context, req *csi.DeleteSnapshotReq
 	if err := checkSnapshotID(handle); err != nil {
 		return nil, err
 	}
+	if portable.IsHandle(handle) {
+		return &csi.DeleteSnapshotResponse{}, c.deletePortable(ctx, handle, req.GetSecrets())
+	}
 	segment := segmentIn(handle)
 	if segment == "" {
 		return &csi.DeleteSnapshotResponse{}, nil
@@ -105,10 +124,14 @@ func (c *Central) DeleteSnapshot(ctx context.Context, req *csi.DeleteSnapshotReq
 	if err := c.Nodes.Await(ctx); err != nil {
 		return nil, err
 	}
-	response := &csi.DeleteSnapshotResponse{}
-	return response, c.deleteOn(ctx, segment, deletion{
+	return &csi.DeleteSnapshotResponse{}, c.deleteSnapshotOn(ctx, segment, handle)
+}
+
+// deleteSnapshotOn has the node with a topology segment delete a snapshot.
+func (c *Central) deleteSnapshotOn(ctx context.Context, segment, handle string) error {
+	return c.deleteOn(ctx, segment, deletion{
 		what: "snapshot " + handle, key: snapshotKey(handle), method: methodDeleteSnapshot,
-		request: &csi.DeleteSnapshotRequest{SnapshotId: handle}, response: response, log: []any{logSnapshot, handle},
+		request: &csi.DeleteSnapshotRequest{SnapshotId: handle}, response: &csi.DeleteSnapshotResponse{}, log: []any{logSnapshot, handle},
 		reason: "SnapshotGivenUp", object: contentOf(handle),
 	})
 }
@@ -126,6 +149,9 @@ func (c *Central) GetSnapshot(ctx context.Context, req *csi.GetSnapshotRequest) 
 	handle := req.GetSnapshotId()
 	if err := checkSnapshotID(handle); err != nil {
 		return nil, err
+	}
+	if portable.IsHandle(handle) {
+		return c.getPortable(ctx, handle, req.GetSecrets())
 	}
 	segment := segmentIn(handle)
 	if segment == "" {
@@ -233,7 +259,7 @@ func (c *Central) listOn(
 	page := &csi.ListSnapshotsResponse{NextToken: answer.GetNextToken()}
 	for _, entry := range answer.GetEntries() {
 		// A node lists its own.
-		if s := entry.GetSnapshot(); segmentIn(s.GetSnapshotId()) == segment {
+		if s := entry.GetSnapshot(); segmentIn(s.GetSnapshotId()) == segment || isPortableOf(s.GetSnapshotId(), segment) {
 			s = c.believed(s, s.GetSnapshotId(), s.GetSourceVolumeId(), segment)
 			page.Entries = append(page.Entries, &csi.ListSnapshotsResponse_Entry{Snapshot: s})
 		}

@@ -76,8 +76,8 @@ func (c *Central) topology(segment string) *csi.Topology {
 func layersOfAnswer(text string, request volume.CreateRequest) ([]reference.Reference, error) {
 	made, err := reference.ParseList(text)
 	requested := request.Spec.Layers
-	isOther := request.Source != (volume.Source{}) && len(requested) > 0 && !reference.AreResolved(requested, made)
-	if err != nil || isOther {
+	isOnNode := request.Source != (volume.Source{}) && !isPortable(request.Source)
+	if err != nil || isOnNode && len(requested) > 0 && !reference.AreResolved(requested, made) {
 		return nil, fmt.Errorf("%w: the volume was made with other layers than the claim has", errdefs.ErrInternal)
 	}
 	return made, nil

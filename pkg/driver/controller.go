@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/overlay-csi/overlay-csi/pkg/overlaynode"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
@@ -38,6 +39,7 @@ type Controller struct {
 	claimLayers claimLayers
 	segment     string
 	topology    *csi.Topology
+	key         *overlaynode.Key
 	health      bool
 }
 
@@ -48,6 +50,8 @@ type ControllerConfig struct {
 	Volumes    provisioner
 	Snapshots  snapshotter
 	Cluster    cluster
+	// Key opens the secrets in the requests of a central controller. It may be nil if there is none.
+	Key *overlaynode.Key
 	// Health enables the health RPCs.
 	Health bool
 }
@@ -62,6 +66,7 @@ func NewController(config ControllerConfig) *Controller {
 		claimLayers: newClaimLayers(config.Cluster, config.DriverName),
 		segment:     segmentOf(config.NodeID),
 		topology:    nodeTopology(config.DriverName, config.NodeID),
+		key:         config.Key,
 		health:      config.Health,
 	}
 }

@@ -3,6 +3,7 @@ package driver
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"fmt"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -17,6 +18,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/overlaynode"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
+	"github.com/overlay-csi/overlay-csi/pkg/volume/portable"
 )
 
 // The methods that a central controller forwards to nodes.
@@ -77,7 +79,7 @@ func (c *Controller) forwarded(method string) (proto.Message, grpc.UnaryHandler)
 	case methodCreateSnapshot:
 		return &csi.CreateSnapshotRequest{}, unary(c.createNamedSnapshot)
 	case methodDeleteSnapshot:
-		return &csi.DeleteSnapshotRequest{}, unary(c.DeleteSnapshot)
+		return &csi.DeleteSnapshotRequest{}, unary(c.deleteForwardedSnapshot)
 	case methodGetSnapshot:
 		return &csi.GetSnapshotRequest{}, unary(c.GetSnapshot)
 	case methodListSnapshots:
@@ -86,9 +88,56 @@ func (c *Controller) forwarded(method string) (proto.Message, grpc.UnaryHandler)
 	return nil, nil
 }
 
-// createNamedSnapshot takes a snapshot whose name is its handle: a central controller has put the node into it.
+// createNamedSnapshot takes a snapshot whose name is its handle: a central controller has put the node into it. The secrets of one that is
+// pushed are sealed.
 func (c *Controller) createNamedSnapshot(ctx context.Context, req *csi.CreateSnapshotRequest) (*csi.CreateSnapshotResponse, error) {
-	return c.createSnapshot(ctx, req, req.GetName())
+	sealed, ok := req.GetSecrets()[keySealed]
+	if !ok {
+		return c.createSnapshot(ctx, req, req.GetName())
+	}
+	if c.key == nil {
+		return nil, fmt.Errorf("%w: this driver opens no secrets", errdefs.ErrFailedPrecondition)
+	}
+	opened, err := c.key.Open(sealPurpose(req), sealed)
+	if err != nil {
+		return nil, err
+	}
+	plain := proto.CloneOf(req)
+	if err := json.Unmarshal(opened, &plain.Secrets); err != nil {
+		return nil, fmt.Errorf("%w: a sealed secret is not one of a central controller", errdefs.ErrInvalidArgument)
+	}
+	delete(plain.GetSecrets(), keySealed)
+	return c.createSnapshot(ctx, plain, plain.GetName())
+}
+
+// keySealed is the secret of a forwarded CreateSnapshot: all secrets of the request in JSON, sealed for the node.
+const keySealed = "sealed"
+
+// sealPurpose is what the secrets of a forwarded CreateSnapshot are sealed for: nothing else can be pushed with them.
+func sealPurpose(req *csi.CreateSnapshotRequest) string {
+	return fmt.Sprintf("%s %q of %q to %q", methodCreateSnapshot, req.GetName(), req.GetSourceVolumeId(), req.GetParameters()[keyPush])
+}
+
+// seal replaces the secrets of a CreateSnapshot by sealed ones for a node. What is in an OverlayNode can be read by others.
+func seal(req *csi.CreateSnapshotRequest, secrets map[string]string, node *overlaynode.OverlayNode) error {
+	if len(secrets) == 0 {
+		return nil
+	}
+	data, err := json.Marshal(secrets)
+	if err != nil {
+		return err
+	}
+	sealed, err := node.Seal(sealPurpose(req), data)
+	req.Secrets = map[string]string{keySealed: sealed}
+	return err
+}
+
+// deleteForwardedSnapshot deletes a snapshot of this node. What is in a registry, a central controller deletes itself.
+func (c *Controller) deleteForwardedSnapshot(ctx context.Context, req *csi.DeleteSnapshotRequest) (*csi.DeleteSnapshotResponse, error) {
+	if portable.IsHandle(req.GetSnapshotId()) {
+		return &csi.DeleteSnapshotResponse{}, c.snapshots.DeleteUnpushed(ctx, req.GetSnapshotId())
+	}
+	return c.DeleteSnapshot(ctx, req)
 }
 
 // createForwarded creates a volume whose layers a central controller has read and resolved. Those of a volume with a source are resolved by

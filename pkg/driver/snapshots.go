@@ -13,47 +13,70 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
+	"github.com/overlay-csi/overlay-csi/pkg/volume/portable"
 )
 
 // snapshotter is the part of package volume that takes and deletes snapshots.
 type snapshotter interface {
 	CreateSnapshot(ctx context.Context, req volume.SnapshotRequest) (volume.Snapshot, error)
-	DeleteSnapshot(ctx context.Context, id string) error
-	GetSnapshot(id string) (volume.Snapshot, error)
+	DeleteSnapshot(ctx context.Context, id string, secrets map[string]string) error
+	DeleteUnpushed(ctx context.Context, id string) error
+	GetSnapshot(ctx context.Context, id string, secrets map[string]string) (volume.Snapshot, error)
 	ListSnapshots(after string, limit int, volume string) (snapshots []volume.Snapshot, more bool, err error)
 }
 
-// keyInUse is the key of a VolumeSnapshotClass that says what happens to volumes in use that cannot be copied at one moment. With inUseCopy
-// they are copied file by file, without it their snapshots are refused.
+// The keys of a VolumeSnapshotClass. keyInUse says what happens to volumes in use that cannot be copied at one moment: with inUseCopy they
+// are copied file by file, without it their snapshots are refused. keyPush has the repository that snapshots are pushed to.
 const (
 	keyInUse  = "inUse"
 	inUseCopy = "copy"
+	keyPush   = "push"
 )
 
 // checkSnapshotRequest validates a request for a snapshot.
 func checkSnapshotRequest(req *csi.CreateSnapshotRequest) error {
 	keys := userKeys(req.GetParameters())
 	inUse, isSet := keys[keyInUse]
+	push, hasPush := keys[keyPush]
 	delete(keys, keyInUse)
+	delete(keys, keyPush)
 	switch {
 	case req.GetName() == "":
 		return fmt.Errorf("%w: the snapshot name is missing", errdefs.ErrInvalidArgument)
 	case len(req.GetName()) > 128:
 		return fmt.Errorf("%w: the snapshot name has %d bytes, the maximum is 128", errdefs.ErrInvalidArgument, len(req.GetName()))
 	case len(keys) > 0:
-		return fmt.Errorf("%w: unknown key %q; a VolumeSnapshotClass of this driver has %s, and keys of the sidecar (csi.storage.k8s.io/…)",
-			errdefs.ErrInvalidArgument, slices.Sorted(maps.Keys(keys))[0], keyInUse)
+		return fmt.Errorf("%w: unknown key %q; a VolumeSnapshotClass of this driver has %s, %s and keys of the sidecar (csi.storage.k8s.io/…)",
+			errdefs.ErrInvalidArgument, slices.Sorted(maps.Keys(keys))[0], keyInUse, keyPush)
 	case isSet && inUse != inUseCopy:
 		return fmt.Errorf("%w: %s is %q; the only value is %q: leave the key out, and volumes in use are copied at one moment or not at all",
 			errdefs.ErrInvalidArgument, keyInUse, inUse, inUseCopy)
+	case hasPush:
+		if _, err := portable.New(push, req.GetName(), ""); err != nil {
+			return fmt.Errorf("key %q: %w", keyPush, err)
+		}
 	}
 	return record.CheckID(req.GetSourceVolumeId())
+}
+
+// pushHandle returns the handle of a snapshot in a registry, zero if the request is for one that stays on its node. segment is that of the
+// node. The request has been checked.
+func pushHandle(req *csi.CreateSnapshotRequest, segment string) (portable.Handle, error) {
+	push, hasPush := req.GetParameters()[keyPush]
+	if !hasPush {
+		return portable.Handle{}, nil
+	}
+	return portable.New(push, req.GetName(), segment)
 }
 
 // checkSnapshotID returns ErrInvalidArgument if there can be no snapshot with that ID.
 func checkSnapshotID(id string) error {
 	if id == "" {
 		return fmt.Errorf("%w: the snapshot ID is missing", errdefs.ErrInvalidArgument)
+	}
+	if portable.IsHandle(id) {
+		_, err := portable.Parse(id)
+		return err
 	}
 	if err := record.CheckID(id); err != nil {
 		return fmt.Errorf("snapshot: %w", err)
@@ -74,13 +97,22 @@ func (c *Controller) createSnapshot(
 	if err := checkSnapshotRequest(req); err != nil {
 		return nil, err
 	}
-	if !c.servesTopology(req.GetAccessibilityRequirements()) {
+	push, err := pushHandle(req, c.segment)
+	if err != nil {
+		return nil, err
+	}
+	if push.IsZero() && !c.servesTopology(req.GetAccessibilityRequirements()) {
 		return nil, fmt.Errorf("%w: the accessibility requirements do not include this node (%s), which a snapshot stays on",
 			errdefs.ErrResourceExhausted, c.segment)
 	}
-	created, err := c.snapshots.CreateSnapshot(ctx, volume.SnapshotRequest{
+	request := volume.SnapshotRequest{
 		Name: handle, Volume: req.GetSourceVolumeId(), CopyInUse: req.GetParameters()[keyInUse] == inUseCopy,
-	})
+		Push: push, Secrets: req.GetSecrets(),
+	}
+	if !push.IsZero() {
+		request.Name = req.GetName()
+	}
+	created, err := c.snapshots.CreateSnapshot(ctx, request)
 	if err != nil {
 		return nil, err
 	}
@@ -89,10 +121,13 @@ func (c *Controller) createSnapshot(
 
 // toCSISnapshot converts a snapshot into its CSI form.
 func (c *Controller) toCSISnapshot(s volume.Snapshot) *csi.Snapshot {
-	return &csi.Snapshot{
+	converted := &csi.Snapshot{
 		SnapshotId: s.ID, SourceVolumeId: s.Volume, SizeBytes: s.Size, CreationTime: timestamppb.New(s.Created), ReadyToUse: s.Ready,
-		AccessibleTopology: []*csi.Topology{c.topology},
 	}
+	if s.OnThisNode {
+		converted.AccessibleTopology = []*csi.Topology{c.topology}
+	}
+	return converted
 }
 
 // DeleteSnapshot deletes a snapshot. Volumes that were made from it stay.
@@ -100,18 +135,18 @@ func (c *Controller) DeleteSnapshot(ctx context.Context, req *csi.DeleteSnapshot
 	if err := checkSnapshotID(req.GetSnapshotId()); err != nil {
 		return nil, err
 	}
-	if err := c.snapshots.DeleteSnapshot(ctx, req.GetSnapshotId()); err != nil {
+	if err := c.snapshots.DeleteSnapshot(ctx, req.GetSnapshotId(), req.GetSecrets()); err != nil {
 		return nil, err
 	}
 	return &csi.DeleteSnapshotResponse{}, nil
 }
 
 // GetSnapshot returns a snapshot on this node.
-func (c *Controller) GetSnapshot(_ context.Context, req *csi.GetSnapshotRequest) (*csi.GetSnapshotResponse, error) {
+func (c *Controller) GetSnapshot(ctx context.Context, req *csi.GetSnapshotRequest) (*csi.GetSnapshotResponse, error) {
 	if err := checkSnapshotID(req.GetSnapshotId()); err != nil {
 		return nil, err
 	}
-	s, err := c.snapshots.GetSnapshot(req.GetSnapshotId())
+	s, err := c.snapshots.GetSnapshot(ctx, req.GetSnapshotId(), req.GetSecrets())
 	if err != nil {
 		return nil, err
 	}
@@ -150,7 +185,7 @@ type snapshotGetter interface {
 // than the request names.
 func listOne(ctx context.Context, from snapshotGetter, req *csi.ListSnapshotsRequest) (*csi.ListSnapshotsResponse, error) {
 	response := &csi.ListSnapshotsResponse{}
-	found, err := from.GetSnapshot(ctx, &csi.GetSnapshotRequest{SnapshotId: req.GetSnapshotId()})
+	found, err := from.GetSnapshot(ctx, &csi.GetSnapshotRequest{SnapshotId: req.GetSnapshotId(), Secrets: req.GetSecrets()})
 	switch s := found.GetSnapshot(); {
 	case isNotFound(err):
 	case err != nil:
@@ -194,9 +229,12 @@ func (c *Controller) nodeOfSource(ctx context.Context, source volume.Source) (st
 // unlessElsewhere returns the error of a creation that found no source. It is ErrResourceExhausted if the source is on another node:
 // external-provisioner then tries another one.
 func (c *Controller) unlessElsewhere(ctx context.Context, source volume.Source, notFound error) error {
+	if portable.IsHandle(source.Snapshot) {
+		return notFound
+	}
 	var err error
 	if source.Snapshot != "" {
-		_, err = c.snapshots.GetSnapshot(source.Snapshot)
+		_, err = c.snapshots.GetSnapshot(ctx, source.Snapshot, nil)
 	} else {
 		_, err = c.volumes.Get(source.Volume)
 	}

@@ -25,17 +25,31 @@ func (n *testNode) CreateSnapshot(_ context.Context, req volume.SnapshotRequest)
 	if earlier, ok := n.snapshots[req.Name]; ok && earlier.Volume != req.Volume {
 		return volume.Snapshot{}, fmt.Errorf("%w: snapshot %s is of volume %s", errdefs.ErrAlreadyExists, req.Name, earlier.Volume)
 	}
-	s := volume.Snapshot{ID: req.Name, Volume: req.Volume, Size: n.volumes[req.Volume].Spec.Size, Created: time.Unix(1, 0), Ready: true}
+	s := volume.Snapshot{
+		ID: req.Name, Volume: req.Volume, Size: n.volumes[req.Volume].Spec.Size, Created: time.Unix(1, 0), Ready: true, OnThisNode: true,
+	}
+	if !req.Push.IsZero() {
+		s.ID, s.Ready, s.OnThisNode = req.Push.String(), len(n.pushed) > 0, false
+		n.pushed = append(n.pushed, req)
+		if err := n.push(req); err != nil {
+			return volume.Snapshot{}, err
+		}
+	}
 	n.snapshots[s.ID] = s
 	return s, nil
 }
 
-func (n *testNode) DeleteSnapshot(_ context.Context, id string) error {
+func (n *testNode) DeleteSnapshot(_ context.Context, id string, _ map[string]string) error {
 	delete(n.snapshots, id)
 	return nil
 }
 
-func (n *testNode) GetSnapshot(id string) (volume.Snapshot, error) {
+func (n *testNode) DeleteUnpushed(_ context.Context, id string) error {
+	delete(n.snapshots, id)
+	return nil
+}
+
+func (n *testNode) GetSnapshot(_ context.Context, id string, _ map[string]string) (volume.Snapshot, error) {
 	if s, ok := n.snapshots[id]; ok {
 		return s, nil
 	}

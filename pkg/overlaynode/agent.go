@@ -53,6 +53,8 @@ type AgentConfig struct {
 	Handle Handler
 	// Capacity returns how many bytes the node can reserve.
 	Capacity func(context.Context) (int64, error)
+	// PublicKey is the public part of the key for secrets in requests.
+	PublicKey string
 	// ReportInterval is the time between two looks at the capacity. It is written if it changed, and at each tenth look.
 	ReportInterval time.Duration
 }
@@ -243,7 +245,7 @@ func (a *Agent) writeOnce(ctx context.Context, informer cache.SharedIndexInforme
 	if answers == 0 && !look && !isNew {
 		return nil
 	}
-	status := map[string]any{"reportedAt": metav1.Now()}
+	status := map[string]any{"reportedAt": metav1.Now(), "publicKey": a.PublicKey}
 	capacity, err := a.measure(ctx)
 	last := object.Status.CapacityBytes
 	switch {

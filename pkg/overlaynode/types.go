@@ -73,6 +73,8 @@ type Status struct {
 	CapacityBytes int64 `json:"capacityBytes,omitempty"`
 	// ReportedAt is when the node last wrote the status.
 	ReportedAt metav1.Time `json:"reportedAt,omitzero"`
+	// PublicKey is the key that secrets in requests are sealed with, "" from a driver that takes none.
+	PublicKey string `json:"publicKey,omitempty"`
 	// Results are the answers by volume handle.
 	Results map[string]Result `json:"results,omitempty"`
 }

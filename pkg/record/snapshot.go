@@ -38,8 +38,13 @@ type Snapshot struct {
 	Layers          []digest.Digest       `json:"layers,omitempty"`
 	RequestedLayers []reference.Reference `json:"requestedLayers,omitempty"`
 	Group           *Group                `json:"group,omitempty"`
-	// Frozen are the frozen uppers, the topmost first. A snapshot of a volume that nothing was written to may have none.
+	// Frozen are the frozen uppers, the topmost first. A snapshot of a volume that nothing was written to may have none, and so has one
+	// that is in a registry.
 	Frozen []Frozen `json:"frozen,omitempty"`
+	// Push is the handle of a snapshot that is pushed to a registry, "" for one that stays on the node. Pushed is the digest of its
+	// manifest, once the registry has it.
+	Push   string        `json:"push,omitempty"`
+	Pushed digest.Digest `json:"pushed,omitempty"`
 }
 
 // Snapshots has the records of the snapshots of a data root. Its methods may be called concurrently, except for Save and Remove of one

@@ -248,6 +248,12 @@ func (r Reference) isResolved(other Reference) bool {
 	return err == nil && resolved == other
 }
 
+// HasDigest reports whether the reference is to an image with a digest.
+func (r Reference) HasDigest() bool {
+	_, ok := r.digest()
+	return r.scheme == OCI && ok
+}
+
 // digest returns the digest in the name of an image.
 func (r Reference) digest() (id digest.Digest, ok bool) {
 	named, err := dockerref.ParseNormalizedNamed(r.name)

@@ -138,7 +138,7 @@ func BenchmarkSnapshot(b *testing.B) {
 				r.Frozen = nil
 				check(n.config.Records.Save(r))
 				check(n.manager.Delete(b.Context(), "c"))
-				check(n.manager.DeleteSnapshot(b.Context(), "s"))
+				check(n.manager.DeleteSnapshot(b.Context(), "s", nil))
 			}
 			b.ReportMetric(float64(snapshot.Microseconds())/float64(b.N), "µs/snapshot")
 			b.ReportMetric(float64(clone.Microseconds())/float64(b.N), "µs/clone")

@@ -136,7 +136,7 @@ func TestFlattenCrash(t *testing.T) {
 				t.Errorf("the volume has %d frozen uppers", got)
 			}
 			for i := range flatten.MaxFrozen + 1 {
-				check(t, n.manager.DeleteSnapshot(t.Context(), fmt.Sprint("s", i+1)))
+				check(t, n.manager.DeleteSnapshot(t.Context(), fmt.Sprint("s", i+1), nil))
 			}
 			check(t, n.manager.Delete(t.Context(), "v"))
 			if left := n.frozen(); len(left) > 0 {

@@ -143,6 +143,8 @@ type Config struct {
 	Pods       pods
 	PodPhases  podPhases
 	Backends   backends
+	// Portable are the snapshots in registries.
+	Portable Portable
 }
 
 // Manager manages the volumes of one node.
@@ -171,9 +173,9 @@ func NewManager(config Config) *Manager {
 	unrecorded := unrecorded{config.Records, uppers, views, ledger}
 	snapshots := &snapshots{
 		node: config.Node, root: config.Root, volumes: config.Records, records: config.Records.Snapshots(), uppers: uppers, views: views,
-		ledger: ledger, locks: locks, pins: newPins(),
+		ledger: ledger, locks: locks, pins: newPins(), portable: config.Portable,
 	}
-	return &Manager{
+	m := &Manager{
 		config:     config,
 		records:    config.Records,
 		views:      views,
@@ -188,6 +190,8 @@ func NewManager(config Config) *Manager {
 		locks:   locks,
 		checker: &checker{records: config.Records, views: views, uppers: uppers, layers: config.Layers, locks: locks},
 	}
+	snapshots.send = m.sendSnapshot
+	return m
 }
 
 // Run reconciles, reports ready, and then reconciles periodically until ctx is done.

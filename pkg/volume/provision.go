@@ -16,6 +16,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
+	"github.com/overlay-csi/overlay-csi/pkg/volume/portable"
 )
 
 // CreateRequest asks for a volume for a claim.
@@ -76,7 +77,10 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error)
 	if err := m.unrecorded.checkNoUppers(id); err != nil {
 		return Volume{}, fmt.Errorf("create volume %s: %w", req.Name, err)
 	}
-	if req.Source != (Source{}) {
+	switch {
+	case portable.IsHandle(req.Source.Snapshot):
+		return m.restorePortable(ctx, id, req)
+	case req.Source != (Source{}):
 		return m.clone(ctx, id, req)
 	}
 	requested, err := m.resolveRequested(ctx, &req)
@@ -154,6 +158,53 @@ func (m *Manager) provisionFrom(ctx context.Context, id string, req CreateReques
 		r.Group = newGroup(original.Group.ID)
 	}
 	return m.provision(ctx, r)
+}
+
+// restorePortable makes a volume that begins with a snapshot in a registry. It is a new volume, whose layers are the image of the snapshot
+// and what belongs below that. A central controller has found these already.
+func (m *Manager) restorePortable(ctx context.Context, id string, req CreateRequest) (Volume, error) {
+	requested, err := m.requestedLayers(ctx, req)
+	if err != nil {
+		return Volume{}, err
+	}
+	if req.Resolved == nil {
+		if requested, err = m.readPortable(ctx, &req, requested); err != nil {
+			return Volume{}, fmt.Errorf("create volume %s: %w", req.Name, err)
+		}
+	}
+	req.Spec.Layers = req.Resolved
+	if err := errors.Join(m.config.Layers.Check(req.Spec.Layers), req.Spec.CheckSized()); err != nil {
+		return Volume{}, err
+	}
+	return m.provision(ctx, &record.Record{
+		ID: id, Spec: req.Spec, Size: req.Spec.Size,
+		Provisioned: &record.Provisioned{Name: req.Name, Access: req.Access, RequestedLayers: requested, Source: &req.Source},
+	})
+}
+
+// readPortable sets the layers and the size of a volume that is made from a snapshot in a registry. It returns the layers that were
+// requested, those of the snapshot's claim if none were.
+func (m *Manager) readPortable(
+	ctx context.Context, req *CreateRequest, requested []reference.Reference,
+) ([]reference.Reference, error) {
+	h, err := portable.Parse(req.Source.Snapshot)
+	if err != nil {
+		return nil, err
+	}
+	image, err := m.portable.Registry.Read(ctx, h, req.Secrets, req.Namespace)
+	if err != nil {
+		return nil, err
+	}
+	if req.Resolved, err = image.LayersFor(requested); err != nil {
+		return nil, err
+	}
+	if req.Spec.Size, err = image.SizeFor(req.Spec.Size, req.Limit); err != nil {
+		return nil, err
+	}
+	if len(requested) == 0 {
+		return image.Requested(), nil
+	}
+	return requested, nil
 }
 
 // requestedLayers returns the layers of a request as they were requested.

@@ -10,11 +10,13 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/singleflight"
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
+	"github.com/overlay-csi/overlay-csi/pkg/volume/portable"
 )
 
 // snapshots makes snapshots and clones of volumes. Both are lists of frozen uppers in records: nothing is copied, except of volumes that
@@ -28,6 +30,9 @@ type snapshots struct {
 	views   views
 	ledger  *ledger
 	locks   *locks
+	// portable are the snapshots in registries. send pushes one, and has its record say so.
+	portable Portable
+	send     func(ctx context.Context, id string, secrets map[string]string) error
 	// listing is held for reading from before a frozen upper exists, or is taken over from another record, until the record that lists it
 	// is saved. The sweep of those that no record lists holds it for writing. What takes long pins its frozen uppers instead.
 	listing sync.RWMutex
@@ -44,6 +49,18 @@ type SnapshotRequest struct {
 	Volume string
 	// CopyInUse has a volume that is mounted be copied file by file, where its backend has no way to copy it at one moment.
 	CopyInUse bool
+	// Push is the handle of a snapshot that is pushed to a registry. It is zero for one that stays on this node.
+	Push portable.Handle
+	// Secrets have the logins for registries.
+	Secrets map[string]string
+}
+
+// recordID returns the ID of the snapshot's record.
+func (r SnapshotRequest) recordID() string {
+	if r.Push.IsZero() {
+		return HandleFor(r.Name)
+	}
+	return r.Push.RecordID()
 }
 
 // Snapshot is a snapshot on this node.
@@ -54,17 +71,30 @@ type Snapshot struct {
 	Created time.Time
 	// Ready is set if volumes can be made of it.
 	Ready bool
+	// OnThisNode is set if it is on this node, and in no registry.
+	OnThisNode bool
+}
+
+// Portable are the snapshots in registries.
+type Portable struct {
+	Registry *portable.Registry
+	Pushes   *portable.Pushes
+	// MaxLayerBytes is how large a layer may be that is pushed, 0 for any size: nodes would unpack no larger one.
+	MaxLayerBytes int64
 }
 
 // CreateSnapshot keeps what was written to a volume until now. It returns the same snapshot for a repeated request, and
 // ErrAlreadyExists if the name is that of a snapshot of another volume. A volume that is mounted is copied at one moment, where its
 // backend can do that: else the error is ErrFailedPrecondition, or with CopyInUse it is copied file by file. That may take long: it goes
 // on when ctx is done, and a repeated request waits for it.
+//
+// A snapshot that is to be in a registry is not ready at first. Each repeated request has its push go on, and returns the error of the last
+// one.
 func (s *snapshots) CreateSnapshot(ctx context.Context, req SnapshotRequest) (Snapshot, error) {
 	if !req.CopyInUse {
 		return s.createSnapshot(ctx, req)
 	}
-	done := s.copies.DoChan(req.Name+"/"+req.Volume, func() (any, error) { return s.createSnapshot(context.WithoutCancel(ctx), req) })
+	done := s.copies.DoChan(req.recordID()+"/"+req.Volume, func() (any, error) { return s.createSnapshot(context.WithoutCancel(ctx), req) })
 	select {
 	case <-ctx.Done():
 		return Snapshot{}, fmt.Errorf("copy volume %s, which goes on: %w", req.Volume, context.Cause(ctx))
@@ -75,7 +105,13 @@ func (s *snapshots) CreateSnapshot(ctx context.Context, req SnapshotRequest) (Sn
 }
 
 func (s *snapshots) createSnapshot(ctx context.Context, req SnapshotRequest) (Snapshot, error) {
-	id := HandleFor(req.Name)
+	id := req.recordID()
+	if !req.Push.IsZero() {
+		// Before anything is kept that cannot be pushed.
+		if err := portable.CheckSecrets(req.Secrets); err != nil {
+			return Snapshot{}, err
+		}
+	}
 	if err := record.CheckID(req.Volume); err != nil {
 		return Snapshot{}, err
 	}
@@ -88,8 +124,11 @@ func (s *snapshots) createSnapshot(ctx context.Context, req SnapshotRequest) (Sn
 	switch {
 	case err == nil && (made.Name != req.Name || made.Volume != req.Volume):
 		return Snapshot{}, fmt.Errorf("%w: snapshot %s is of volume %s", errdefs.ErrAlreadyExists, id, made.Volume)
+	case err == nil && made.Push != req.Push.String():
+		return Snapshot{}, fmt.Errorf("%w: snapshot %s is not pushed to the same repository, but is %q",
+			errdefs.ErrAlreadyExists, req.Name, made.Push)
 	case err == nil:
-		return toSnapshot(made), s.records.SyncRecord(id)
+		return toSnapshot(made), errors.Join(s.records.SyncRecord(id), s.continuePush(made, req.Secrets))
 	case !errdefs.IsNotFound(err):
 		return Snapshot{}, err
 	}
@@ -115,7 +154,17 @@ func (s *snapshots) createSnapshot(ctx context.Context, req SnapshotRequest) (Sn
 		return Snapshot{}, fmt.Errorf("make snapshot %s: %w", id, err)
 	}
 	klog.FromContext(ctx).Info("Snapshot created", keySnapshot, id, keyVolume, req.Volume)
-	return toSnapshot(made), nil
+	return toSnapshot(made), s.continuePush(made, req.Secrets)
+}
+
+// continuePush has a snapshot pushed that is to be in a registry, and is not. It returns the error of the last push. The secrets are never
+// on the disk, so that nothing is pushed before it is asked for again.
+func (s *snapshots) continuePush(made *record.Snapshot, secrets map[string]string) error {
+	if made.Push == "" || made.Pushed != "" {
+		return nil
+	}
+	id := made.ID
+	return s.portable.Pushes.Continue(id, func(ctx context.Context) error { return s.send(ctx, id, secrets) })
 }
 
 // create makes a snapshot of a volume, with the copy of its upper if that was made before.
@@ -144,7 +193,7 @@ func (s *snapshots) create(ctx context.Context, id string, req SnapshotRequest, 
 	}
 	made := &record.Snapshot{
 		ID: id, Name: req.Name, Volume: r.ID, Created: time.Now().UTC(), Size: r.Size, Spec: r.Spec, Resolved: r.Resolved, Layers: r.Layers,
-		Group: r.Group, Frozen: frozen,
+		Group: r.Group, Frozen: frozen, Push: req.Push.String(),
 	}
 	if r.Provisioned != nil {
 		made.RequestedLayers = r.Provisioned.RequestedLayers
@@ -210,23 +259,72 @@ func (s *snapshots) copyFiles(ctx context.Context, id string) (copied copiedUppe
 // snapshotLock is the name of the lock of a snapshot. No volume has that ID.
 func snapshotLock(id string) string { return "snapshot/" + id }
 
-// DeleteSnapshot deletes a snapshot. It returns nil if there is none. Volumes that were made of it stay as they are.
-func (s *snapshots) DeleteSnapshot(ctx context.Context, id string) error {
+// DeleteSnapshot deletes a snapshot. It returns nil if there is none. Volumes that were made of it stay as they are. One that is in a
+// registry is deleted there with the secrets, also if this node has no record of it.
+func (s *snapshots) DeleteSnapshot(ctx context.Context, id string, secrets map[string]string) error {
+	if portable.IsHandle(id) {
+		return s.deletePortable(ctx, id, secrets)
+	}
 	if record.CheckID(id) != nil {
 		return nil // No snapshot has that ID.
 	}
+	return s.deleteRecord(ctx, id, func(made *record.Snapshot) (bool, error) { return made == nil || made.Push == "", nil })
+}
+
+// DeleteUnpushed deletes what this node has of a snapshot that is or was to be in a registry, and ends its push. It returns nil if it has
+// nothing. What is in the registry stays.
+func (s *snapshots) DeleteUnpushed(ctx context.Context, id string) error {
+	h, err := portable.Parse(id)
+	if err != nil || h.RecordID() == "" {
+		return err
+	}
+	return s.deletePushed(ctx, h, func(digest.Digest) error { return nil })
+}
+
+// deletePortable deletes a snapshot in a registry, and then what this node has of it.
+func (s *snapshots) deletePortable(ctx context.Context, id string, secrets map[string]string) error {
+	h, err := portable.Parse(id)
+	if err != nil {
+		return err
+	}
+	remove := func(pushed digest.Digest) error { return s.portable.Registry.Delete(ctx, h, pushed, secrets) }
+	if h.RecordID() == "" {
+		return remove("")
+	}
+	return s.deletePushed(ctx, h, remove)
+}
+
+// deletePushed deletes the record of a snapshot that is pushed, after remove has deleted its image. remove gets the digest of that, "" if
+// it is not known.
+func (s *snapshots) deletePushed(ctx context.Context, h portable.Handle, remove func(digest.Digest) error) error {
+	return s.deleteRecord(ctx, h.RecordID(), func(made *record.Snapshot) (bool, error) {
+		isSame := made != nil && made.Push == h.String()
+		if !isSame {
+			// That of a snapshot in another repository stays.
+			return made == nil, remove("")
+		}
+		s.portable.Pushes.Stop(made.ID)
+		return true, remove(made.Pushed)
+	})
+}
+
+// deleteRecord deletes the record of a snapshot if before, which gets the record if it can be read, returns true.
+func (s *snapshots) deleteRecord(ctx context.Context, id string, before func(made *record.Snapshot) (bool, error)) error {
 	unlock, err := s.locks.acquire(ctx, snapshotLock(id))
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	_, err = s.records.Load(id)
-	switch {
-	case errdefs.IsNotFound(err):
+	made, err := s.records.Load(id)
+	if err != nil && !errdefs.IsNotFound(err) && !errors.Is(err, record.ErrDamaged) {
+		return err
+	}
+	if remove, failed := before(made); failed != nil || !remove {
+		return failed
+	}
+	if errdefs.IsNotFound(err) {
 		// A process that was killed may have deleted it.
 		return s.records.Remove(id, s.root.Discard)
-	case err != nil && !errors.Is(err, record.ErrDamaged):
-		return err
 	}
 	if err := s.records.Remove(id, s.root.Discard); err != nil {
 		return err
@@ -243,24 +341,58 @@ func (s *snapshots) sweepAfter(ctx context.Context) {
 	}
 }
 
-// GetSnapshot returns a snapshot. It returns ErrNotFound if there is none.
-func (s *snapshots) GetSnapshot(id string) (Snapshot, error) {
+// GetSnapshot returns a snapshot. It returns ErrNotFound if there is none. One in a registry that this node has no record of is looked up
+// there with the secrets.
+func (s *snapshots) GetSnapshot(ctx context.Context, id string, secrets map[string]string) (Snapshot, error) {
+	if portable.IsHandle(id) {
+		return s.getPortable(ctx, id, secrets)
+	}
 	if err := record.CheckID(id); err != nil {
 		return Snapshot{}, fmt.Errorf("%w: snapshot %q does not exist on this node", errdefs.ErrNotFound, id)
 	}
-	made, err := s.records.Load(id)
+	made, err := s.loadLocal(id)
 	if err != nil {
 		return Snapshot{}, err
 	}
 	return toSnapshot(made), nil
 }
 
-// ListSnapshots returns the snapshots on this node whose IDs follow after, by ID, and at most limit of them if that is positive. With a
-// volume, it returns those of that volume. more reports whether there are others.
+// loadLocal loads the record of a snapshot on this node. That of one which is in a registry has another handle.
+func (s *snapshots) loadLocal(id string) (*record.Snapshot, error) {
+	made, err := s.records.Load(id)
+	if err == nil && made.Push != "" {
+		return nil, fmt.Errorf("%w: snapshot %s does not exist on this node, but %s", errdefs.ErrNotFound, id, made.Push)
+	}
+	return made, err
+}
+
+func (s *snapshots) getPortable(ctx context.Context, id string, secrets map[string]string) (Snapshot, error) {
+	h, err := portable.Parse(id)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	if h.RecordID() != "" {
+		made, err := s.records.Load(h.RecordID())
+		if err == nil && made.Push == id {
+			return toSnapshot(made), nil
+		}
+		if err != nil && !errdefs.IsNotFound(err) {
+			return Snapshot{}, err
+		}
+	}
+	image, err := s.portable.Registry.Get(ctx, h, secrets)
+	return Snapshot{ID: id, Volume: image.Volume, Size: image.Size, Created: image.Created, Ready: true}, err
+}
+
+// ListSnapshots returns the snapshots on this node that follow the one with the ID after, and at most limit of them if that is positive.
+// With a volume, it returns those of that volume. more reports whether there are others.
 func (s *snapshots) ListSnapshots(after string, limit int, volume string) (found []Snapshot, more bool, err error) {
 	ids, err := s.records.List()
 	if err != nil {
 		return nil, false, err
+	}
+	if h, err := portable.Parse(after); err == nil {
+		after = h.RecordID()
 	}
 	for _, id := range ids {
 		if id <= after {
@@ -280,7 +412,11 @@ func (s *snapshots) ListSnapshots(after string, limit int, volume string) (found
 }
 
 func toSnapshot(made *record.Snapshot) Snapshot {
-	return Snapshot{ID: made.ID, Volume: made.Volume, Size: made.Size, Created: made.Created, Ready: true}
+	s := Snapshot{ID: made.ID, Volume: made.Volume, Size: made.Size, Created: made.Created, Ready: true, OnThisNode: true}
+	if made.Push != "" {
+		s.ID, s.Ready, s.OnThisNode = made.Push, made.Pushed != "", false
+	}
+	return s
 }
 
 // Source is what a volume is cloned from: a snapshot or a volume on this node. Exactly one is set.
@@ -302,7 +438,7 @@ func checkSource(source Source, id string) error {
 // volume's lock is held while its upper is frozen.
 func (s *snapshots) original(ctx context.Context, req *CreateRequest, requested []reference.Reference) (*record.Snapshot, error) {
 	if id := req.Source.Snapshot; id != "" {
-		made, err := s.records.Load(id)
+		made, err := s.loadLocal(id)
 		if err != nil {
 			return nil, err
 		}

@@ -267,7 +267,7 @@ func TestSnapshotsOfViews(t *testing.T) {
 				n.must(n.create("c3", volume.Source{Snapshot: "s"}))
 				third := n.mount("c3")
 				third.wantChanged()
-				n.must(n.manager.DeleteSnapshot(t.Context(), "s"))
+				n.must(n.manager.DeleteSnapshot(t.Context(), "s", nil))
 				second.want("file", "clone")
 				third.wantChanged()
 				third.unpublish()

@@ -121,12 +121,12 @@ func TestSnapshotAtRest(t *testing.T) {
 	if list, _, err := n.manager.ListSnapshots("", 0, "other"); err != nil || len(list) != 0 {
 		t.Errorf("listed of another volume: %v, %v", list, err)
 	}
-	if got, err := n.manager.GetSnapshot("s1"); err != nil || got != made {
+	if got, err := n.manager.GetSnapshot(t.Context(), "s1", nil); err != nil || got != made {
 		t.Errorf("got %+v, %v", got, err)
 	}
 	// The volume keeps what its snapshots have.
 	for _, id := range []string{"s1", "s2", "s3", "s3", "never", "../v"} {
-		check(t, n.manager.DeleteSnapshot(t.Context(), id))
+		check(t, n.manager.DeleteSnapshot(t.Context(), id, nil))
 	}
 	wantNames(t, "after deleting the snapshots", n.filesOf(n.loaded("v").Frozen), "two", "one")
 	check(t, n.manager.Delete(t.Context(), "v"))
@@ -207,7 +207,7 @@ func TestSnapshotInUse(t *testing.T) {
 	made, err := n.records.Snapshots().Load("s")
 	check(t, err)
 	wantNames(t, "copied", n.filesOf(made.Frozen), "one")
-	check(t, n.manager.DeleteSnapshot(t.Context(), "s"))
+	check(t, n.manager.DeleteSnapshot(t.Context(), "s", nil))
 	if left := n.frozen(); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
 	}
@@ -257,7 +257,7 @@ func TestSnapshotCopiesFiles(t *testing.T) {
 	n.whileCopying, n.copyUntilRevoked = nil, false
 	check(t, n.copyingSnapshot("unpublished"))
 	for _, id := range []string{"at rest", "s", "unpublished"} {
-		check(t, n.manager.DeleteSnapshot(t.Context(), HandleFor(id)))
+		check(t, n.manager.DeleteSnapshot(t.Context(), HandleFor(id), nil))
 	}
 	check(t, n.manager.Delete(t.Context(), "v"))
 	wantNames(t, "left in the end", n.frozen())
@@ -363,7 +363,7 @@ func TestSnapshotCrash(t *testing.T) {
 					}
 				}
 				check(t, n.manager.Delete(t.Context(), "v"))
-				check(t, n.manager.DeleteSnapshot(t.Context(), "s"))
+				check(t, n.manager.DeleteSnapshot(t.Context(), "s", nil))
 				n.manager.reconcile(t.Context())
 				if left := n.frozen(); len(left) > 0 {
 					t.Errorf("left behind: %v", left)
@@ -408,7 +408,7 @@ func TestClone(t *testing.T) {
 			_, err = n.clone("c2", Source{Volume: "c"})
 			check(t, err)
 			check(t, n.manager.Delete(t.Context(), "v"))
-			check(t, n.manager.DeleteSnapshot(t.Context(), "s"))
+			check(t, n.manager.DeleteSnapshot(t.Context(), "s", nil))
 			check(t, n.manager.Delete(t.Context(), "c"))
 			wantNames(t, "of the clone of the clone", n.filesOf(n.loaded("c2").Frozen), "one")
 			check(t, n.manager.Delete(t.Context(), "c2"))
@@ -531,7 +531,7 @@ func TestSweepWhileRecordsCannotBeRead(t *testing.T) {
 	path := filepath.Join(n.records.Dir("v"), dataroot.Record)
 	data, err := os.ReadFile(path)
 	check(t, errors.Join(err, os.WriteFile(path, nil, 0o600)))
-	check(t, n.manager.DeleteSnapshot(t.Context(), "s"))
+	check(t, n.manager.DeleteSnapshot(t.Context(), "s", nil))
 	n.manager.reconcile(t.Context())
 	if left := n.frozen(); len(left) != 1 {
 		t.Fatalf("left of one: %v", left)
@@ -555,7 +555,7 @@ func TestSweepWhileChangesAreRead(t *testing.T) {
 	_, err = n.snapshot("s")
 	check(t, err)
 	check(t, n.manager.Delete(t.Context(), "v"))
-	check(t, n.manager.DeleteSnapshot(t.Context(), "s"))
+	check(t, n.manager.DeleteSnapshot(t.Context(), "s", nil))
 	wantNames(t, "left while it is read", n.frozen(), read[0].ID)
 	changes.Close()
 	n.manager.reconcile(t.Context())

@@ -94,7 +94,7 @@ func chartValues() []string {
 		"--set", "provisioner.capacityPollInterval=5s,provisioner.immediateBindingDelay=1s",
 		"--set", "updateStrategy.rollingUpdate.maxUnavailable=2",
 		"--set", "admissionPolicy.enabled=true,provisioner.secrets[0]=" + provisionerSecret,
-		"--set", "snapshotter.enabled=true",
+		"--set", "snapshotter.enabled=true,snapshotter.secrets[0]=" + snapshotterSecret,
 		"--set", "provisioner.mode=" + mode() + ",controller.nodeGracePeriod=" + graceOfNodes.String(),
 		"--values", cluster.valuesFile,
 	}

@@ -16,10 +16,6 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 )
 
-// AnnotationLayers is the annotation of an image that has the upper of a volume alone: the references of the layers that belong below it,
-// the topmost first, one a line. Tags are resolved to digests.
-const AnnotationLayers = "io.github.overlay-csi.layers"
-
 // Document is a manifest or a configuration.
 type Document struct {
 	Descriptor ocispec.Descriptor
