@@ -19,6 +19,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	apiwait "k8s.io/apimachinery/pkg/util/wait"
 	"sigs.k8s.io/e2e-framework/klient/k8s"
 	"sigs.k8s.io/e2e-framework/klient/k8s/resources"
 	"sigs.k8s.io/e2e-framework/klient/wait"
@@ -95,6 +96,8 @@ func chartValues() []string {
 		"--set", "updateStrategy.rollingUpdate.maxUnavailable=2",
 		"--set", "admissionPolicy.enabled=true,provisioner.secrets[0]=" + provisionerSecret,
 		"--set", "snapshotter.enabled=true,snapshotter.secrets[0]=" + snapshotterSecret,
+		// An RPC for a node that does not answer is repeated sooner than with the chart's value.
+		"--set", "provisioner.extraArgs[0]=--timeout=20s",
 		"--set", "provisioner.mode=" + mode() + ",controller.nodeGracePeriod=" + graceOfNodes.String(),
 		"--values", cluster.valuesFile,
 	}
@@ -129,7 +132,7 @@ func (c *kindCluster) waitDriver() error {
 			int(d.Status.NumberReady) == len(c.nodes) && int(d.Status.NumberAvailable) == len(c.nodes)
 	}
 	condition := conditions.New(c.Resources).ResourceMatch(daemonSet, ready)
-	if err := wait.For(condition, wait.WithTimeout(timeout), wait.WithInterval(500*time.Millisecond)); err != nil {
+	if err := waitFor(condition); err != nil {
 		return fmt.Errorf("wait for the driver on %d nodes: %w (status %+v)", len(c.nodes), err, daemonSet.Status)
 	}
 	return nil
@@ -151,7 +154,7 @@ func (c *kindCluster) waitController() error {
 			d.Status.Replicas == *d.Spec.Replicas && d.Status.AvailableReplicas == *d.Spec.Replicas
 	}
 	condition := conditions.New(c.Resources).ResourceMatch(deployment, ready)
-	if err := wait.For(condition, wait.WithTimeout(timeout), wait.WithInterval(500*time.Millisecond)); err != nil {
+	if err := waitFor(condition); err != nil {
 		return fmt.Errorf("wait for the controllers: %w (status %+v)", err, deployment.Status)
 	}
 	return nil
@@ -289,6 +292,11 @@ func must(t *testing.T, err error) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// waitFor waits for a condition. e2e-framework looks every 5 seconds where nothing else is said.
+func waitFor(condition apiwait.ConditionWithContextFunc) error {
+	return wait.For(condition, wait.WithTimeout(timeout), wait.WithInterval(250*time.Millisecond), wait.WithImmediate())
 }
 
 // eventually waits until check finds nothing wrong.

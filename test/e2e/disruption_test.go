@@ -14,7 +14,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/e2e-framework/klient/k8s"
 	"sigs.k8s.io/e2e-framework/klient/k8s/resources"
-	"sigs.k8s.io/e2e-framework/klient/wait"
 	"sigs.k8s.io/e2e-framework/klient/wait/conditions"
 )
 
@@ -88,11 +87,18 @@ func (l *load) wentOn() {
 // comesAndGoes runs a pod on each worker and deletes it: publish and unpublish work.
 func (n *namespace) comesAndGoes(name string) {
 	n.t.Helper()
+	var pods []*pod
 	for i, node := range cluster.workers[:2] {
-		p := n.run(fmt.Sprintf("%s-%d", name, i), withVolume(inlineVolume("work", "layers", threeLayers)), onNode(node))
+		pods = append(pods, n.start(fmt.Sprintf("%s-%d", name, i), withVolume(inlineVolume("work", "layers", threeLayers)), onNode(node)))
+	}
+	for _, p := range pods {
+		p.waitReady()
 		p.want("cat /work/f", "top")
-		p.delete()
-		wantNothingOf(n.t, node, p.UID)
+		p.deleteInBackground()
+	}
+	for _, p := range pods {
+		p.waitGone()
+		wantNothingOf(n.t, p.Spec.NodeName, p.UID)
 	}
 }
 
@@ -221,7 +227,10 @@ func TestKubeletIsRestarted(t *testing.T) {
 	n.comesAndGoes("after")
 	l.wentOn()
 	for _, p := range l.pods {
-		p.delete()
+		p.deleteInBackground()
+	}
+	for _, p := range l.pods {
+		p.waitGone()
 		wantNothingOf(t, p.Spec.NodeName, p.UID)
 	}
 }
@@ -284,7 +293,7 @@ func TestWorkerIsRestarted(t *testing.T) {
 	_, err = command("docker", "start", node)
 	must(t, err)
 	ready := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}
-	must(t, wait.For(conditions.New(cluster.Resources).ResourceMatch(ready, nodeIsReady), wait.WithTimeout(timeout)))
+	must(t, waitFor(conditions.New(cluster.Resources).ResourceMatch(ready, nodeIsReady)))
 	must(t, cluster.waitDriver())
 
 	after := n.podOf(kept)

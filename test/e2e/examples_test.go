@@ -17,7 +17,6 @@ import (
 	"sigs.k8s.io/e2e-framework/klient/decoder"
 	"sigs.k8s.io/e2e-framework/klient/k8s"
 	"sigs.k8s.io/e2e-framework/klient/k8s/resources"
-	"sigs.k8s.io/e2e-framework/klient/wait"
 	"sigs.k8s.io/e2e-framework/klient/wait/conditions"
 
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
@@ -130,6 +129,7 @@ func TestExamples(t *testing.T) {
 	for _, file := range files {
 		name := filepath.Base(file)
 		t.Run(strings.TrimSuffix(name, ".yaml"), func(t *testing.T) {
+			t.Parallel()
 			prove, ok := examples[name]
 			if !ok {
 				t.Fatalf("nothing proves what %s claims", name)
@@ -206,7 +206,7 @@ func (n *namespace) waitJob(name string) {
 			return (c.Type == batchv1.JobComplete || c.Type == batchv1.JobFailed) && c.Status == corev1.ConditionTrue
 		})
 	}
-	must(n.t, wait.For(conditions.New(cluster.Resources).ResourceMatch(job, ended), wait.WithTimeout(timeout)))
+	must(n.t, waitFor(conditions.New(cluster.Resources).ResourceMatch(job, ended)))
 	if job.Status.Failed > 0 {
 		n.t.Errorf("job %s: %d pods failed", name, job.Status.Failed)
 	}

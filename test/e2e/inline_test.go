@@ -34,6 +34,7 @@ func TestInlineVolume(t *testing.T) {
 func TestPodIsToldWhatIsWrongWithItsVolume(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t, "baseline")
+	pods := map[*pod]string{}
 	for name, c := range map[string]struct {
 		keys []string
 		word string
@@ -43,9 +44,14 @@ func TestPodIsToldWhatIsWrongWithItsVolume(t *testing.T) {
 		"key":     {[]string{"layers", "dir://layers/top", "size", "1Gi"}, "the keys are"},
 		"escape":  {[]string{"layers", "dir://layers/../etc"}, ".."},
 	} {
-		p := n.start(name, withVolume(inlineVolume("work", c.keys...)))
-		p.waitEvent(c.word)
-		p.delete()
+		pods[n.start(name, withVolume(inlineVolume("work", c.keys...)))] = c.word
+	}
+	for p, word := range pods {
+		p.waitEvent(word)
+		p.deleteInBackground()
+	}
+	for p := range pods {
+		p.waitGone()
 	}
 }
 

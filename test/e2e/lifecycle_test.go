@@ -5,7 +5,6 @@ package e2e
 import (
 	"context"
 	"fmt"
-	"os"
 	"slices"
 	"testing"
 	"time"
@@ -64,10 +63,7 @@ func TestDeletedNamespaceLeavesNothing(t *testing.T) {
 // 100 of each. Under the same load at the same time, what differs between them is the volume: runs one after the other differ by more.
 // Where chance is against the overlay, more batches have it out.
 func TestManyPodsAtOnce(t *testing.T) {
-	pods := 30
-	if os.Getenv("OVERLAY_CSI_PROOF") == "1" {
-		pods = 100
-	}
+	pods := proof(30, 100)
 	times := map[string][]float64{}
 	for range 3 {
 		startMany(t, pods, times)

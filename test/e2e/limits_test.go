@@ -17,17 +17,24 @@ func TestVolumesKeepToTheirSize(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t, "baseline")
 	n.claim("small", class(storageClass(t, nil, "layers", threeLayers)), request("32Mi"))
+	var pods []*pod
 	for name, volume := range map[string]corev1.Volume{
 		"disk":   inlineVolume("work", "layers", threeLayers, "sizeLimit", "32Mi"),
 		"memory": inlineVolume("work", "layers", threeLayers, "sizeLimit", "32Mi", "medium", "memory"),
 		"claim":  claimVolume("work", "small"),
 	} {
-		p := n.run(name, withVolume(volume))
+		pods = append(pods, n.start(name, withVolume(volume)))
+	}
+	for _, p := range pods {
+		p.waitReady()
 		p.want("cat /work/f", "top")
 		p.refused("dd if=/dev/zero of=/work/big bs=1M count=64", "No space left")
 		p.want("rm /work/big && echo more > /work/small && cat /work/small", "more")
 		p.want("test $(df -k /work | tail -1 | awk '{print $2}') -le 32768 && echo small", "small")
-		p.delete()
+		p.deleteInBackground()
+	}
+	for _, p := range pods {
+		p.waitGone()
 		wantNothingOf(t, p.Spec.NodeName, p.UID)
 	}
 }

@@ -42,6 +42,14 @@ func mode() string {
 	return modeCentral
 }
 
+// proof is a number for CI, or with OVERLAY_CSI_PROOF=1, as make proof sets it, a larger one.
+func proof(short, long int) int {
+	if os.Getenv("OVERLAY_CSI_PROOF") == "1" {
+		return long
+	}
+	return short
+}
+
 // onlyCentral skips a test of what the mode with a controller has.
 func onlyCentral(t *testing.T) {
 	t.Helper()

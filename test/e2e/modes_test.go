@@ -14,7 +14,6 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/e2e-framework/klient/k8s/resources"
-	"sigs.k8s.io/e2e-framework/klient/wait"
 	"sigs.k8s.io/e2e-framework/klient/wait/conditions"
 )
 
@@ -40,7 +39,7 @@ func TestLostNode(t *testing.T) {
 	t.Cleanup(back)
 	n.deleteClaim("lost")
 	// As long as there is a Node, it may come back and answer.
-	time.Sleep(graceOfNodes + 10*time.Second)
+	time.Sleep(graceOfNodes + 5*time.Second)
 	if err := cluster.Get(context.Background(), lost.Name, "", &corev1.PersistentVolume{}); err != nil {
 		t.Errorf("the PersistentVolume of a node that is there: %v", err)
 	}
@@ -73,7 +72,7 @@ func TestLostNode(t *testing.T) {
 
 	back()
 	ready := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}
-	must(t, wait.For(conditions.New(cluster.Resources).ResourceMatch(ready, nodeIsReady), wait.WithTimeout(timeout)))
+	must(t, waitFor(conditions.New(cluster.Resources).ResourceMatch(ready, nodeIsReady)))
 	must(t, cluster.waitDriver())
 	eventually(t, "the node has deleted the volume", func() error {
 		if left, err := cluster.onNode(node, "ls -d "+keptOf(lost)); err == nil {

@@ -9,7 +9,6 @@ import (
 	"os"
 	"strings"
 	"testing"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -18,7 +17,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/e2e-framework/klient/k8s"
 	"sigs.k8s.io/e2e-framework/klient/k8s/resources"
-	"sigs.k8s.io/e2e-framework/klient/wait"
 	"sigs.k8s.io/e2e-framework/klient/wait/conditions"
 	"sigs.k8s.io/e2e-framework/pkg/envconf"
 )
@@ -154,13 +152,7 @@ func (n *namespace) run(name string, options ...podOption) *pod {
 
 func (p *pod) waitReady() {
 	p.t.Helper()
-	err := wait.For(
-		conditions.New(cluster.Resources).PodReady(p.Pod),
-		wait.WithTimeout(timeout),
-		wait.WithInterval(200*time.Millisecond),
-		wait.WithImmediate(),
-	)
-	if err != nil {
+	if err := waitFor(conditions.New(cluster.Resources).PodReady(p.Pod)); err != nil {
 		p.t.Fatalf("pod %s is not ready: %v\nevents: %s", p.Name, err, strings.Join(p.events(), "\n"))
 	}
 	p.refresh()

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"strings"
 	"testing"
 	"time"
@@ -180,7 +179,8 @@ func TestSnapshotsThatAreRefused(t *testing.T) {
 	}
 }
 
-// TestSnapshotsUnderKills kills the driver of the node, and the controllers, while snapshots are taken and claims are made from them.
+// TestSnapshotsUnderKills kills the driver of the node, and the controllers, while snapshots are taken and claims are made from them:
+// twice, and with OVERLAY_CSI_PROOF four times.
 func TestSnapshotsUnderKills(t *testing.T) {
 	n := newNamespace(t, "baseline")
 	node := cluster.workers[0]
@@ -196,7 +196,7 @@ func TestSnapshotsUnderKills(t *testing.T) {
 	p.delete()
 	n.snapshot("first", snapshots, "source")
 	n.waitSnapshot("first")
-	const each = 4
+	each := proof(2, 4)
 	for i := range each {
 		n.snapshot(fmt.Sprint("more-", i), snapshots, "source")
 		n.claim(fmt.Sprint("restored-", i), class(restored), from("VolumeSnapshot", "first"))
@@ -249,10 +249,7 @@ func TestSnapshotsUnderKills(t *testing.T) {
 // TestSnapshotsMany makes many claims of one snapshot at once, and as many new ones of the same node. With OVERLAY_CSI_PROOF it is 50, with
 // a pod for each.
 func TestSnapshotsMany(t *testing.T) {
-	count, pods := 10, 0
-	if os.Getenv("OVERLAY_CSI_PROOF") == "1" {
-		count, pods = 50, 50
-	}
+	count, pods := proof(10, 50), proof(0, 50)
 	n := newNamespace(t, "baseline")
 	node := cluster.workers[0]
 	onOne := immediateOn(t, node)
