@@ -1,5 +1,6 @@
 # The image of the driver: the programs of cmd/, mount(8), which views are mounted with on kernels before Linux 6.7, and what
-# makes and grows the file systems of uppers with a size: mkfs.ext4, e2fsck, resize2fs, blkid, btrfs; with their libraries. Built for other architectures by cross-compiling, never by emulation:
+# makes and grows the file systems of uppers with a size: mkfs.ext4, e2fsck, resize2fs, blkid, btrfs; igzip, which decompresses layers where
+# Debian has it (amd64, arm64); with their libraries. Built for other architectures by cross-compiling, never by emulation:
 #
 #   docker buildx build --platform linux/amd64,linux/arm64 -t overlay-csi .
 #
@@ -32,14 +33,15 @@ RUN arch=${TARGETARCH:-$(dpkg --print-architecture)} && \
     apt-get update -qq && \
     mkdir -p /out/var/lib/dpkg/status.d && \
     for package in mount libmount1 libblkid1 libselinux1 libpcre2-8-0 libc6 util-linux e2fsprogs libext2fs2 libcom-err2 libuuid1 \
-      btrfs-progs zlib1g liblzo2-2 libzstd1 libudev1; do \
+      btrfs-progs zlib1g liblzo2-2 libzstd1 libudev1 \
+      $(case "$arch" in amd64 | arm64) echo isal libisal2 ;; esac); do \
       apt-get download -qq -o APT::Sandbox::User=root "$package:$arch" && \
       dpkg-deb --extract "$package"_*.deb all && \
       dpkg-deb --field "$package"_*.deb > "/out/var/lib/dpkg/status.d/$package" || exit 1; \
     done && \
     cd all && chmod 755 bin/mount && \
     cp -a --parents bin/mount sbin/blkid sbin/mke2fs sbin/mkfs.ext4 sbin/e2fsck sbin/resize2fs bin/btrfs \
-      $(find . \( -name 'ld-linux*.so.*' -o -name 'libc.so.*' -o -name 'libmount.so.*' -o -name 'libblkid.so.*' -o -name 'libselinux.so.*' \
+      $(find . \( -path ./usr/bin/igzip -o -name 'libisal.so.*' -o -name 'ld-linux*.so.*' -o -name 'libc.so.*' -o -name 'libmount.so.*' -o -name 'libblkid.so.*' -o -name 'libselinux.so.*' \
       -o -name 'libpcre2-8.so.*' -o -name 'libext2fs.so.*' -o -name 'libe2p.so.*' -o -name 'libcom_err.so.*' -o -name 'libuuid.so.*' \
       -o -name 'libz.so.*' -o -name 'liblzo2.so.*' -o -name 'libzstd.so.*' -o -name 'libudev.so.*' \)) /out/
 

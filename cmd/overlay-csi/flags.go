@@ -43,6 +43,7 @@ type options struct {
 	adminSocket         string
 	registry            registry.Config
 	store               store.Config
+	gzipProgram         string
 	maxCacheBytes       int64
 	maxPushes           int
 	podVolumeWait       time.Duration
@@ -137,6 +138,8 @@ func addStoreFlags(flags *pflag.FlagSet, opts *options, maxLayerSize *string) {
 		"`image` (registry/repository:tag) to pull at start and not to collect; repeatable")
 	flags.IntVar(&config.MaxConcurrentLayerPulls, "max-concurrent-layer-pulls", 4,
 		"`number` of layers that are downloaded and unpacked at the same time")
+	flags.StringVar(&opts.gzipProgram, "gzip-program", "/usr/bin/igzip",
+		"`path` of igzip, which decompresses large layers in a process without rights; empty or missing: the driver does so itself")
 	flags.StringVar(maxLayerSize, "max-layer-size", "1Ti", "maximum `size` of one unpacked layer; 0: unlimited")
 	flags.Int64Var(&config.MaxLayerEntries, "max-layer-entries", 10_000_000,
 		"maximum `number` of files, directories and links in one layer; 0: unlimited")

@@ -10,12 +10,17 @@ import (
 
 	"github.com/spf13/pflag"
 	"k8s.io/klog/v2"
+
+	"github.com/overlay-csi/overlay-csi/pkg/linux/sandbox"
 )
 
 // version is set by the linker (see Makefile).
 var version = "development"
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == sandboxCommand {
+		os.Exit(sandbox.Main(os.Args[2:]))
+	}
 	if len(os.Args) > 1 && os.Args[1] == "controller" {
 		opts, err := parseControllerFlags(os.Args[2:], os.Stderr)
 		exitUnlessParsed(err)

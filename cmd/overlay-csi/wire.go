@@ -217,6 +217,7 @@ func newStore(ctx context.Context, root *dataroot.Root, records *record.Store, o
 			return nil, fmt.Errorf("--registry-config: %w", err)
 		}
 	}
+	opts.store.Gunzip = newGunzip(ctx, opts)
 	return store.New(ctx, root, records, newRegistryClient(root, opts), opts.store)
 }
 

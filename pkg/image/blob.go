@@ -53,8 +53,9 @@ const (
 	unknownFormat
 )
 
-// OpenTar returns the uncompressed tar of the layer. It reads the blob from blob, which it does not close.
-func (b LayerBlob) OpenTar(blob io.Reader) (io.ReadCloser, error) {
+// OpenTar returns the uncompressed tar of the layer. It reads the blob from blob, which it does not close. Gzip is left to gunzip, which
+// may be nil.
+func (b LayerBlob) OpenTar(blob io.Reader, gunzip Gunzip) (io.ReadCloser, error) {
 	file := b.FileName
 	if b.format == unknownFormat {
 		buffered := bufio.NewReaderSize(blob, sniffSize)
@@ -70,7 +71,12 @@ func (b LayerBlob) OpenTar(blob io.Reader) (io.ReadCloser, error) {
 	if file != "" {
 		return tarOfFile(file, b.Descriptor.Size, blob)
 	}
-	reader, err := decompress(blob)
+	reader, err := decompressWith(blob, func(from *bufio.Reader) io.ReadCloser {
+		if gunzip == nil {
+			return nil
+		}
+		return gunzip(from, b.Descriptor.Size)
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -27,9 +27,17 @@ var (
 	}
 )
 
-// decompress returns the uncompressed content of a stream. It recognizes gzip and zstd by their magic bytes, because
-// media types are often wrong.
+// Gunzip returns the uncompressed content of a stream of gzip of size bytes, or nil if it leaves that to this package.
+type Gunzip func(from *bufio.Reader, size int64) io.ReadCloser
+
+// decompress returns the uncompressed content of a stream, as decompressWith does with this package alone.
 func decompress(from io.Reader) (io.ReadCloser, error) {
+	return decompressWith(from, func(*bufio.Reader) io.ReadCloser { return nil })
+}
+
+// decompressWith returns the uncompressed content of a stream. It recognizes gzip and zstd by their magic bytes, because
+// media types are often wrong. If gunzip returns nil for gzip, this package decompresses it.
+func decompressWith(from io.Reader, gunzip func(*bufio.Reader) io.ReadCloser) (io.ReadCloser, error) {
 	buffered := bufio.NewReaderSize(from, 128<<10)
 	magic, err := buffered.Peek(magicSize)
 	if err != nil && !errors.Is(err, io.EOF) {
@@ -37,6 +45,9 @@ func decompress(from io.Reader) (io.ReadCloser, error) {
 	}
 	switch {
 	case bytes.HasPrefix(magic, gzipMagic):
+		if reader := gunzip(buffered); reader != nil {
+			return reader, nil
+		}
 		reader, err := gzip.NewReader(buffered)
 		if err != nil {
 			return nil, fmt.Errorf("%w: decompress gzip: %w", errdefs.ErrInvalidArgument, err)

@@ -219,3 +219,18 @@ func HasAllBlocks(file *os.File, bytes int64) (bool, error) {
 	}
 	return true, nil
 }
+
+// SetPipeSize sets how many bytes a pipe takes before a write to it waits (F_SETPIPE_SZ, fcntl(2)). The pipe keeps its deadlines, which it
+// would lose by its Fd method.
+func SetPipeSize(pipe *os.File, bytes int) error {
+	raw, err := pipe.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = raw.Control(func(fd uintptr) { _, failed = unix.FcntlInt(fd, unix.F_SETPIPE_SZ, bytes) })
+	if err != nil {
+		return err
+	}
+	return os.NewSyscallError("fcntl", failed)
+}

@@ -16,7 +16,9 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
+	"k8s.io/klog/v2"
 
+	"github.com/overlay-csi/overlay-csi/pkg/gunzip"
 	"github.com/overlay-csi/overlay-csi/pkg/image"
 	"github.com/overlay-csi/overlay-csi/pkg/store/access"
 	"github.com/overlay-csi/overlay-csi/pkg/unpack"
@@ -31,20 +33,47 @@ type builder struct {
 	catalogue *catalogue
 	limits    unpack.Limits
 	syncer    *syncer
+	// gunzip decompresses gzip in another process. It may be nil.
+	gunzip image.Gunzip
 }
+
+// blobOpener opens a blob at its first byte.
+type blobOpener func() (io.ReadCloser, error)
 
 // build unpacks a blob in dir, verifies it, commits the layer to the store, and acquires a reference on it. The caller removes dir
 // after an error. holders returns who may have the layer, once its content was read.
 //
 // If the layer is present, whoever describes it has not shown yet that he has it. build then only verifies the blob.
+//
+// A blob that another process refuses to decompress is decompressed again here: what is wrong with it must not depend on the node.
 func (b *builder) build(
-	ctx context.Context, dir *workDir, blob image.LayerBlob, content io.Reader, holders func() []access.ID,
+	ctx context.Context, dir *workDir, blob image.LayerBlob, open blobOpener, holders func() []access.ID,
 ) (Layer, error) {
+	layer, err := b.buildWith(ctx, dir, blob, open, b.gunzip, holders)
+	if !errors.Is(err, gunzip.ErrRefused) || ctx.Err() != nil {
+		return layer, err
+	}
+	klog.FromContext(ctx).Info("Decompressing layer again", keyLayer, blob.Descriptor.Digest, keyReason, err.Error())
+	if err := dir.clear(); err != nil {
+		return Layer{}, err
+	}
+	return b.buildWith(ctx, dir, blob, open, nil, holders)
+}
+
+// buildWith is build with one way to decompress gzip.
+func (b *builder) buildWith(
+	ctx context.Context, dir *workDir, blob image.LayerBlob, open blobOpener, inflate image.Gunzip, holders func() []access.ID,
+) (Layer, error) {
+	content, err := open()
+	if err != nil {
+		return Layer{}, err
+	}
+	defer content.Close()
 	if id, err := b.catalogue.acquireBlob(blob, anyLayer); err == nil {
 		defer b.catalogue.unref([]digest.Digest{id})
-		return b.verify(ctx, dir, blob, content, holders)
+		return b.verify(ctx, dir, blob, content, inflate, holders)
 	}
-	layer, err := b.unpack(ctx, dir, blob, content)
+	layer, err := b.unpack(ctx, dir, blob, content, inflate)
 	if err != nil {
 		return Layer{}, err
 	}
@@ -78,13 +107,12 @@ func (b *builder) build(
 // verify reads a blob whose layer is present, and verifies its digest and the diff ID. It adds holders to the layer, and acquires a
 // reference on it. It discards dir.
 func (b *builder) verify(
-	ctx context.Context, dir *workDir, blob image.LayerBlob, content io.Reader, holders func() []access.ID,
+	ctx context.Context, dir *workDir, blob image.LayerBlob, content io.Reader, inflate image.Gunzip, holders func() []access.ID,
 ) (Layer, error) {
 	compressed := image.NewVerifyingReader(blob, content)
-	diffID, err := b.hashTar(ctx, blob, compressed)
+	diffID, err := b.hashTar(ctx, blob, compressed, inflate)
 	if err != nil {
-		if ctx.Err() != nil {
-			// The rest of the blob is of no interest.
+		if isNotOfBlob(ctx, err) {
 			return Layer{}, fmt.Errorf("verify layer %s: %w", blob.Descriptor.Digest, err)
 		}
 		return Layer{}, compressed.ExplainUnpackError(err)
@@ -105,10 +133,17 @@ func (b *builder) verify(
 	return Layer{DiffID: diffID}, nil
 }
 
+// isNotOfBlob reports whether an error is none for which the rest of the blob has to be looked at.
+func isNotOfBlob(ctx context.Context, err error) bool {
+	return ctx.Err() != nil || errors.Is(err, gunzip.ErrRefused)
+}
+
 // hashTar returns the digest of the tar of a blob.
-func (b *builder) hashTar(ctx context.Context, blob image.LayerBlob, compressed io.Reader) (digest.Digest, error) {
+func (b *builder) hashTar(
+	ctx context.Context, blob image.LayerBlob, compressed io.Reader, inflate image.Gunzip,
+) (digest.Digest, error) {
 	source := &blobReader{from: compressed}
-	content, err := blob.OpenTar(source)
+	content, err := blob.OpenTar(source, inflate)
 	if err != nil {
 		return "", err
 	}
@@ -154,13 +189,14 @@ func (b *builder) syncLayersDir() error {
 }
 
 // unpack unpacks a blob in dir. It verifies the digest of the blob and the diff ID.
-func (b *builder) unpack(ctx context.Context, dir *workDir, blob image.LayerBlob, content io.Reader) (Layer, error) {
+func (b *builder) unpack(
+	ctx context.Context, dir *workDir, blob image.LayerBlob, content io.Reader, inflate image.Gunzip,
+) (Layer, error) {
 	compressed := image.NewVerifyingReader(blob, content)
 	uncompressed := &hashingReader{hash: sha256.New()}
-	result, err := b.unpackTar(ctx, dir, blob, compressed, uncompressed)
+	result, err := b.unpackTar(ctx, dir, blob, compressed, uncompressed, inflate)
 	if err != nil {
-		if ctx.Err() != nil {
-			// The rest of the blob is of no interest.
+		if isNotOfBlob(ctx, err) {
 			return Layer{}, fmt.Errorf("unpack layer %s: %w", blob.Descriptor.Digest, err)
 		}
 		return Layer{}, compressed.ExplainUnpackError(err)
@@ -185,10 +221,10 @@ func (b *builder) unpack(ctx context.Context, dir *workDir, blob image.LayerBlob
 // unpackTar decompresses and unpacks a blob in dir. It reads the blob from compressed, and the tar through uncompressed. No
 // goroutine reads either of them when it returns.
 func (b *builder) unpackTar(
-	ctx context.Context, dir *workDir, blob image.LayerBlob, compressed io.Reader, uncompressed *hashingReader,
+	ctx context.Context, dir *workDir, blob image.LayerBlob, compressed io.Reader, uncompressed *hashingReader, inflate image.Gunzip,
 ) (unpack.Result, error) {
 	source := &blobReader{from: compressed}
-	content, err := blob.OpenTar(source)
+	content, err := blob.OpenTar(source, inflate)
 	if err != nil {
 		return unpack.Result{}, err
 	}
@@ -220,8 +256,8 @@ func (r *blobReader) Read(buffer []byte) (int, error) {
 	return n, err
 }
 
-// decompressedReader reads the decompressed content of a blob. An error wraps errdefs.ErrInvalidArgument if the blob could be read: the
-// reason is then what it has.
+// decompressedReader reads the decompressed content of a blob. An error wraps errdefs.ErrInvalidArgument if the blob could be read, and the
+// decompressor did not fail: the reason is then what the blob has.
 type decompressedReader struct {
 	from io.Reader
 	blob *blobReader
@@ -229,7 +265,7 @@ type decompressedReader struct {
 
 func (r decompressedReader) Read(buffer []byte) (int, error) {
 	n, err := r.from.Read(buffer)
-	if err == nil || errors.Is(err, io.EOF) || r.blob.err != nil {
+	if err == nil || errors.Is(err, io.EOF) || r.blob.err != nil || errdefs.IsUnavailable(err) || errors.Is(err, gunzip.ErrRefused) {
 		return n, err
 	}
 	if errors.Is(err, zstd.ErrWindowSizeExceeded) {

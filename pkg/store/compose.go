@@ -98,7 +98,8 @@ func (o *attributesOrigin) fetch(ctx context.Context, blob image.LayerBlob, dirN
 		_, err := o.write(ctx, to)
 		to.CloseWithError(err)
 	}()
-	layer, err := o.builder.build(ctx, dir, blob, progress.reader(content), o.holders)
+	open := func() (io.ReadCloser, error) { return io.NopCloser(progress.reader(content)), nil }
+	layer, err := o.builder.build(ctx, dir, blob, open, o.holders)
 	cancel()
 	content.Close()
 	<-written

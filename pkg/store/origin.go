@@ -223,7 +223,8 @@ func (o *registryOrigin) fetchInto(
 		spool.Finish(err)
 		return err
 	})
-	layer, err := o.builder.build(ctx, dir, blob, progress.unpackingReader(spool.Reader()), func() []access.ID {
+	open := func() (io.ReadCloser, error) { return io.NopCloser(progress.unpackingReader(spool.Reader())), nil }
+	layer, err := o.builder.build(ctx, dir, blob, open, func() []access.ID {
 		if held.current == nil {
 			return o.holders()
 		}
@@ -323,11 +324,19 @@ func (o *archiveOrigin) fetch(ctx context.Context, blob image.LayerBlob, dirName
 		return Layer{}, err
 	}
 	defer dir.release()
+	layer, err := o.builder.build(ctx, dir, blob, func() (io.ReadCloser, error) { return o.open(blob, progress) }, o.holders)
+	if err != nil {
+		return Layer{}, errors.Join(o.builder.explainDiskFull(blob, err), dir.discard())
+	}
+	return layer, nil
+}
+
+// open opens the blob of a layer. Reading it fails at its end if the archive has changed.
+func (o *archiveOrigin) open(blob image.LayerBlob, progress *progressCounter) (io.ReadCloser, error) {
 	content, err := o.openBlob(blob)
 	if err != nil {
-		return Layer{}, errors.Join(err, dir.discard())
+		return nil, err
 	}
-	defer content.Close()
 	counted := progress.reader(content)
 	unchanged := readerFunc(func(buffer []byte) (int, error) {
 		n, err := counted.Read(buffer)
@@ -339,11 +348,10 @@ func (o *archiveOrigin) fetch(ctx context.Context, blob image.LayerBlob, dirName
 		}
 		return n, err
 	})
-	layer, err := o.builder.build(ctx, dir, blob, unchanged, o.holders)
-	if err != nil {
-		return Layer{}, errors.Join(o.builder.explainDiskFull(blob, err), dir.discard())
-	}
-	return layer, nil
+	return struct {
+		io.Reader
+		io.Closer
+	}{unchanged, content}, nil
 }
 
 // openBlob opens the blob of a layer. The blob is the whole file if it is the tar of a root file system.

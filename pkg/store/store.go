@@ -47,6 +47,8 @@ type Config struct {
 	MinFreeDiskPercent int
 	// AbandonAfter is the time after which a pull ends that no request waits for. Zero is 10 minutes.
 	AbandonAfter time.Duration
+	// Gunzip decompresses gzip in another process. Without it, the store does so itself.
+	Gunzip image.Gunzip
 	// Access says who may use the images on the node.
 	Access access.Config
 	// GC configures garbage collection.
@@ -124,7 +126,9 @@ func New(ctx context.Context, root dataRoot, records records, registries *regist
 		Tags:      registry.NewTags(registries, documents),
 		catalogue: catalogue, workDirs: workDirs, registries: registries, access: verifier, platform: platforms.Default(),
 		documents: documents, imports: semaphore.NewWeighted(maxImports), stop: stop,
-		builder:    &builder{layout: layout, catalogue: catalogue, limits: limits, syncer: newSyncer(root.Dir())},
+		builder: &builder{
+			layout: layout, catalogue: catalogue, limits: limits, syncer: newSyncer(root.Dir()), gunzip: config.Gunzip,
+		},
 		prefetcher: &prefetcher{catalogue: catalogue, names: prefetch, resolved: map[string]digest.Digest{}},
 	}
 	s.collector = &collector{

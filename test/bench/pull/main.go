@@ -25,6 +25,8 @@ import (
 	"github.com/prometheus/procfs"
 	"k8s.io/klog/v2"
 
+	"github.com/overlay-csi/overlay-csi/pkg/gunzip"
+	"github.com/overlay-csi/overlay-csi/pkg/linux/sandbox"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/test/registrytest"
@@ -40,14 +42,18 @@ func main() {
 	flag.IntVar(&b.layers, "layers", 5, "layers of the image")
 	flag.IntVar(&b.megabytes, "megabytes", 500, "size of the image's files")
 	flag.IntVar(&b.files, "files", 20_000, "number of files in the image")
+	flag.StringVar(&b.gzipProgram, "gzip-program", "/usr/bin/igzip", "igzip for the driver's layer store; empty: none")
 	flag.StringVar(&b.compression, "compression", "gzip", "gzip or zstd")
 	flag.BoolVar(&b.sync, "sync", false, "have tar and containerd end with a sync, as the store does")
 	flag.StringVar(&pull, "pull", "", "internal: pull this image into -dir")
+	if len(os.Args) > 1 && os.Args[1] == sandboxCommand {
+		os.Exit(sandbox.Main(os.Args[2:]))
+	}
 	flag.Parse()
 	var err error
 	switch {
 	case pull != "":
-		err = pullWithStore(b.dir, pull)
+		err = pullWithStore(b.dir, pull, b.gzipProgram)
 	default:
 		err = b.run()
 	}
@@ -58,6 +64,7 @@ func main() {
 
 type bench struct {
 	dir, containerd, compression     string
+	gzipProgram                      string
 	rounds, layers, megabytes, files int
 	sync                             bool
 
@@ -128,7 +135,7 @@ func median(times []time.Duration) time.Duration {
 
 // runStore pulls with the driver's layer store in a process of its own, whose peak memory is the note.
 func (b *bench) runStore(dir string) (time.Duration, string, error) {
-	cmd := exec.Command(os.Args[0], "-pull", b.image, "-dir", dir)
+	cmd := exec.Command(os.Args[0], "-pull", b.image, "-dir", dir, "-gzip-program", b.gzipProgram)
 	cmd.Stderr = os.Stderr
 	output, err := cmd.Output()
 	if err != nil {
@@ -138,7 +145,8 @@ func (b *bench) runStore(dir string) (time.Duration, string, error) {
 	if err := json.Unmarshal(output, &result); err != nil {
 		return 0, "", err
 	}
-	return result.Took, fmt.Sprintf("(peak memory %d MiB)", result.PeakBytes>>20), nil
+	cpu := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+	return result.Took, fmt.Sprintf("(peak memory %d MiB, CPU %.2f s)", result.PeakBytes>>20, cpu.Seconds()), nil
 }
 
 // pullResult is what a pull in a process of its own tells.
@@ -161,8 +169,11 @@ func (r benchRoot) LayersInUse() (map[digest.Digest][]string, error) {
 	return map[digest.Digest][]string{}, nil
 }
 
+// sandboxCommand is the argument with which this program becomes igzip.
+const sandboxCommand = "sandbox"
+
 // pullWithStore prints what a pull took.
-func pullWithStore(dir, image string) error {
+func pullWithStore(dir, image, gzipProgram string) error {
 	klog.LogToStderr(false)
 	klog.SetOutput(io.Discard)
 	root, err := os.Open(dir)
@@ -178,7 +189,17 @@ func pullWithStore(dir, image string) error {
 		return err
 	}
 	registries := registry.NewClient(registry.Config{CertsDir: certs, StallTimeout: time.Minute, Backoff: time.Second})
-	s, err := store.New(context.Background(), benchRoot{root}, benchRoot{root}, registries, store.Config{MaxConcurrentLayerPulls: 4})
+	config := store.Config{MaxConcurrentLayerPulls: 4}
+	if gzipProgram != "" {
+		decompressor, err := gunzip.New(gunzip.Config{
+			Program: gzipProgram, Helper: []string{"/proc/self/exe", sandboxCommand}, StallTimeout: time.Minute,
+		})
+		if err != nil {
+			return err
+		}
+		config.Gunzip = decompressor.Gunzip
+	}
+	s, err := store.New(context.Background(), benchRoot{root}, benchRoot{root}, registries, config)
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,7 @@
+//go:build !amd64 && !arm64
+
+package sandbox
+
+const architecture = 0
+
+var architectureCalls []uint32
