@@ -6,10 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"time"
-
-	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 // dirTime is the modification time of a directory. It is stored as gob.
@@ -45,14 +42,14 @@ func (u *unpacker) setDirTimes() error {
 
 // setDirTime sets the times of one directory. It ignores a directory that a later entry replaced.
 func (u *unpacker) setDirTime(t dirTime) error {
-	dir, err := linux.Open(u.root, "./"+t.Name, os.O_RDONLY|linux.O_DIRECTORY, linux.ResolveInRoot|linux.ResolveNoMagicLinks)
+	dir, err := u.tree.open(t.Name, openToSetTimes)
 	switch {
 	case isAbsent(err):
 		return nil
 	case err != nil:
 		return fmt.Errorf("set the times of directory %q: %w", t.Name, err)
 	}
-	defer dir.Close()
+	defer dir.close()
 	at := time.Unix(t.Seconds, int64(t.Nanoseconds))
-	return linux.Futimens(dir, at, at)
+	return dir.setTimes(at, at)
 }

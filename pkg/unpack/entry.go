@@ -5,13 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path"
 	"strings"
 	"syscall"
 
 	"github.com/containerd/errdefs"
-	"github.com/cyphar/filepath-securejoin/pathrs-lite"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
@@ -51,29 +49,29 @@ func (u *unpacker) unpackEntry(header *tar.Header, content io.Reader) error {
 		return u.setDirAttributes(u.root, name, header)
 	}
 	dirName, base := path.Split(name)
-	dir, err := u.parent(path.Clean("/" + dirName))
+	in, err := u.parent(path.Clean("/" + dirName))
 	if err != nil {
 		return err
 	}
 	if strings.HasPrefix(base, WhiteoutPrefix) {
-		return makeWhiteout(dir, base)
+		return makeWhiteout(in, base)
 	}
 	if header.Typeflag == tar.TypeDir {
-		return u.makeDir(dir, base, name, header)
+		return u.makeDir(in, base, name, header)
 	}
-	if err := u.removeExisting(dir, base); err != nil {
+	if err := u.removeExisting(in, base); err != nil {
 		return err
 	}
 	switch header.Typeflag {
 	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont:
-		return u.makeFile(dir, base, header, content)
+		return u.makeFile(in, base, header, content)
 	case tar.TypeLink:
-		return u.makeHardLink(dir, base, header)
+		return u.makeHardLink(in, base, header)
 	case tar.TypeSymlink:
 		if header.Linkname == "" {
 			return fmt.Errorf("%w: the symbolic link has no target", errdefs.ErrInvalidArgument)
 		}
-		if err := linux.Symlinkat(header.Linkname, dir, base); err != nil {
+		if err := in.symlink(header.Linkname, base); err != nil {
 			return err
 		}
 	case tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
@@ -85,13 +83,17 @@ func (u *unpacker) unpackEntry(header *tar.Header, content io.Reader) error {
 			// overlayfs would take the device for a whiteout. Whiteouts of an image have other names.
 			return nil
 		}
-		if err := linux.Mknodat(dir, base, deviceTypes[header.Typeflag]|0o600, device); err != nil {
+		if err := in.mknod(base, deviceTypes[header.Typeflag]|0o600, device); err != nil {
 			return err
 		}
 	default:
 		return fmt.Errorf("%w: unknown entry type %q", errdefs.ErrInvalidArgument, header.Typeflag)
 	}
-	return setAttributesAt(dir, base, header)
+	made, err := in.entry(base)
+	if err != nil {
+		return err
+	}
+	return setAllAttributes(made, header)
 }
 
 // deviceTypes maps tar entry types to file types of the kernel.
@@ -111,48 +113,50 @@ func deviceOf(header *tar.Header) (uint64, error) {
 }
 
 // makeFile creates a regular file. Runs of zeros become holes, because the tars of many images contain sparse files in full.
-func (u *unpacker) makeFile(dir *os.File, base string, header *tar.Header, content io.Reader) error {
-	file, err := linux.OpenFile(dir, base, os.O_WRONLY|os.O_CREATE|os.O_EXCL|linux.O_NOFOLLOW, 0o600, 0)
+func (u *unpacker) makeFile(in dir, base string, header *tar.Header, content io.Reader) error {
+	made, err := in.create(base, header.Size)
 	if err != nil {
 		return err
 	}
-	defer file.Close()
-	if err := u.copyContent(file, header.Size, content); err != nil {
+	defer made.close()
+	if err := u.copyContent(made, header.Size, content); err != nil {
 		return err
 	}
-	if err := setAttributes(file, header); err != nil {
+	if err := made.finish(); err != nil {
 		return err
 	}
-	accessed, modified := timesOf(header)
-	return linux.Futimens(file, accessed, modified)
+	if err := setAttributes(made, header); err != nil {
+		return err
+	}
+	return made.setTimes(timesOf(header))
 }
 
 // makeDir creates a directory. If an earlier entry created it, makeDir only changes its attributes.
-func (u *unpacker) makeDir(dir *os.File, base, name string, header *tar.Header) error {
-	err := linux.Mkdirat(dir, base, 0o700)
+func (u *unpacker) makeDir(in dir, base, name string, header *tar.Header) error {
+	err := in.mkdir(base, 0o700)
 	hidden := false
 	if errors.Is(err, syscall.EEXIST) {
-		var stat linux.Stat
-		if stat, err = linux.Fstatat(dir, base); err != nil {
+		var was kind
+		if was, err = in.stat(base); err != nil {
 			return err
 		}
-		if !stat.IsDir() {
+		if was != isDirectory {
 			// A whiteout of the same name hides the directory in lower layers. The new directory must hide it too.
-			hidden = stat.IsWhiteout()
-			if err := u.removeExisting(dir, base); err != nil {
+			hidden = was == isWhiteout
+			if err := u.removeExisting(in, base); err != nil {
 				return err
 			}
-			err = linux.Mkdirat(dir, base, 0o700)
+			err = in.mkdir(base, 0o700)
 		}
 	}
 	if err != nil {
 		return err
 	}
-	made, err := openDir(dir, base)
+	made, err := in.open(base)
 	if err != nil {
 		return err
 	}
-	defer made.Close()
+	defer made.close()
 	if hidden {
 		if err := setOpaque(made); err != nil {
 			return err
@@ -161,19 +165,14 @@ func (u *unpacker) makeDir(dir *os.File, base, name string, header *tar.Header) 
 	return u.setDirAttributes(made, name, header)
 }
 
-// openDir opens a directory for reading. It does not follow links.
-func openDir(dir *os.File, base string) (*os.File, error) {
-	return linux.Open(dir, base, os.O_RDONLY|linux.O_DIRECTORY|linux.O_NOFOLLOW, 0)
-}
-
 // setDirAttributes sets the attributes of a directory, which has an entry now, except for its times. It records these for setDirTimes.
-func (u *unpacker) setDirAttributes(dir *os.File, name string, header *tar.Header) error {
+func (u *unpacker) setDirAttributes(of dir, name string, header *tar.Header) error {
 	if name == "" || u.hasImplied {
-		if err := clearImplied(dir); err != nil {
+		if err := clearImplied(of); err != nil {
 			return err
 		}
 	}
-	if err := setAttributes(dir, header); err != nil {
+	if err := setAttributes(of, header); err != nil {
 		return err
 	}
 	return u.timesEncoder.Encode(dirTime{name, header.ModTime.Unix(), header.ModTime.Nanosecond()})
@@ -181,17 +180,17 @@ func (u *unpacker) setDirAttributes(dir *os.File, name string, header *tar.Heade
 
 // makeHardLink creates a hard link to a file of the same layer. Layers are unpacked alone: one that links to a file of a lower layer
 // is refused, as by containerd's overlayfs snapshotter.
-func (u *unpacker) makeHardLink(dir *os.File, base string, header *tar.Header) error {
+func (u *unpacker) makeHardLink(in dir, base string, header *tar.Header) error {
 	targetDir, target := path.Split(path.Clean("/" + header.Linkname))
 	if target == "" {
 		return fmt.Errorf("%w: the hard link points to the root", errdefs.ErrInvalidArgument)
 	}
 	named := shorten(header.Linkname)
-	from, err := pathrs.OpenatInRoot(u.root, targetDir)
-	var stat linux.Stat
+	from, err := u.tree.open(strings.Trim(targetDir, "/"), openPath)
+	was := isOther
 	if err == nil {
-		defer from.Close()
-		stat, err = linux.Fstatat(from, target)
+		defer from.close()
+		was, err = from.stat(target)
 	}
 	switch {
 	case isAbsent(err):
@@ -199,12 +198,12 @@ func (u *unpacker) makeHardLink(dir *os.File, base string, header *tar.Header) e
 			errdefs.ErrInvalidArgument, named)
 	case err != nil:
 		return fmt.Errorf("find the target %q of the hard link: %w", named, err)
-	case stat.IsWhiteout():
+	case was == isWhiteout:
 		return fmt.Errorf("%w: the layer removed the target %q of the hard link", errdefs.ErrInvalidArgument, named)
-	case stat.IsDir():
+	case was == isDirectory:
 		return fmt.Errorf("%w: the target %q of the hard link is a directory", errdefs.ErrInvalidArgument, named)
 	}
-	return linux.Linkat(from, target, dir, base)
+	return in.link(from, target, base)
 }
 
 // countEntry counts an entry of the tar, or a directory that is made without one.

@@ -65,7 +65,11 @@ func ReadImplied(path string) ([]string, error) {
 
 // IsImplied reports whether a directory of a tree is an implied one. dir may be an O_PATH handle.
 func IsImplied(dir *os.File) (bool, error) {
-	_, err := linux.GetXattr(dir, impliedXattr)
+	return isImplied(func(name string) ([]byte, error) { return linux.GetXattr(dir, name) })
+}
+
+func isImplied(getXattr func(name string) ([]byte, error)) (bool, error) {
+	_, err := getXattr(impliedXattr)
 	if errors.Is(err, syscall.ENODATA) || errors.Is(err, syscall.ENOTSUP) {
 		return false, nil
 	}
@@ -73,62 +77,58 @@ func IsImplied(dir *os.File) (bool, error) {
 }
 
 // setImplied marks a directory. On a file system without such attributes, directories keep what was made up.
-func setImplied(dir *os.File) error {
-	if err := linux.SetXattr(dir, impliedXattr, nil); !errors.Is(err, syscall.ENOTSUP) {
+func setImplied(of node) error {
+	if err := of.setXattr(impliedXattr, nil); !errors.Is(err, syscall.ENOTSUP) {
 		return err
 	}
 	return nil
 }
 
 // clearImplied removes the mark of a directory, if it has one.
-func clearImplied(dir *os.File) error {
-	err := linux.RemoveXattr(dir, impliedXattr)
+func clearImplied(of dir) error {
+	err := of.removeXattr(impliedXattr)
 	if errors.Is(err, syscall.ENODATA) || errors.Is(err, syscall.ENOTSUP) {
 		return nil
 	}
 	return err
 }
 
-// makeImplied makes the directory base in dir, and returns it open.
-func (u *unpacker) makeImplied(dir *os.File, base string) (*os.File, error) {
+// makeImplied makes the directory base, and returns it open.
+func (u *unpacker) makeImplied(in dir, base string) (dir, error) {
 	if err := u.countEntry(); err != nil {
 		return nil, err
 	}
-	err := linux.Mkdirat(dir, base, 0o755)
+	err := in.mkdir(base, 0o755)
 	if errors.Is(err, syscall.EEXIST) {
 		return nil, fmt.Errorf("%w: a link on the path leads nowhere", errdefs.ErrInvalidArgument)
 	}
 	if err != nil {
 		return nil, err
 	}
-	made, err := openDir(dir, base)
+	made, err := in.open(base)
 	if err != nil {
 		return nil, err
 	}
 	if err := u.addImplied(made); err != nil {
-		made.Close()
+		made.close()
 		return nil, err
 	}
 	return made, nil
 }
 
 // addImplied marks a directory, and lists its path, which has no links.
-func (u *unpacker) addImplied(made *os.File) error {
+func (u *unpacker) addImplied(made dir) error {
 	u.hasImplied = true
 	if err := setImplied(made); err != nil {
 		return err
 	}
-	path, err := linux.CurrentPath(made)
+	name, err := made.path()
 	if errors.Is(err, syscall.ENAMETOOLONG) {
 		// The path in the layer has almost PATH_MAX bytes. No image that is in earnest has one.
 		return nil
 	}
 	if err != nil {
 		return err
-	}
-	name, ok := strings.CutPrefix(path, u.rootPath+"/")
-	if !ok {
-		return fmt.Errorf("find the path of a directory: %s is not in %s", path, u.rootPath)
 	}
 	u.attributeBytes += int64(len(name))
 	if err := u.checkSize(); err != nil {
@@ -196,15 +196,15 @@ func (u *unpacker) writeImplied(ctx context.Context, out *bufio.Writer) (count i
 }
 
 func (u *unpacker) isStillImplied(name string) (bool, error) {
-	dir, err := linux.Open(u.root, name, linux.O_PATH|linux.O_DIRECTORY|linux.O_NOFOLLOW, linux.ResolveBeneath|linux.ResolveNoSymlinks)
+	dir, err := u.tree.open(name, openNoLinks)
 	if isAbsent(err) {
 		return false, nil
 	}
 	if err != nil {
 		return false, err
 	}
-	defer dir.Close()
-	return IsImplied(dir)
+	defer dir.close()
+	return isImplied(dir.getXattr)
 }
 
 // createIn creates a file of the unpacker in scratch.

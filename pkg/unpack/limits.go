@@ -76,7 +76,7 @@ func (u *unpacker) reserve(bytes int64) error {
 		return nil
 	}
 	u.uncheckedBytes = 0
-	return CheckFreeSpace(u.root, u.limits.MinFreePercent)
+	return CheckFreeSpace(u.disk, u.limits.MinFreePercent)
 }
 
 // ErrNoFreeSpace is wrapped by errors about a disk of which less is free than must be.

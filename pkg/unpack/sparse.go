@@ -4,20 +4,18 @@ import (
 	"bytes"
 	"fmt"
 	"io"
-	"os"
 )
 
 // blockSize is the granularity of holes in sparse files in bytes. It is also the estimated disk space of a small file.
 const blockSize = 4096
 
-// copyContent copies the content of a file with size bytes. It leaves holes in place of blocks of zeros.
-func (u *unpacker) copyContent(file *os.File, size int64, content io.Reader) error {
+// copyContent copies the content of a file with size bytes. It leaves out blocks of zeros.
+func (u *unpacker) copyContent(to io.WriterAt, size int64, content io.Reader) error {
 	u.contentBytes += size
 	if err := u.checkSize(); err != nil {
 		return err
 	}
-	var offset, end int64
-	for offset < size {
+	for offset := int64(0); offset < size; {
 		n, err := io.ReadFull(content, u.buffer[:min(size-offset, copySize)])
 		if err != nil {
 			return fmt.Errorf("read the tar: %w", err)
@@ -28,17 +26,13 @@ func (u *unpacker) copyContent(file *os.File, size int64, content io.Reader) err
 				if err := u.reserve(int64(length)); err != nil {
 					return err
 				}
-				if _, err := file.WriteAt(u.buffer[from:from+length], offset+int64(from)); err != nil {
+				if _, err := to.WriteAt(u.buffer[from:from+length], offset+int64(from)); err != nil {
 					return err
 				}
-				end = offset + int64(from+length)
 			}
 			from += length
 		}
 		offset += int64(n)
-	}
-	if end < size {
-		return file.Truncate(size)
 	}
 	return nil
 }

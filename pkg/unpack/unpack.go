@@ -13,8 +13,6 @@ import (
 	"syscall"
 
 	"github.com/containerd/errdefs"
-
-	"github.com/overlay-csi/overlay-csi/pkg/linux"
 )
 
 const (
@@ -46,9 +44,19 @@ type Result struct {
 //
 // Errors wrap errdefs.ErrInvalidArgument if the tar is invalid, and errdefs.ErrResourceExhausted if it exceeds limits.
 func Tar(ctx context.Context, from io.Reader, tree, scratch string, limits Limits) (Result, error) {
-	u, err := newUnpacker(tree, scratch, limits)
+	made, err := makeDiskTree(tree, scratch)
 	if err != nil {
 		return Result{}, fmt.Errorf("prepare the layer's directory: %w", err)
+	}
+	defer made.close()
+	return unpackInto(ctx, made, made.top, from, scratch, limits)
+}
+
+// unpackInto unpacks a tar into a tree, whose files take space of the disk of an open file.
+func unpackInto(ctx context.Context, tree tree, disk *os.File, from io.Reader, scratch string, limits Limits) (Result, error) {
+	u, err := newUnpacker(tree, disk, scratch, limits)
+	if err != nil {
+		return Result{}, fmt.Errorf("prepare to unpack the layer: %w", err)
 	}
 	defer u.close()
 	if err := u.unpack(ctx, from); err != nil {
@@ -61,18 +69,18 @@ func Tar(ctx context.Context, from io.Reader, tree, scratch string, limits Limit
 	if err != nil {
 		return Result{}, err
 	}
-	opaque, err := IsOpaque(u.root)
+	opaque, err := isOpaque(u.root.getXattr)
 	return Result{DiskBytes: u.diskBytes, Entries: u.entries, Opaque: opaque, Implied: implied}, err
 }
 
 // unpacker is the state of one call of Tar.
 type unpacker struct {
 	limits Limits
-	// root is the open tree.
-	root *os.File
-	// rootPath is the path of the tree, without links.
-	rootPath string
-	scratch  string
+	tree   tree
+	root   dir
+	// disk is a file on the disk of the tree.
+	disk    *os.File
+	scratch string
 
 	entries      int64
 	contentBytes int64
@@ -85,7 +93,7 @@ type unpacker struct {
 	uncheckedBytes int64
 
 	// parents caches the open directories of entries by path.
-	parents map[string]*os.File
+	parents map[string]dir
 	// stale is true after an entry replaced a directory or a link. Paths in parents may have led through it.
 	stale bool
 	// times is a file with the times of the directories, in tar order. It is not in memory because a layer may have
@@ -97,28 +105,18 @@ type unpacker struct {
 	made       *os.File
 	madeOut    *bufio.Writer
 	hasImplied bool
-	// replaced counts the directories that were moved to scratch.
-	replaced int
-	buffer   []byte
+	buffer     []byte
 }
 
-func newUnpacker(tree, scratch string, limits Limits) (*unpacker, error) {
-	if err := os.Mkdir(tree, 0o755); err != nil {
-		return nil, err
-	}
-	root, err := os.Open(tree)
-	if err != nil {
-		return nil, err
-	}
+func newUnpacker(tree tree, disk *os.File, scratch string, limits Limits) (*unpacker, error) {
 	times, timesOut, failedTimes := createIn(scratch, "times")
 	made, madeOut, failedMade := createIn(scratch, madeName)
-	rootPath, err := linux.CurrentPath(root)
 	u := &unpacker{
-		limits: limits, root: root, rootPath: rootPath, scratch: scratch,
+		limits: limits, tree: tree, root: tree.root(), disk: disk, scratch: scratch,
 		times: times, timesOut: timesOut, timesEncoder: gob.NewEncoder(timesOut), made: made, madeOut: madeOut,
-		parents: map[string]*os.File{}, buffer: make([]byte, copySize), uncheckedBytes: checkInterval,
+		parents: map[string]dir{}, buffer: make([]byte, copySize), uncheckedBytes: checkInterval,
 	}
-	if err := errors.Join(err, failedTimes, failedMade, setImplied(root)); err != nil {
+	if err := errors.Join(failedTimes, failedMade, setImplied(u.root)); err != nil {
 		u.close()
 		return nil, err
 	}
@@ -129,7 +127,6 @@ func (u *unpacker) close() {
 	u.closeParents()
 	u.times.Close()
 	u.made.Close()
-	u.root.Close()
 }
 
 func (u *unpacker) unpack(ctx context.Context, from io.Reader) error {

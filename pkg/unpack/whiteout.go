@@ -30,9 +30,9 @@ const (
 
 // makeWhiteout converts a whiteout of an image to one of overlayfs, which is a character device 0/0. A whiteout hides
 // entries of lower layers only, never entries of its own layer.
-func makeWhiteout(dir *os.File, base string) error {
+func makeWhiteout(in dir, base string) error {
 	if base == opaqueName {
-		return setOpaque(dir)
+		return setOpaque(in)
 	}
 	if len(base) >= len(whiteoutMeta) && base[:len(whiteoutMeta)] == whiteoutMeta {
 		return nil
@@ -41,22 +41,22 @@ func makeWhiteout(dir *os.File, base string) error {
 	if name == "" || name == "." || name == ".." {
 		return fmt.Errorf("%w: the whiteout hides %q, which is not a file name", errdefs.ErrInvalidArgument, name)
 	}
-	err := linux.Mknodat(dir, name, syscall.S_IFCHR, 0)
+	err := in.mknod(name, syscall.S_IFCHR, 0)
 	if err == nil {
-		return linux.SetXattr(dir, originXattr, nil)
+		return in.setXattr(originXattr, nil)
 	}
 	if !errors.Is(err, syscall.EEXIST) {
 		return err
 	}
 	// A file of this layer hides the entry of lower layers anyway. A directory must be opaque to do so.
-	made, err := openDir(dir, name)
+	made, err := in.open(name)
 	if errors.Is(err, syscall.ENOTDIR) || errors.Is(err, syscall.ELOOP) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	defer made.Close()
+	defer made.close()
 	// It is another directory than the one in lower layers, whether it has an entry or not.
 	if err := clearImplied(made); err != nil {
 		return err
@@ -64,14 +64,16 @@ func makeWhiteout(dir *os.File, base string) error {
 	return setOpaque(made)
 }
 
-// setOpaque marks a directory as opaque: it hides its content in lower layers. dir may be an O_PATH handle.
-func setOpaque(dir *os.File) error {
-	return linux.SetXattr(dir, opaqueXattr, []byte("y"))
-}
+// setOpaque marks a directory as opaque: it hides its content in lower layers.
+func setOpaque(of node) error { return of.setXattr(opaqueXattr, []byte("y")) }
 
 // IsOpaque reports whether a directory hides its content in lower layers. dir may be an O_PATH handle.
 func IsOpaque(dir *os.File) (bool, error) {
-	value, err := linux.GetXattr(dir, opaqueXattr)
+	return isOpaque(func(name string) ([]byte, error) { return linux.GetXattr(dir, name) })
+}
+
+func isOpaque(getXattr func(name string) ([]byte, error)) (bool, error) {
+	value, err := getXattr(opaqueXattr)
 	if errors.Is(err, syscall.ENODATA) {
 		return false, nil
 	}
