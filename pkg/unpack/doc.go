@@ -1,4 +1,5 @@
-// Package unpack unpacks the tar of one image layer into a directory tree that can be a lower directory of overlayfs.
+// Package unpack unpacks the tar of one image layer into a directory tree that can be a lower directory of overlayfs, or into an EROFS
+// image that is such a tree.
 //
 // Files have the owner, mode, times and extended attributes of their entries. Runs of zeros become holes. Whiteouts of the
 // OCI image specification become whiteouts of overlayfs: a character device 0/0, or the attribute trusted.overlay.opaque on

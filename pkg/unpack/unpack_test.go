@@ -140,7 +140,9 @@ func unpackTar(t *testing.T, data []byte, tree string, limits unpack.Limits) (un
 	scratch := filepath.Join(filepath.Dir(tree), filepath.Base(tree)+"-scratch")
 	must(t, os.Mkdir(scratch, 0o700))
 	defer func() { must(t, os.RemoveAll(scratch)) }()
-	return unpack.Tar(t.Context(), bytes.NewReader(data), tree, scratch, limits)
+	result, err := unpack.Tar(t.Context(), bytes.NewReader(data), tree, scratch, limits)
+	compareImage(t, data, tree, limits, result, err)
+	return result, err
 }
 
 func mustUnpack(t *testing.T, data []byte, tree string) unpack.Result {
