@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 )
 
@@ -23,6 +24,12 @@ func (p Pod) String() string {
 	}
 	return p.Namespace + "/" + p.Name
 }
+
+// inlineHandle is the form of handles that kubelet makes up for inline volumes, one for each volume of a pod.
+var inlineHandle = regexp.MustCompile(`^csi-[0-9a-f]{64}$`)
+
+// IsInlineHandle reports whether a volume handle has the form of kubelet's for inline volumes.
+func IsInlineHandle(id string) bool { return inlineHandle.MatchString(id) }
 
 // Dir is kubelet's directory on this node (its --root-dir, /var/lib/kubelet).
 type Dir string

@@ -111,8 +111,9 @@ func (s *Store) FrozenInUse() (map[string][]string, error) {
 			for _, frozen := range r.AllFrozen() {
 				listed[frozen.ID] = append(listed[frozen.ID], id)
 			}
-		case errdefs.IsNotFound(err) && !ContainsUppers(s.Dir(id)), errors.Is(err, ErrEmpty):
-			// No volume, or an ephemeral one.
+		case errdefs.IsNotFound(err) && (!ContainsUppers(s.Dir(id)) || s.IsEphemeral(id)), errors.Is(err, ErrEmpty):
+			// No volume, or an ephemeral one: after a power cut, btrfs may have its upper and not its record. What a persistent one lists
+			// was saved after its mark.
 		default:
 			return nil, fmt.Errorf("%w: the record of volume %s may list frozen uppers, and cannot be read; restore it, or delete %s: %w",
 				errdefs.ErrFailedPrecondition, id, s.Dir(id), err)

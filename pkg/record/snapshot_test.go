@@ -91,6 +91,8 @@ func TestFrozenInUse(t *testing.T) {
 		volumes.Save(&Record{ID: "b", Spec: claim, Frozen: []Frozen{{ID: "2"}}}),
 		snapshots.Save(&Snapshot{ID: "a", Frozen: []Frozen{{ID: "3"}, {ID: "2"}}}),
 		os.Mkdir(volumes.Dir("no-record"), 0o700),
+		// What a power cut may leave of an ephemeral volume.
+		os.MkdirAll(filepath.Join(volumes.Dir("upper-alone"), "upper"), 0o700),
 		os.Mkdir(snapshots.Dir("no-record"), 0o700),
 	} {
 		if err != nil {
@@ -107,6 +109,17 @@ func TestFrozenInUse(t *testing.T) {
 	}
 	if _, err := volumes.FrozenInUse(); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("with a record that cannot be read: %v", err)
+	}
+	for _, err := range []error{
+		os.Remove(filepath.Join(volumes.Dir("b"), dataroot.Record)),
+		os.Mkdir(filepath.Join(volumes.Dir("b"), "upper"), 0o700),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := volumes.FrozenInUse(); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("with a persistent upper without a record: %v", err)
 	}
 }
 

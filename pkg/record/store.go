@@ -73,10 +73,16 @@ func lacksContent(data []byte) bool {
 
 // emptyError is the error for a record without content. It is ErrEmpty only if the volume is known not to be persistent.
 func (s *Store) emptyError(id string) error {
-	if _, err := os.Lstat(filepath.Join(s.Dir(id), dataroot.PersistentMark)); errors.Is(err, fs.ErrNotExist) {
+	if s.IsEphemeral(id) {
 		return ErrEmpty
 	}
 	return fmt.Errorf("%w: it is empty, or ends with zeroes", ErrDamaged)
+}
+
+// IsEphemeral reports whether a volume is known not to be persistent, also where its record is lost.
+func (s *Store) IsEphemeral(id string) bool {
+	_, err := os.Lstat(filepath.Join(s.Dir(id), dataroot.PersistentMark))
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 // Save writes a record in place of the one before, and makes the directory of the volume if it is missing. If the upper is

@@ -13,6 +13,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
+	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
@@ -113,10 +114,12 @@ func (m *Manager) reconcileVolume(ctx context.Context, id string) error {
 }
 
 // discardWithoutRecord discards a directory that a crash left before the volume had a record. An upper is made only after the
-// record is saved: if there is one, somebody lost the record, and a person has to decide.
+// record is saved: if there is one, somebody lost the record, and a person has to decide. Uppers of pods are ephemeral, whose records are
+// not synced: after a power cut, btrfs may have the upper alone. It stays while a view is mounted on it.
 func (m *Manager) discardWithoutRecord(ctx context.Context, id string) error {
 	dir := m.records.Dir(id)
-	if record.ContainsUppers(dir) {
+	isOfPods := m.records.IsEphemeral(id) && (kubelet.IsInlineHandle(id) || !upper.ContainsUpper(dir))
+	if record.ContainsUppers(dir) && !isOfPods {
 		klog.FromContext(ctx).Info("Upper without a record; move it away or restore "+dataroot.Record, keyDir, dir)
 		return nil
 	}

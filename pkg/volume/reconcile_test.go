@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -142,30 +143,45 @@ func TestReconcileOfManySlowVolumes(t *testing.T) {
 	})
 }
 
-// TestReconcileWithoutRecord leaves alone what somebody may still want.
+// TestReconcileWithoutRecord leaves alone what somebody may still want. What it discards may be all that a power cut has left of an
+// ephemeral volume.
 func TestReconcileWithoutRecord(t *testing.T) {
+	inlineID := "csi-" + strings.Repeat("0a", 32)
+	makeUppers := func(id string, names ...string) func(n *fakeNode) {
+		return func(n *fakeNode) {
+			for _, name := range names {
+				check(n.t, os.MkdirAll(filepath.Join(n.records.Dir(id), name), 0o700))
+			}
+		}
+	}
 	for name, row := range map[string]struct {
+		id      string
 		prepare func(n *fakeNode)
 		left    bool
 	}{
-		"empty directory": {func(n *fakeNode) { check(n.t, os.MkdirAll(n.records.Dir("v"), 0o700)) }, false},
-		"upper":           {func(n *fakeNode) { check(n.t, os.MkdirAll(filepath.Join(n.records.Dir("v"), "upper"), 0o700)) }, true},
-		"uppers of pods":  {func(n *fakeNode) { check(n.t, os.MkdirAll(filepath.Join(n.records.Dir("v"), "pods"), 0o700)) }, true},
-		"empty record of a persistent volume": {func(n *fakeNode) {
+		"empty directory":                   {"v", makeUppers("v", ""), false},
+		"upper":                             {"v", makeUppers("v", "upper"), true},
+		"uppers of pods":                    {"v", makeUppers("v", "pods/p1/upper"), false},
+		"uppers of pods that are mounted":   {"v", func(n *fakeNode) { makeUppers("v", "pods/p1/upper")(n); n.busyUpper = true }, true},
+		"uppers of pods and another":        {"v", makeUppers("v", "pods/p1/upper", "upper"), true},
+		"marked uppers of pods":             {"v", makeUppers("v", "pods/p1/upper", "persistent"), true},
+		"upper of an inline volume":         {inlineID, makeUppers(inlineID, "upper"), false},
+		"mounted upper of an inline volume": {inlineID, func(n *fakeNode) { makeUppers(inlineID, "upper")(n); n.busyUpper = true }, true},
+		"empty record of a persistent volume": {"v", func(n *fakeNode) {
 			n.create()
 			n.writeRecord("")
 		}, true},
-		"empty record of an ephemeral volume": {func(n *fakeNode) {
+		"empty record of an ephemeral volume": {"v", func(n *fakeNode) {
 			n.publish(n.request("p1", inline))
 			n.writeRecord("")
 		}, false},
-		"damaged record": {func(n *fakeNode) { n.writeRecord("{") }, true},
+		"damaged record": {"v", func(n *fakeNode) { n.writeRecord("{") }, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newFakeNode(t)
 			row.prepare(n)
 			n.manager.reconcile(t.Context())
-			if left := exists(n.records.Dir("v")); left != row.left {
+			if left := exists(n.records.Dir(row.id)); left != row.left {
 				t.Errorf("the directory is left: %t, want %t", left, row.left)
 			}
 		})
