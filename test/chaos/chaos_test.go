@@ -27,6 +27,8 @@ func schedule() (uint64, time.Duration) {
 // tally counts what walks have done.
 type tally struct {
 	seeds, rpcs, kills, powerCuts, faults int
+	// snapshots and clones are those that were made, refused those that had to be refused, and merges how often frozen uppers were merged.
+	snapshots, clones, refused, merges, commits int
 	// peak is the most memory in bytes that a driver had resident.
 	peak int64
 }
@@ -55,6 +57,8 @@ func TestChaos(t *testing.T) {
 	}
 	t.Logf("%d seeds, %d RPCs, %d kills, %d power cuts, %d faults, at most %d MiB resident",
 		total.seeds, total.rpcs, total.kills, total.powerCuts, total.faults, total.peak>>20)
+	t.Logf("%d snapshots, %d clones, %d of both refused, %d merges, %d commits to caches",
+		total.snapshots, total.clones, total.refused, total.merges, total.commits)
 }
 
 func must(t *testing.T, err error) {

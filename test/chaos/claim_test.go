@@ -28,31 +28,45 @@ func (w *world) createVolume() {
 		map[string]string{"upper": "pod"},
 		map[string]string{"sizeEnforcement": "none"},
 		map[string]string{"sizeEnforcement": "image"},
+		map[string]string{"ownership": "chown"},
 		map[string]string{"sizeEnforcement": "none", "upper": "pod"},
 		map[string]string{"upper": "pod", "medium": "memory"},
 	)
 	attributes = maps.Clone(attributes)
 	attributes["layers"] = from.layers
 	w.tell("create %s: %v", name, attributes)
+	c := &claim{origin: origin{parameters: attributes, layers: from.files, secrets: from.secrets, size: 16 << 20}}
+	if attributes["upper"] != "pod" {
+		c.upper = newUpper(c.layers)
+	}
+	if w.create(name, c, nil, func(error) bool { return false }) {
+		w.claims = append(w.claims, c)
+	}
+}
+
+// create has the driver make a volume, which begins with a source unless that is nil. It reports whether there is one: the driver may
+// have refused it, or a fault may have stood in the way.
+func (w *world) create(name string, c *claim, source *csi.VolumeContentSource, mayRefuse func(error) bool) bool {
+	w.t.Helper()
 	mode := csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER
-	if attributes["upper"] == "pod" {
+	if c.upper == nil {
 		mode = csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER
 	}
-	c := &claim{layers: from.files, size: 16 << 20}
 	var created atomic.Pointer[csi.Volume]
-	err := w.call("CreateVolume", func(ctx context.Context) error {
+	refused, err := w.mayRefuse("CreateVolume", mayRefuse, func(ctx context.Context) error {
 		response, err := w.node.Controller().CreateVolume(ctx, &csi.CreateVolumeRequest{
-			Name:               name,
-			Parameters:         attributes,
-			VolumeCapabilities: []*csi.VolumeCapability{drivertest.Capability(mode)},
-			CapacityRange:      &csi.CapacityRange{RequiredBytes: c.size},
+			Name:                name,
+			Parameters:          c.parameters,
+			VolumeCapabilities:  []*csi.VolumeCapability{drivertest.Capability(mode)},
+			CapacityRange:       &csi.CapacityRange{RequiredBytes: c.size},
+			VolumeContentSource: source,
 		})
 		if err == nil {
 			created.Store(response.GetVolume())
 		}
 		return err
 	})
-	if err != nil {
+	if err != nil || refused != nil {
 		// The provisioner deletes what it gave up on.
 		remove := func(ctx context.Context) error {
 			_, err := w.node.Controller().DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: name})
@@ -62,16 +76,13 @@ func (w *world) createVolume() {
 			w.mend()
 			w.mustCall("DeleteVolume", remove)
 		}
-		return
+		return false
 	}
 	v := created.Load()
 	c.Volume = drivertest.Volume{
-		Name: name, ID: v.GetVolumeId(), Claim: true, Mode: mode, Attributes: v.GetVolumeContext(), Secrets: from.secrets,
+		Name: name, ID: v.GetVolumeId(), Claim: true, Mode: mode, Attributes: v.GetVolumeContext(), Secrets: c.secrets,
 	}
-	if attributes["upper"] != "pod" {
-		c.upper = newUpper(c.layers)
-	}
-	w.claims = append(w.claims, c)
+	return true
 }
 
 // unused returns a claim that no pod has, or nil.
@@ -153,7 +164,7 @@ func (w *world) overfill() {
 // loseUpper removes the upper of a claim. Its next publish must miss it, and must not begin with an empty one.
 func (w *world) loseUpper() {
 	c := w.unused()
-	if c == nil || c.upper == nil || w.fault != noFault || maps.Equal(c.upper.files, c.layers) {
+	if c == nil || !c.made || w.fault != noFault {
 		return
 	}
 	w.tell("lose the upper of %s", c.Name)

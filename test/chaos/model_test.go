@@ -33,16 +33,31 @@ type upper struct {
 }
 
 func newUpper(layers tree) *upper {
-	return &upper{files: maps.Clone(layers), uncertain: map[string]bool{}}
+	return &upper{files: merge(layers), uncertain: map[string]bool{}}
+}
+
+// clone returns an upper that begins as this one is.
+func (u *upper) clone() *upper {
+	return &upper{files: maps.Clone(u.files), uncertain: maps.Clone(u.uncertain)}
 }
 
 // claim is a provisioned volume.
 type claim struct {
 	drivertest.Volume
-	layers tree
-	size   int64
+	origin
 	// upper is nil where each pod has its own.
 	upper *upper
+	// made is set once there is something that the driver must miss where it is lost: no snapshot has taken it over.
+	made bool
+}
+
+// origin is what a clone has of the claim that it comes from.
+type origin struct {
+	// parameters are those of its StorageClass.
+	parameters map[string]string
+	layers     tree
+	secrets    map[string]string
+	size       int64
 }
 
 // view is a volume of a pod.
@@ -54,6 +69,11 @@ type view struct {
 	upper  *upper
 	// published is false where the last publish failed: the target may be mounted, or not.
 	published bool
+	// cache is the name of the cache that is its only layer, and commit that of the cache that its upper becomes, both "" for none.
+	cache, commit string
+	// bases are what the cache may have had when the view was first published, and boot is that of the node at that time.
+	bases []*upper
+	boot  int
 }
 
 // limit returns the size in bytes that is enforced, or 0.

@@ -3,6 +3,7 @@ package chaos
 import (
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -38,6 +39,7 @@ func (w *world) reboot() {
 	}
 	w.tell("reboot")
 	w.noteMemory()
+	w.cachesMayBeOlder()
 	must(w.t, w.node.Reboot())
 	must(w.t, w.node.Start(w.t.Context()))
 	w.forgetViews()
@@ -47,30 +49,54 @@ func (w *world) reboot() {
 func (w *world) cutPower() {
 	w.t.Helper()
 	w.noteMemory()
-	must(w.t, drivertest.ShutDown(w.node.DataRoot))
-	must(w.t, w.node.Kill())
-	must(w.t, drivertest.UnmountBeneath(w.node.KubeletDir))
-	w.remountDisk()
+	if w.isOnBtrfs() {
+		w.cutPowerOfBtrfs()
+	} else {
+		must(w.t, drivertest.ShutDown(w.node.DataRoot))
+		must(w.t, w.node.Kill())
+		must(w.t, drivertest.UnmountBeneath(w.node.KubeletDir))
+		w.remountDisk()
+	}
+	w.cachesMayBeOlder()
 	must(w.t, w.node.Reboot())
 	must(w.t, w.node.Start(w.t.Context()))
 	w.total.powerCuts++
 	w.forgetViews()
 }
 
-// canCutPower reports whether the file system of the data root can lose what was not synced.
-func (w *world) canCutPower() bool { return w.fault == noFault && !w.isOnBtrfs() }
+// cutPowerOfBtrfs mounts the disk as it is when the driver has been killed. What the file system has not written to it by then is lost.
+// Nothing writes to it meanwhile, and a transaction that the file system ends while the disk is copied leaves the trees of the last one.
+func (w *world) cutPowerOfBtrfs() {
+	w.t.Helper()
+	must(w.t, w.node.Kill())
+	cut := w.image() + ".cut"
+	output, err := exec.Command("cp", "--sparse=always", w.image(), cut).CombinedOutput()
+	if err != nil {
+		w.fatalf("copy the disk: %v: %s", err, output)
+	}
+	must(w.t, drivertest.UnmountBeneath(w.node.KubeletDir))
+	w.unmountDisk()
+	must(w.t, os.Rename(cut, w.image()))
+	must(w.t, drivertest.MountImage(w.fileSystem, w.image(), w.node.DataRoot))
+}
 
 // forgetViews notes that a node that has just started has no views. Uppers of pods begin anew.
 func (w *world) forgetViews() {
 	for _, p := range w.pods {
 		for _, v := range p.views {
 			v.published = false
+			if v.cache != "" {
+				// It begins with what the cache has then.
+				v.upper, v.bases = nil, nil
+				continue
+			}
 			if (v.claim == nil || v.claim.upper == nil) && v.Attributes["upper"] != inScratch {
 				v.upper = newUpper(v.layers)
 			}
 		}
 	}
 	w.hasStarted = true
+	w.boots++
 }
 
 // publishAgain publishes what the pods of the node have, as kubelet does when the node has started.
@@ -91,6 +117,7 @@ func (w *world) collectGarbage() {
 		return
 	}
 	w.tell("collect garbage")
+	w.cachesMayGo()
 	// A driver that was started on a read-only disk makes its admin socket later.
 	w.eventually("garbage is collected", func() error {
 		_, err := w.node.Admin().GC(w.t.Context(), false, true)

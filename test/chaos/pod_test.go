@@ -63,6 +63,10 @@ func (w *world) startPod() {
 			}
 			continue
 		}
+		if w.oneIn(4) {
+			p.views = append(p.views, w.cacheView())
+			continue
+		}
 		from := pick(w, w.sources...)
 		attributes := maps.Clone(pick(w,
 			map[string]string{},
@@ -71,6 +75,7 @@ func (w *world) startPod() {
 			map[string]string{"medium": "memory", "sizeLimit": "8Mi"},
 			map[string]string{"sizeEnforcement": "image", "sizeLimit": "16Mi"},
 			map[string]string{"sizeLimit": "16Mi"},
+			map[string]string{"sizeLimit": "16Mi", "ownership": "chown"},
 		))
 		attributes["layers"] = from.layers
 		files := from.files
@@ -106,9 +111,17 @@ func (w *world) publish(p *pod, v *view) {
 		}
 		return
 	}
+	w.noteBases(v)
 	err := w.call("NodePublishVolume", func(ctx context.Context) error { _, err := p.Publish(ctx, v.Volume); return err })
 	v.published = err == nil
+	if v.bases == nil {
+		w.noteBases(v) // The power was cut.
+	}
 	if v.published {
+		v.boot = w.boots
+		if v.claim != nil && v.claim.upper != nil {
+			v.claim.made = true
+		}
 		w.checkView(p, v)
 	}
 }
@@ -131,8 +144,14 @@ func (w *world) giveGroup(p *pod) {
 func (w *world) checkView(p *pod, v *view) {
 	w.t.Helper()
 	var root unix.Stat_t
-	if err := unix.Stat(p.Target(v.Name), &root); err == nil && v.Group != "" && fmt.Sprint(root.Gid) != v.Group {
+	// Where there is nothing to be read, it belongs to nobody.
+	isEmpty := v.cache != "" && v.isReadOnly()
+	if err := unix.Stat(p.Target(v.Name), &root); err == nil && v.Group != "" && fmt.Sprint(root.Gid) != v.Group && !isEmpty {
 		w.fatalf("%s of %s is of group %d instead of %s", v.Name, p.Name, root.Gid, v.Group)
+	}
+	if v.upper == nil {
+		w.findBase(p, v)
+		return
 	}
 	if err := v.upper.check(p.Target(v.Name)); err != nil && w.fault != failedDisk {
 		w.fatalf("%s of %s: %v", v.Name, p.Name, err)
@@ -159,10 +178,13 @@ func (w *world) published() (*pod, *view) {
 
 // change changes a file in a view.
 func (w *world) change() {
-	p, v := w.published()
-	if v == nil {
-		return
+	if p, v := w.published(); v != nil {
+		w.changeView(p, v)
 	}
+}
+
+func (w *world) changeView(p *pod, v *view) {
+	w.t.Helper()
 	dir := p.Target(v.Name)
 	name := pick(w, "base", "dir/base", "dir/lower", "new", "dir/new", "made/new") + pick(w, "", "", "-2", "-3")
 	content := strings.Repeat(w.name("content")+" ", w.random.IntN(4000))
@@ -219,6 +241,7 @@ func (w *world) endPod(p *pod) {
 	w.t.Helper()
 	w.tell("end %s", p.Name)
 	left := slices.Clone(p.views)
+	ended := w.endJobs(p)
 	w.eventually(p.Name+" ends", func() error {
 		var failed error
 		left = slices.DeleteFunc(left, func(v *view) bool {
@@ -228,6 +251,7 @@ func (w *world) endPod(p *pod) {
 		})
 		return failed
 	})
+	ended()
 	must(w.t, os.RemoveAll(filepath.Join(p.Dir(), "volumes/kubernetes.io~empty-dir")))
 	if err := p.Remove(); err != nil {
 		w.fatalf("%v", err)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -55,6 +56,27 @@ func (w *world) mustCall(what string, do func(ctx context.Context) error) {
 	w.eventually(what, func() error { return w.call(what, do) })
 }
 
+// mayRefuse is call for what the driver may also refuse for good, where may says so of the error. It returns that error.
+func (w *world) mayRefuse(what string, may func(error) bool, do func(ctx context.Context) error) (refused, err error) {
+	w.t.Helper()
+	var last atomic.Pointer[error]
+	err = w.call(what, func(ctx context.Context) error {
+		err := do(ctx)
+		last.Store(nil)
+		if err != nil && may(err) {
+			last.Store(&err)
+			return nil
+		}
+		return err
+	})
+	if refusal := last.Load(); refusal != nil && err == nil {
+		w.tell("  refused: %.300v", *refusal)
+		w.total.refused++
+		return *refusal, nil
+	}
+	return nil, err
+}
+
 // judge fails the test where an RPC is answered as nothing here explains.
 func (w *world) judge(what string, err error) {
 	w.t.Helper()
@@ -102,7 +124,7 @@ func (w *world) interfered(what string, do func(ctx context.Context) error) erro
 		err := <-result
 		must(w.t, w.node.Start(w.t.Context()))
 		return err
-	case choice == 2 && w.canCutPower() && !slices.Contains([]string{expandVolume, getVolumeStats}, what):
+	case choice == 2 && w.fault == noFault && !slices.Contains([]string{expandVolume, getVolumeStats}, what):
 		w.tell("  the power is cut during %s", what)
 		result := w.start(do)
 		time.Sleep(moment)

@@ -30,7 +30,7 @@ func (w *world) step() {
 		w.mend()
 		return
 	}
-	switch choice := w.random.IntN(100); {
+	switch choice := w.random.IntN(128); {
 	case choice < 10:
 		w.createVolume()
 	case choice < 30:
@@ -65,6 +65,20 @@ func (w *world) step() {
 		w.loseUpper()
 	case choice < 97:
 		w.meddle()
+	case choice < 107:
+		w.snapshotSomething()
+	case choice < 115:
+		w.restore()
+	case choice < 118:
+		w.deleteSnapshot()
+	case choice < 119:
+		w.chain()
+	case choice < 121:
+		w.list()
+	case choice < 123:
+		w.publishBesideUnpublish()
+	case choice < 124:
+		w.badSnapshot()
 	default:
 		if w.fault == noFault {
 			w.breakSomething()
@@ -78,6 +92,14 @@ func (w *world) end() {
 	for len(w.pods) > 0 {
 		w.endPod(w.pods[0])
 	}
+	for len(w.snapshots) > 0 {
+		s := w.snapshots[0]
+		if c := w.cloneOf(s.origin, s.files, s.source()); c != nil {
+			w.claims = append(w.claims, c)
+		}
+		w.removeSnapshot(s)
+	}
+	w.endCaches()
 	for len(w.claims) > 0 {
 		c := w.claims[0]
 		if c.upper != nil {
@@ -98,6 +120,7 @@ func (w *world) end() {
 	w.tell("look for leftovers")
 	w.eventually("nothing is left", w.leftovers)
 	must(w.t, w.node.Stop())
+	w.total.merges += strings.Count(w.node.Log(), "Frozen uppers merged")
 	if log := w.node.Log(); strings.Contains(log, "panicked") || strings.Contains(log, "DATA RACE") {
 		w.fatalf("the log tells of a panic or of a race")
 	}
@@ -113,13 +136,19 @@ func (w *world) leftovers() error {
 	if _, err := w.node.Admin().GC(w.t.Context(), false, true); err != nil {
 		return err
 	}
-	for _, dir := range []string{"layers/*", "images", "trash"} {
+	for _, dir := range []string{"layers/*", "images", "trash", "snapshots", "frozen"} {
 		found, err := filepath.Glob(filepath.Join(w.node.DataRoot, dir, "*"))
 		if err != nil {
 			return err
 		}
 		left = append(left, found...)
 	}
+	// The directory of a namespace may stay after a crash.
+	caches, err := filepath.Glob(filepath.Join(w.node.DataRoot, "caches/*/*"))
+	if err != nil {
+		return err
+	}
+	left = append(left, caches...)
 	loops, err := drivertest.LoopDevices(w.node.DataRoot)
 	if err != nil {
 		return err

@@ -1,13 +1,17 @@
 package chaos
 
 import (
+	"archive/tar"
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -38,9 +42,15 @@ type world struct {
 	// fault is what is wrong with the node at the moment.
 	fault fault
 	// sources are the layers that volumes can have, and what they show.
-	sources []source
-	claims  []*claim
-	pods    []*pod
+	sources   []source
+	claims    []*claim
+	snapshots []*snapshot
+	caches    map[string]*cache
+	pods      []*pod
+	// phases has how pods ended.
+	phases *drivertest.PodPhases
+	// boots counts the boots of the node.
+	boots int
 	// hasStarted is set where pods wait for their views, because the node was started again.
 	hasStarted bool
 	// next numbers the names that the walk gives.
@@ -64,7 +74,12 @@ func newWorld(t *testing.T, binary string, seed uint64, total *tally) *world {
 	must(t, err)
 	node, err := drivertest.NewNode(dir, binary, "--reconcile-interval=200ms", "--pod-volume-wait=1s", "--layer-gc-min-age=0")
 	must(t, err)
-	w := &world{t: t, random: rand.New(rand.NewPCG(seed, 0)), node: node, total: total}
+	w := &world{t: t, random: rand.New(rand.NewPCG(seed, 0)), node: node, total: total, caches: map[string]*cache{}}
+	w.phases = drivertest.NewPodPhases()
+	t.Cleanup(w.phases.Close)
+	kubeconfig, err := w.phases.Kubeconfig(dir)
+	must(t, err)
+	node.AddArgs("--kubeconfig=" + kubeconfig)
 	w.fileSystem = pick(w, fewInodes, "xfs", "btrfs", "ext4 with project quota", "xfs with project quota", "btrfs with quota")
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -125,13 +140,29 @@ func (w *world) makeSources() {
 		_, err := w.node.Layer(name, files)
 		must(w.t, err)
 	}
+	w.makeArchive("both.tar", both)
 	w.sources = []source{
 		{drivertest.Layers("upper", "lower"), both, nil},
 		{drivertest.Layers("lower"), lower, nil},
 		{"oci://" + w.push("one:1", lower), lower, nil},
+		{"archive://" + drivertest.LayerRoot + "/both.tar", both, nil},
 		{"oci://" + w.push("two:1", lower, upper), both, nil},
 		{"oci://" + w.push(private+"image:1", lower, secret), merge(lower, secret), w.login("secret")},
 	}
+}
+
+// makeArchive makes a tar of files in the layer root.
+func (w *world) makeArchive(name string, files tree) {
+	w.t.Helper()
+	var content bytes.Buffer
+	archive := tar.NewWriter(&content)
+	for _, file := range slices.Sorted(maps.Keys(files)) {
+		must(w.t, archive.WriteHeader(&tar.Header{Name: file, Mode: 0o644, Size: int64(len(files[file]))}))
+		_, err := archive.Write([]byte(files[file]))
+		must(w.t, err)
+	}
+	must(w.t, archive.Close())
+	must(w.t, os.WriteFile(filepath.Join(w.node.LayerDir, name), content.Bytes(), 0o644))
 }
 
 func (w *world) push(name string, layers ...tree) string {
@@ -245,6 +276,7 @@ func (w *world) breakSomething() {
 	}
 	w.fault = kind
 	w.total.faults++
+	w.cachesMayGo()
 }
 
 func (w *world) filler() string { return filepath.Join(w.node.DataRoot, "filler") }
@@ -313,6 +345,12 @@ func (w *world) emptyDisk() {
 // use: as long as a view has a part of it, mounting it would bring back the file system that has failed.
 func (w *world) remountDisk() {
 	w.t.Helper()
+	w.unmountDisk()
+	must(w.t, drivertest.MountImage(w.fileSystem, w.image(), w.node.DataRoot))
+}
+
+func (w *world) unmountDisk() {
+	w.t.Helper()
 	w.eventually("the data root can be unmounted", func() error { return unix.Unmount(w.node.DataRoot, 0) })
 	w.eventually("the file system of the data root has ended", func() error {
 		loop, err := linux.FindLoop(w.image(), "")
@@ -325,7 +363,6 @@ func (w *world) remountDisk() {
 		}
 		return err
 	})
-	must(w.t, drivertest.MountImage(w.fileSystem, w.image(), w.node.DataRoot))
 }
 
 // eventually waits for what happens in the background.

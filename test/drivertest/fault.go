@@ -70,19 +70,22 @@ func (n *Node) Reboot() error {
 	if err := errors.Join(n.Kill(), UnmountBeneath(n.KubeletDir)); err != nil {
 		return err
 	}
-	records, err := filepath.Glob(filepath.Join(n.DataRoot, "volumes", "*", "volume.json"))
-	if err != nil {
-		return err
-	}
-	for _, path := range records {
-		if err := setBootID(path, "an earlier boot"); err != nil {
+	for _, pattern := range []string{"volumes/*/volume.json", "caches/*/*/cache.json"} {
+		records, err := filepath.Glob(filepath.Join(n.DataRoot, pattern))
+		if err != nil {
 			return err
+		}
+		for _, path := range records {
+			if err := setBootID(path, "an earlier boot"); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
 }
 
-// setBootID has the publications in a record be of another boot. A record that is damaged stays as it is.
+// setBootID has the publications in a record, or the versions of a cache that were not written to the disk, be of another boot. A record
+// that is damaged stays as it is.
 func setBootID(path, id string) error {
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -96,6 +99,9 @@ func setBootID(path, id string) error {
 		for _, p := range publications {
 			p.(map[string]any)["bootID"] = id
 		}
+	}
+	if _, ok := record["bootID"]; ok {
+		record["bootID"] = id
 	}
 	if data, err = json.Marshal(record); err != nil {
 		return err

@@ -27,11 +27,22 @@ func UnmountBeneath(dir string) error {
 	}
 	var failed error
 	for _, mount := range slices.Backward(mounts) {
+		if strings.HasPrefix(mount.Source, "/dev/loop") {
+			thaw(mount.Mountpoint)
+		}
 		if err := unix.Unmount(mount.Mountpoint, unix.MNT_DETACH); err != nil {
 			failed = errors.Join(failed, &os.PathError{Op: "umount", Path: mount.Mountpoint, Err: err})
 		}
 	}
 	return failed
+}
+
+// thaw ends what a driver that was killed may have begun. A file system that is frozen outlives its mounts, though not a reboot.
+func thaw(path string) {
+	if dir, err := os.Open(path); err == nil {
+		_ = linux.ThawFS(dir)
+		dir.Close()
+	}
 }
 
 // Leftovers lists everything that a driver with no volume should not have: mounts in kubelet's directory, and files in

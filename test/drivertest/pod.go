@@ -2,6 +2,7 @@ package drivertest
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -84,7 +85,7 @@ func (p *Pod) Request(v Volume) *csi.NodePublishVolumeRequest {
 	maps.Copy(volumeContext, v.Attributes)
 	id, mode := v.ID, v.Mode
 	if id == "" {
-		id = "csi-" + p.UID + "-" + v.Name
+		id = fmt.Sprintf("csi-%x", sha256.Sum256([]byte(p.UID+v.Name)))
 	}
 	if mode == csi.VolumeCapability_AccessMode_UNKNOWN {
 		mode = csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER

@@ -3,60 +3,33 @@ package integration
 import (
 	"encoding/json"
 	"fmt"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 
 	"google.golang.org/grpc/codes"
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
 
-// podStatuses is an API server that knows the phases of pods.
-type podStatuses struct {
-	mu     sync.Mutex
-	phases map[string]corev1.PodPhase // by UID
-	uids   map[string]string          // by name
-}
-
-// cacheNode makes a node with an API server that knows the phases of pods.
-func cacheNode(t *testing.T, args ...string) (*drivertest.Node, *podStatuses) {
+// cacheNode starts a node with an API server that knows the phases of pods.
+func cacheNode(t *testing.T, args ...string) (*drivertest.Node, *drivertest.PodPhases) {
 	t.Helper()
-	statuses := &podStatuses{phases: map[string]corev1.PodPhase{}, uids: map[string]string{}}
-	server := httptest.NewServer(http.HandlerFunc(statuses.serve))
-	t.Cleanup(server.Close)
-	return startNode(t, append(args, "--kubeconfig="+kubeconfigOf(t, server.URL))...), statuses
+	node, statuses := newCacheNode(t, args...)
+	start(t, node)
+	return node, statuses
 }
 
-func (s *podStatuses) serve(w http.ResponseWriter, r *http.Request) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	w.Header().Set("Content-Type", "application/json")
-	name := r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:]
-	uid, ok := s.uids[name]
-	if !ok {
-		w.WriteHeader(http.StatusNotFound)
-		_ = json.NewEncoder(w).Encode(metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: "Failure",
-			Reason: metav1.StatusReasonNotFound, Code: http.StatusNotFound})
-		return
-	}
-	pod := corev1.Pod{TypeMeta: metav1.TypeMeta{Kind: "Pod", APIVersion: "v1"}}
-	pod.Name, pod.UID = name, types.UID(uid)
-	pod.Status.Phase = s.phases[uid]
-	_ = json.NewEncoder(w).Encode(pod)
-}
-
-func (s *podStatuses) set(pod *drivertest.Pod, phase corev1.PodPhase) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.uids[pod.Name], s.phases[pod.UID] = pod.UID, phase
+// newCacheNode is cacheNode for a node whose driver is not started yet.
+func newCacheNode(t *testing.T, args ...string) (*drivertest.Node, *drivertest.PodPhases) {
+	t.Helper()
+	statuses := drivertest.NewPodPhases()
+	t.Cleanup(statuses.Close)
+	kubeconfig, err := statuses.Kubeconfig(t.TempDir())
+	must(t, err)
+	return newNode(t, append(args, "--kubeconfig="+kubeconfig)...), statuses
 }
 
 // cacheVolume is an inline volume in a namespace, on layers, whose upper is committed to a cache unless that is "".
@@ -70,7 +43,7 @@ func cacheVolume(namespace, layers, commit string) drivertest.Volume {
 
 // job runs a pod that writes files to a volume, and ends in a phase.
 func job(
-	t *testing.T, node *drivertest.Node, statuses *podStatuses, name string, v drivertest.Volume, phase corev1.PodPhase, files ...string,
+	t *testing.T, node *drivertest.Node, statuses *drivertest.PodPhases, name string, v drivertest.Volume, phase corev1.PodPhase, files ...string,
 ) {
 	t.Helper()
 	pod := newPod(t, node, name)
@@ -78,7 +51,7 @@ func job(
 	for _, file := range files {
 		write(t, filepath.Join(target, file), name)
 	}
-	statuses.set(pod, phase)
+	statuses.Set(pod, phase)
 	unpublish(t, pod, v)
 	removePod(t, pod)
 }
@@ -114,7 +87,7 @@ func TestCache(t *testing.T) {
 	wantFile(t, filepath.Join(target, "a"), "first")
 	write(t, filepath.Join(target, "a"), "second")
 	must(t, os.Remove(filepath.Join(target, "b")))
-	statuses.set(pod, corev1.PodSucceeded)
+	statuses.Set(pod, corev1.PodSucceeded)
 	unpublish(t, pod, deps)
 	removePod(t, pod)
 	wantCache(t, node, "ci", "cache://deps", map[string]string{"a": "second"})
@@ -154,7 +127,7 @@ func TestCacheLastWriter(t *testing.T) {
 	wantAbsent(t, filepath.Join(targets[0], "between"))
 	wantFile(t, filepath.Join(targets[0], "base"), "base")
 	for _, i := range []int{1, 0} {
-		statuses.set(pods[i], corev1.PodSucceeded)
+		statuses.Set(pods[i], corev1.PodSucceeded)
 		unpublish(t, pods[i], deps)
 	}
 	wantCache(t, node, "ci", "cache://deps", map[string]string{"base": "base", "of-one": "one", "both": "one"})
@@ -176,7 +149,7 @@ func TestCacheWithoutSuccess(t *testing.T) {
 	unpublish(t, pod, deps)
 	pod = newPod(t, node, "recreated")
 	write(t, filepath.Join(publish(t, pod, deps), "a"), "a")
-	statuses.set(&drivertest.Pod{Name: "recreated", UID: "another"}, corev1.PodSucceeded)
+	statuses.Set(&drivertest.Pod{Name: "recreated", UID: "another"}, corev1.PodSucceeded)
 	unpublish(t, pod, deps)
 	wantCache(t, node, "ci", "cache://deps", map[string]string{})
 
@@ -230,7 +203,7 @@ func TestCacheKills(t *testing.T) {
 		target := publish(t, pod, deps)
 		wantFile(t, filepath.Join(target, "base"), "base")
 		write(t, filepath.Join(target, "last"), pod.Name)
-		statuses.set(pod, corev1.PodSucceeded)
+		statuses.Set(pod, corev1.PodSucceeded)
 		ended := make(chan error)
 		go func() { ended <- pod.Unpublish(timeout(t), deps) }()
 		if i%2 == 0 {
@@ -260,7 +233,7 @@ func TestCacheSize(t *testing.T) {
 		pod, v := newPod(t, node, name), cacheVolume("ci", "cache://"+name, name)
 		target := publish(t, pod, v)
 		must(t, os.WriteFile(filepath.Join(target, "f"), make([]byte, bytes), 0o644))
-		statuses.set(pod, corev1.PodSucceeded)
+		statuses.Set(pod, corev1.PodSucceeded)
 		unpublish(t, pod, v)
 		removePod(t, pod)
 	}

@@ -33,7 +33,7 @@ func TestCacheTimes(t *testing.T) {
 			must(t, os.WriteFile(path, content, 0o644))
 		}
 		worked := time.Since(began) - published
-		statuses.set(pod, corev1.PodSucceeded)
+		statuses.Set(pod, corev1.PodSucceeded)
 		ending := time.Now()
 		unpublish(t, pod, deps)
 		t.Logf("%s job: published in %s, made %d files in %s, unpublished and committed in %s",
