@@ -256,7 +256,8 @@ func (s *snapshots) lists() ([]flatten.List, error) {
 	for _, id := range ids {
 		// Reconcile reports a record that cannot be read.
 		if r, err := s.volumes.Load(id); err == nil && len(r.Frozen) > 0 {
-			lists = append(lists, flatten.List{Volume: id, Frozen: r.Frozen, IsMounted: len(r.Publications) > 0})
+			// The first of an upper that is being frozen is not there yet.
+			lists = append(lists, flatten.List{Volume: id, Frozen: r.Frozen, IsMounted: len(r.Publications) > 0 || r.Freezing})
 		}
 	}
 	if ids, err = s.records.List(); err != nil {

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -106,6 +107,49 @@ func TestSnapshotsOnAFullDisk(t *testing.T) {
 			wantNothingFrozen(t, node)
 		})
 	}
+}
+
+// TestMergeOnAFullDisk: frozen uppers are not merged while there is no room, and are once there is.
+func TestMergeOnAFullDisk(t *testing.T) {
+	node := newNode(t, "--reconcile-interval=100ms")
+	mountImage(t, "ext4", fullDiskSize, node.DataRoot, "")
+	start(t, node)
+	attributes := attributesOf(t, node, "directory")
+	source := createSized(t, node, "source", readWriteOnce, snapshotSize, attributes...)
+	files, content := map[string]string{}, strings.Repeat("x", 100<<10)
+	var snapshots []string
+	link := func(i int) {
+		pod := newPod(t, node, fmt.Sprint("pod-", i))
+		name := fmt.Sprint("file-", i)
+		writeSynced(t, filepath.Join(publish(t, pod, source), name), content)
+		files[name] = content
+		unpublish(t, pod, source)
+		removePod(t, pod)
+	}
+	for i := range 16 {
+		link(i)
+		snapshots = append(snapshots, createSnapshot(t, node, fmt.Sprint("snapshot-", i), source))
+	}
+	link(16)
+	empty := leaveRoom(t, node.DataRoot, 60)
+	snapshots = append(snapshots, createSnapshot(t, node, "snapshot-16", source))
+	eventually(t, "the driver says that there is no room", func() bool { return strings.Contains(node.Log(), "are not merged now") })
+	wantVolume(t, node, source, files)
+	if strings.Contains(node.Log(), "Frozen uppers merged") {
+		t.Error("there was room")
+	}
+	empty()
+	eventually(t, "the frozen uppers are merged", func() bool { return strings.Contains(node.Log(), "Frozen uppers merged") })
+	wantVolume(t, node, source, files)
+	last := restore(t, node, "last", ofSnapshot(snapshots[16]), attributes...)
+	wantVolume(t, node, last, files)
+	for _, v := range []drivertest.Volume{last, source} {
+		deleteVolume(t, node, v)
+	}
+	for _, id := range snapshots {
+		deleteSnapshot(t, node, id)
+	}
+	wantNothingFrozen(t, node)
 }
 
 // TestCommitOnAFullDisk: a pod ends on a full disk, and the cache has what it had, or what the pod wrote. The next pod commits.
