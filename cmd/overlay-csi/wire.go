@@ -11,6 +11,8 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sync/errgroup"
+	"k8s.io/client-go/rest"
+	kuberecord "k8s.io/client-go/tools/record"
 	"k8s.io/klog/v2"
 	mount "k8s.io/mount-utils"
 	"k8s.io/utils/exec"
@@ -109,7 +111,12 @@ func run(ctx context.Context, opts options) error {
 	if err != nil {
 		return err
 	}
-	controller := newController(opts, manager, api, key)
+	events, stopEvents, err := newNodeRecorder(ctx, opts)
+	if err != nil {
+		return err
+	}
+	defer stopEvents()
+	controller := newController(opts, manager, api, key, events)
 	agent, err := newAgent(ctx, opts, manager, controller, key, measured)
 	if err != nil {
 		return err
@@ -302,8 +309,22 @@ func newManager(
 	}), nil
 }
 
+// newNodeRecorder returns a recorder of events, nil without an API server.
+func newNodeRecorder(ctx context.Context, opts options) (_ kuberecord.EventRecorder, stop func(), err error) {
+	config, err := kubeapi.Config(opts.kubeconfig)
+	if errors.Is(err, rest.ErrNotInCluster) {
+		return nil, func() {}, nil
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	return newRecorder(ctx, config, opts.driverName)
+}
+
 // newController returns the controller service of this node.
-func newController(opts options, manager *volume.Manager, api kubeapi.Reader, key *overlaynode.Key) *driver.Controller {
+func newController(
+	opts options, manager *volume.Manager, api kubeapi.Reader, key *overlaynode.Key, events kuberecord.EventRecorder,
+) *driver.Controller {
 	return driver.NewController(driver.ControllerConfig{
 		DriverName: opts.driverName,
 		NodeID:     opts.nodeID,
@@ -311,6 +332,7 @@ func newController(opts options, manager *volume.Manager, api kubeapi.Reader, ke
 		Snapshots:  manager,
 		Cluster:    api,
 		Key:        key,
+		Events:     events,
 		Health:     opts.volumeHealth,
 	})
 }

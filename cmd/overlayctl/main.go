@@ -60,7 +60,7 @@ func newCommand() *cobra.Command {
 	root.PersistentFlags().StringVar(&opts.socket, "socket", socket, "the driver's admin `socket` (default from "+socketEnv+")")
 	root.PersistentFlags().StringVarP(&opts.output, "output", "o", "table", "output `format`: table or json")
 	root.AddCommand(layersCommand(opts), imagesCommand(opts), pullCommand(opts), gcCommand(opts), inspectCommand(opts))
-	root.AddCommand(diffCommand(opts), commitCommand(opts), snapshotsCommand(opts), cachesCommand(opts))
+	root.AddCommand(diffCommand(opts), commitCommand(opts), snapshotsCommand(opts), cachesCommand(opts), rebaseCommand(opts))
 	return root
 }
 

@@ -22,6 +22,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/cache"
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
+	layerref "github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
@@ -43,6 +44,7 @@ type volumes interface {
 	DescribeSnapshots() ([]volume.SnapshotDescription, error)
 	ReadChanges(ctx context.Context, id, pod string) (*volume.Changes, error)
 	CaptureChanges(ctx context.Context, id string) (*volume.Changes, error)
+	ReadRebase(ctx context.Context, id string, layers []layerref.Reference) (*volume.Rebase, error)
 }
 
 // records are the methods of the record store that the handler calls.
@@ -97,6 +99,7 @@ func newMux(h *handler) http.Handler {
 	mux.HandleFunc("GET /v1/volumes", answer(h.listVolumes))
 	mux.HandleFunc("GET /v1/volumes/{id}", answer(h.describe))
 	mux.HandleFunc("GET /v1/volumes/{id}/diff", h.diff)
+	mux.HandleFunc("GET /v1/volumes/{id}/rebase", h.rebase)
 	mux.HandleFunc("POST /v1/volumes/{id}/layer", h.writeLayer)
 	mux.HandleFunc("POST /v1/volumes/{id}/archive", h.writeArchive)
 	mux.HandleFunc("POST /v1/volumes/{id}/push", h.push)

@@ -19,6 +19,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/overlay-csi/overlay-csi/pkg/admin/api"
+	layerref "github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/registry"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
@@ -285,4 +286,8 @@ func TestErrors(t *testing.T) {
 	if recorder.Code != http.StatusNotFound {
 		t.Errorf("got the status %d of a volume that does not exist, want 404", recorder.Code)
 	}
+}
+
+func (fakeVolumes) ReadRebase(context.Context, string, []layerref.Reference) (*volume.Rebase, error) {
+	return nil, errdefs.ErrNotFound
 }

@@ -17,6 +17,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/overlaynode"
+	"github.com/overlay-csi/overlay-csi/pkg/rebase"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
@@ -81,6 +82,7 @@ type Central struct {
 	csi.UnimplementedControllerServer
 	CentralConfig
 	claimLayers claimLayers
+	rebases     rebases
 	topologyKey string
 	patient     *semaphore.Weighted
 }
@@ -90,6 +92,7 @@ func NewCentral(config CentralConfig) *Central {
 	return &Central{
 		CentralConfig: config,
 		claimLayers:   newClaimLayers(config.Cluster, config.DriverName),
+		rebases:       rebases{config.Cluster, config.Events, config.DriverName + "/" + spec.KeyOnConflict},
 		topologyKey:   topologyKey(config.DriverName),
 		patient:       semaphore.NewWeighted(maxPatient),
 	}
@@ -174,6 +177,9 @@ func (c *Central) createOn(
 	if len(request.Spec.Layers) > 0 {
 		parameters[spec.KeyLayers] = strings.Join(request.Spec.LayerNames(), "\n")
 	}
+	if request.OnConflict != rebase.Fail {
+		parameters[spec.KeyOnConflict] = string(request.OnConflict)
+	}
 	created, isOnNode := request.Spec, request.Source != (volume.Source{}) && !isPortable(request.Source)
 	if !isOnNode {
 		created.Layers = request.Resolved
@@ -202,6 +208,9 @@ func (c *Central) createOn(
 		if created.Layers, err = layersOfAnswer(made, request); err != nil {
 			return nil, fmt.Errorf("the answer of node %s: %w", on.object.Spec.Node, err)
 		}
+	}
+	if message, ok := answer.GetVolume().GetVolumeContext()[keyRebased]; ok {
+		c.rebases.report(ctx, req, message)
 	}
 	size := answer.GetVolume().GetCapacityBytes()
 	if size < request.Required || request.Limit > 0 && size > request.Limit {

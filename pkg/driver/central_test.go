@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/klog/v2"
 
@@ -184,6 +185,10 @@ func (c *testCluster) ClaimAnnotations(_ context.Context, _, name string) (map[s
 		return map[string]string{}, nil
 	}
 	return map[string]string{testDriver + "/layers": "oci://registry.example.com/" + name + ":latest"}, nil
+}
+
+func (c *testCluster) ClaimReference(_ context.Context, namespace, name string) (*corev1.ObjectReference, error) {
+	return &corev1.ObjectReference{Kind: "PersistentVolumeClaim", Namespace: namespace, Name: name, UID: "uid"}, nil
 }
 
 func (c *testCluster) VolumeTopology(_ context.Context, _, handle, _ string) ([]string, error) {

@@ -12,12 +12,15 @@ import (
 )
 
 // createFromSource has the node of a snapshot or of another volume make a volume from it. The tags of the layers are not resolved: that
-// was done for the source, and the node has the result.
+// was done for the source, and the node has the result. Where the layers are other ones, the node resolves them.
 func (c *Central) createFromSource(
 	ctx context.Context, req *csi.CreateVolumeRequest, request volume.CreateRequest,
 ) (*csi.CreateVolumeResponse, error) {
 	var err error
 	if request.Spec.Layers, err = c.requestedLayers(ctx, req, request); err != nil {
+		return nil, err
+	}
+	if request.OnConflict, err = c.rebases.policy(ctx, req, request.OnConflict); err != nil {
 		return nil, err
 	}
 	segment, err := c.segmentOfSource(ctx, request.Source)

@@ -7,6 +7,7 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/containerd/errdefs"
+	corev1 "k8s.io/api/core/v1"
 
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
@@ -15,6 +16,7 @@ import (
 // claims reads claims from the API server.
 type claims interface {
 	ClaimAnnotations(ctx context.Context, namespace, name string) (map[string]string, error)
+	ClaimReference(ctx context.Context, namespace, name string) (*corev1.ObjectReference, error)
 }
 
 // claimLayers reads the layers that claims name in their annotation, for StorageClasses with layersFrom: claim.

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/overlay-csi/overlay-csi/pkg/overlaynode"
+	"github.com/overlay-csi/overlay-csi/pkg/rebase"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
@@ -37,6 +38,7 @@ type Controller struct {
 	snapshots   snapshotter
 	cluster     cluster
 	claimLayers claimLayers
+	rebases     rebases
 	segment     string
 	topology    *csi.Topology
 	key         *overlaynode.Key
@@ -52,6 +54,8 @@ type ControllerConfig struct {
 	Cluster    cluster
 	// Key opens the secrets in the requests of a central controller. It may be nil if there is none.
 	Key *overlaynode.Key
+	// Events may be nil: there is no API server then.
+	Events events
 	// Health enables the health RPCs.
 	Health bool
 }
@@ -64,6 +68,7 @@ func NewController(config ControllerConfig) *Controller {
 		snapshots:   config.Snapshots,
 		cluster:     config.Cluster,
 		claimLayers: newClaimLayers(config.Cluster, config.DriverName),
+		rebases:     rebases{config.Cluster, config.Events, config.DriverName + "/" + spec.KeyOnConflict},
 		segment:     segmentOf(config.NodeID),
 		topology:    nodeTopology(config.DriverName, config.NodeID),
 		key:         config.Key,
@@ -82,14 +87,21 @@ func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 			return c.claimLayers.readOf(ctx, req)
 		}
 	}
-	return c.create(ctx, req, request)
+	if request.OnConflict, err = c.rebases.policy(ctx, req, request.OnConflict); err != nil {
+		return nil, err
+	}
+	answer, report, err := c.create(ctx, req, request)
+	if report != nil && report.Conflicts > 0 {
+		c.rebases.report(ctx, req, rebaseMessage(report))
+	}
+	return answer, err
 }
 
 func (c *Controller) create(
 	ctx context.Context, req *csi.CreateVolumeRequest, request volume.CreateRequest,
-) (*csi.CreateVolumeResponse, error) {
+) (*csi.CreateVolumeResponse, *rebase.Report, error) {
 	if request.Spec.Upper == spec.UpperClaim && !c.servesTopology(req.GetAccessibilityRequirements()) {
-		return nil, fmt.Errorf("%w: the accessibility requirements do not include this node (%v)",
+		return nil, nil, fmt.Errorf("%w: the accessibility requirements do not include this node (%v)",
 			errdefs.ErrResourceExhausted, c.topology.GetSegments())
 	}
 	created, err := c.volumes.Create(ctx, request)
@@ -97,11 +109,11 @@ func (c *Controller) create(
 		err = c.unlessElsewhere(ctx, request.Source, err)
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	answer := c.toCSIVolume(created)
 	answer.ContentSource = req.GetVolumeContentSource()
-	return &csi.CreateVolumeResponse{Volume: answer}, nil
+	return &csi.CreateVolumeResponse{Volume: answer}, created.Rebased, nil
 }
 
 // servesTopology reports whether this node meets a volume's topology requirement.

@@ -18,6 +18,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/overlaynode"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
+	"github.com/overlay-csi/overlay-csi/pkg/volume"
 	"github.com/overlay-csi/overlay-csi/pkg/volume/portable"
 )
 
@@ -36,6 +37,9 @@ const (
 // keyResolved is a parameter of a forwarded CreateVolume: the layers with digests for tags, if there are tags. The parameter layers has
 // them as requested, and layersFrom is beside it if the claim names them. Nobody else can give it: elsewhere the driver knows no such key.
 const keyResolved = "resolvedLayers"
+
+// keyRebased is in the answer to it if the volume has other layers than its source: what the controller writes into an event.
+const keyRebased = "rebased"
 
 // ForwardedTo returns a handler that hands the requests of a central controller to the controller service of this node. It logs to logger,
 // and observer learns of each, as with a server.
@@ -152,7 +156,9 @@ func (c *Controller) createForwarded(ctx context.Context, req *csi.CreateVolumeR
 	if err != nil {
 		return nil, err
 	}
-	request.Resolved = request.Spec.Layers
+	if request.Source == (volume.Source{}) {
+		request.Resolved = request.Spec.Layers
+	}
 	if text, ok := req.GetParameters()[keyResolved]; ok {
 		if request.Resolved, err = reference.ParseList(text); err != nil {
 			return nil, fmt.Errorf("key %q: %w", keyResolved, err)
@@ -161,7 +167,11 @@ func (c *Controller) createForwarded(ctx context.Context, req *csi.CreateVolumeR
 	if req.GetParameters()[spec.KeyLayersFrom] == spec.LayersFromClaim {
 		request.ClaimLayers = func(context.Context) ([]reference.Reference, error) { return request.Spec.Layers, nil }
 	}
-	return c.create(ctx, plain, request)
+	answer, report, err := c.create(ctx, plain, request)
+	if report != nil && report.Conflicts > 0 {
+		answer.Volume.VolumeContext[keyRebased] = rebaseMessage(report)
+	}
+	return answer, err
 }
 
 // briefly returns what a controller does not know of the answer to its request: the size, and the layers of a volume that was created
@@ -172,6 +182,12 @@ func briefly(req *csi.CreateVolumeRequest, created *csi.CreateVolumeResponse) *c
 	layers, asked := created.GetVolume().GetVolumeContext()[spec.KeyLayers], cmp.Or(parameters[keyResolved], parameters[spec.KeyLayers])
 	if layers != asked {
 		answer.VolumeContext = map[string]string{spec.KeyLayers: layers}
+	}
+	if message, ok := created.GetVolume().GetVolumeContext()[keyRebased]; ok {
+		if answer.VolumeContext == nil {
+			answer.VolumeContext = map[string]string{}
+		}
+		answer.VolumeContext[keyRebased] = message
 	}
 	return &csi.CreateVolumeResponse{Volume: answer}
 }

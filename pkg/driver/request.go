@@ -11,6 +11,7 @@ import (
 
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/rebase"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/volume"
@@ -120,6 +121,10 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 	if err != nil {
 		return volume.CreateRequest{}, err
 	}
+	onConflict, err := rebase.ParsePolicy(req.GetParameters()[spec.KeyOnConflict])
+	if err != nil {
+		return volume.CreateRequest{}, fmt.Errorf("key %q: %w", spec.KeyOnConflict, err)
+	}
 	var source volume.Source
 	if req.GetVolumeContentSource() != nil {
 		if source, err = parseSource(req.GetVolumeContentSource()); err != nil {
@@ -150,7 +155,7 @@ func createRequest(req *csi.CreateVolumeRequest) (volume.CreateRequest, error) {
 	}
 	return volume.CreateRequest{
 		Name: req.GetName(), Spec: parsed, Source: source, Access: access, Secrets: req.GetSecrets(), Required: required, Limit: limit,
-		Namespace: req.GetParameters()[keyClaimNamespace],
+		Namespace: req.GetParameters()[keyClaimNamespace], OnConflict: onConflict,
 	}, nil
 }
 

@@ -21,6 +21,7 @@ import (
 type Reader interface {
 	PodVolume(ctx context.Context, pod kubelet.Pod, name string) (kubelet.Volume, error)
 	ClaimAnnotations(ctx context.Context, namespace, name string) (map[string]string, error)
+	ClaimReference(ctx context.Context, namespace, name string) (*corev1.ObjectReference, error)
 	VolumeTopology(ctx context.Context, driver, handle, label string) ([]string, error)
 	PodPhase(ctx context.Context, pod kubelet.Pod) (corev1.PodPhase, error)
 }
@@ -93,6 +94,25 @@ func (c *Client) PodVolume(ctx context.Context, ref kubelet.Pod, name string) (k
 // ClaimAnnotations returns the annotations of a claim. It returns ErrNotFound if there is no such claim, ErrFailedPrecondition if the
 // driver may not read it, and ErrUnavailable if the API server did not answer.
 func (c *Client) ClaimAnnotations(ctx context.Context, namespace, name string) (map[string]string, error) {
+	claim, err := c.claim(ctx, namespace, name)
+	if err != nil {
+		return nil, err
+	}
+	return claim.Annotations, nil
+}
+
+// ClaimReference returns what an event about a claim refers to. The errors are those of ClaimAnnotations.
+func (c *Client) ClaimReference(ctx context.Context, namespace, name string) (*corev1.ObjectReference, error) {
+	claim, err := c.claim(ctx, namespace, name)
+	if err != nil {
+		return nil, err
+	}
+	return &corev1.ObjectReference{
+		APIVersion: "v1", Kind: "PersistentVolumeClaim", Namespace: namespace, Name: name, UID: claim.UID, ResourceVersion: claim.ResourceVersion,
+	}, nil
+}
+
+func (c *Client) claim(ctx context.Context, namespace, name string) (*corev1.PersistentVolumeClaim, error) {
 	claim, err := c.client.PersistentVolumeClaims(namespace).Get(ctx, name, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
 		return nil, fmt.Errorf("%w: claim %s/%s does not exist: %w", errdefs.ErrNotFound, namespace, name, err)
@@ -100,7 +120,7 @@ func (c *Client) ClaimAnnotations(ctx context.Context, namespace, name string) (
 	if err != nil {
 		return nil, apiError(fmt.Sprintf("get claim %s/%s", namespace, name), err)
 	}
-	return claim.Annotations, nil
+	return claim, nil
 }
 
 // PodPhase returns the phase of a pod. It returns ErrNotFound if the pod is gone, also where another one has its name,

@@ -22,6 +22,11 @@ func (None) ClaimAnnotations(_ context.Context, namespace, name string) (map[str
 	return nil, noAccess(fmt.Sprintf("read claim %s/%s", namespace, name))
 }
 
+// ClaimReference returns [kubelet.ErrNoAPIServer].
+func (None) ClaimReference(_ context.Context, namespace, name string) (*corev1.ObjectReference, error) {
+	return nil, noAccess(fmt.Sprintf("read claim %s/%s", namespace, name))
+}
+
 // VolumeTopology returns [kubelet.ErrNoAPIServer].
 func (None) VolumeTopology(_ context.Context, _, handle, _ string) ([]string, error) {
 	return nil, noAccess("find the PersistentVolume of volume " + handle)

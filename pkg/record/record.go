@@ -11,6 +11,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/kubelet"
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/rebase"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
@@ -65,6 +66,8 @@ type Provisioned struct {
 	Access          spec.AccessMode       `json:"access"`
 	// Source is what the volume was cloned from, nil for one that began with an empty upper.
 	Source *Source `json:"source,omitempty"`
+	// Rebased is set if the source has other layers.
+	Rebased *rebase.Report `json:"rebased,omitempty"`
 }
 
 // Source is what a volume is cloned from: a snapshot or a volume. The other one is "".

@@ -33,6 +33,10 @@ func Parse(parameters map[string]string, scope Scope) (Spec, error) {
 				errdefs.ErrInvalidArgument, key, strings.Join(slices.Sorted(slices.Values(keys)), ", "))
 		}
 	}
+	if _, given := parameters[KeyOnConflict]; given && !scope.Create {
+		return Spec{}, fmt.Errorf("%w: key %q is for StorageClasses only: a volume moves to other layers when it is created",
+			errdefs.ErrInvalidArgument, KeyOnConflict)
+	}
 	var spec Spec
 	var err error
 	if from, ok := parameters[KeyLayersFrom]; ok {

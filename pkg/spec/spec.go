@@ -20,10 +20,12 @@ const (
 	KeyLayerOwner      = "layerOwner"
 	KeyOwnership       = "ownership"
 	KeyCommit          = "commit"
+	KeyOnConflict      = "onConflict"
 )
 
 var keys = []string{
 	KeyLayers, KeyLayersFrom, KeyUpper, KeyMedium, KeySizeLimit, KeySizeEnforcement, KeyLayerOwner, KeyOwnership, KeyCommit,
+	KeyOnConflict,
 }
 
 // Spec is what a volume consists of. Two volumes with equal specs are made alike.

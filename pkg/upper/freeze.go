@@ -377,22 +377,23 @@ func closeFiles(files []*os.File) {
 	}
 }
 
-// MeasureFrozen returns how many bytes and inodes frozen uppers take.
-func (b *Backends) MeasureFrozen(ctx context.Context, backend Backend, ids []string) (bytes, inodes int64, err error) {
-	for _, id := range ids {
-		dir, err := b.OpenFrozen(ctx, backend, id)
-		if err != nil {
-			return 0, 0, err
-		}
-		_, err = linux.Walk(ctx, dir, func(_ *os.File, _ string, stat linux.Stat) error {
-			bytes += stat.DiskBytes()
-			inodes++
-			return nil
-		})
-		dir.Close()
-		if err != nil {
-			return 0, 0, fmt.Errorf("measure a frozen upper: %w", err)
-		}
+// MakeFrozen makes a frozen upper of the backend Directory, and an empty directory beside it with the ID scratch, and calls fill with both.
+// Both are discarded by DiscardFrozen: the scratch directory afterwards, and the frozen upper after an error.
+func (b *Backends) MakeFrozen(id, scratch string, fill func(into, scratch *os.File) error) error {
+	frozen, err := b.makeFrozen(id)
+	if err != nil {
+		return err
 	}
-	return bytes, inodes, nil
+	defer frozen.Close()
+	beside, err := b.makeFrozen(scratch)
+	if err != nil {
+		return err
+	}
+	defer beside.Close()
+	into, err := makeMerged(frozen, Directory)
+	if err != nil {
+		return err
+	}
+	defer into.Close()
+	return fill(into, beside)
 }

@@ -107,3 +107,23 @@ func notFound(err error) error {
 	}
 	return err
 }
+
+// MeasureFrozen returns how many bytes and inodes frozen uppers take.
+func (b *Backends) MeasureFrozen(ctx context.Context, backend Backend, ids []string) (bytes, inodes int64, err error) {
+	for _, id := range ids {
+		dir, err := b.OpenFrozen(ctx, backend, id)
+		if err != nil {
+			return 0, 0, err
+		}
+		_, err = linux.Walk(ctx, dir, func(_ *os.File, _ string, stat linux.Stat) error {
+			bytes += stat.DiskBytes()
+			inodes++
+			return nil
+		})
+		dir.Close()
+		if err != nil {
+			return 0, 0, fmt.Errorf("measure a frozen upper: %w", err)
+		}
+	}
+	return bytes, inodes, nil
+}

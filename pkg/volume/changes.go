@@ -27,6 +27,8 @@ type Changes struct {
 	Tree   diff.Tree
 	ctx    context.Context
 	layers *layer.ResolvedLayers
+	// owner is that which the layers' files of root have.
+	owner overlay.IDs
 	// closers are called by Close, the last one first.
 	closers []func()
 }
@@ -373,6 +375,7 @@ func (m *Manager) openLayers(c *Changes, r *record.Record, p *record.Publication
 	c.layers = layers
 	c.onClose(layers.Close)
 	owner := mappedOwner(r, p)
+	c.owner = owner
 	if owner != (overlay.IDs{}) {
 		// A layer has the owners that the kernel maps: the mapping exchanges IDs, so that it is its own inverse.
 		c.Tree.Owner = owner.Map

@@ -420,6 +420,10 @@ func (b fakeBackends) MeasureFrozen(context.Context, upper.Backend, []string) (b
 	return b.n.measured, 1, b.n.failing("measure frozen")
 }
 
+func (b fakeBackends) MakeFrozen(string, string, func(into, scratch *os.File) error) error {
+	return b.n.failing("make frozen")
+}
+
 func (b fakeBackends) MergeFrozen(_ context.Context, _ upper.Backend, ids []string, into string, isApart bool) error {
 	check(b.n.t, os.MkdirAll(filepath.Join(b.frozenDir(into), "upper"), 0o700))
 	if err := b.n.failing("merge frozen"); err != nil {

@@ -104,6 +104,7 @@ type frozenBackends interface {
 	CheckFrozen(backend upper.Backend, id string) error
 	MeasureFrozen(ctx context.Context, backend upper.Backend, ids []string) (bytes, inodes int64, err error)
 	MergeFrozen(ctx context.Context, backend upper.Backend, ids []string, into string, isApart bool) error
+	MakeFrozen(id, scratch string, fill func(into, scratch *os.File) error) error
 	ListFrozen() ([]string, error)
 	DiscardFrozen(id string) error
 	Thaw() error

@@ -13,6 +13,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
+	"github.com/overlay-csi/overlay-csi/pkg/rebase"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
@@ -38,8 +39,10 @@ type CreateRequest struct {
 	Namespace string
 	// Required and Limit bound the capacity in bytes. Zero is no bound.
 	Required, Limit int64
-	// Source is what the volume begins with. The zero value is an empty upper.
-	Source Source
+	// Source is what the volume begins with. The zero value is an empty upper. OnConflict is what becomes of what both the source and
+	// other layers than the source's have changed.
+	Source     Source
+	OnConflict rebase.Policy
 }
 
 // Volume is a provisioned volume.
@@ -47,6 +50,8 @@ type Volume struct {
 	ID       string
 	Capacity int64
 	Spec     spec.Spec
+	// Rebased says how it came from the layers of its source to other ones, nil if it did not.
+	Rebased *rebase.Report
 	// OnThisNode is set if the volume has a persistent upper on this node, and cannot be used on another one.
 	OnThisNode bool
 }
@@ -121,16 +126,30 @@ func (m *Manager) clone(ctx context.Context, id string, req CreateRequest) (Volu
 	if err != nil {
 		return Volume{}, err
 	}
-	m.listing.RLock()
-	unlist := sync.OnceFunc(m.listing.RUnlock)
-	defer unlist()
-	original, err := m.original(ctx, &req, requested)
+	onto, differs, err := m.openNewLayers(ctx, req, requested)
 	if err != nil {
 		return Volume{}, fmt.Errorf("create volume %s: %w", req.Name, err)
 	}
-	made, err := m.provisionFrom(ctx, id, req, original)
-	if err != nil && req.Source.Volume != "" {
-		// A source in use was copied, and the next request copies it again.
+	defer onto.close()
+	m.listing.RLock()
+	unlist := sync.OnceFunc(m.listing.RUnlock)
+	defer unlist()
+	original, err := m.original(ctx, &req)
+	if err != nil {
+		return Volume{}, fmt.Errorf("create volume %s: %w", req.Name, err)
+	}
+	var report *rebase.Report
+	if differs {
+		if report, err = m.rebase(ctx, original, onto, req.OnConflict); err != nil {
+			err = fmt.Errorf("create volume %s: rebase: %w", req.Name, err)
+		}
+	}
+	var made Volume
+	if err == nil {
+		made, err = m.provisionFrom(ctx, id, req, original, report)
+	}
+	if err != nil || report != nil {
+		// A source in use was copied, and the next request copies it again. What was merged is in a record, or is not needed.
 		unlist()
 		m.sweepAfter(ctx)
 	}
@@ -138,7 +157,9 @@ func (m *Manager) clone(ctx context.Context, id string, req CreateRequest) (Volu
 }
 
 // provisionFrom makes a volume that begins with what its source consists of.
-func (m *Manager) provisionFrom(ctx context.Context, id string, req CreateRequest, original *record.Snapshot) (Volume, error) {
+func (m *Manager) provisionFrom(
+	ctx context.Context, id string, req CreateRequest, original *record.Snapshot, report *rebase.Report,
+) (Volume, error) {
 	req.Spec.Layers = original.Spec.Layers
 	// What is asked for is not less. If nothing is, it is the size of the source.
 	if req.Spec.Size = max(req.Spec.Size, original.Size); req.Spec.Size == 0 {
@@ -150,7 +171,7 @@ func (m *Manager) provisionFrom(ctx context.Context, id string, req CreateReques
 	r := &record.Record{
 		ID: id, Spec: req.Spec, Size: req.Spec.Size, Frozen: original.Frozen, Resolved: original.Resolved, Layers: original.Layers,
 		Provisioned: &record.Provisioned{
-			Name: req.Name, Access: req.Access, RequestedLayers: original.RequestedLayers, Source: &req.Source,
+			Name: req.Name, Access: req.Access, RequestedLayers: original.RequestedLayers, Source: &req.Source, Rebased: report,
 		},
 	}
 	if original.Group != nil {
@@ -337,7 +358,11 @@ func (m *Manager) List(after string, limit int) (volumes []Volume, more bool, er
 }
 
 func toVolume(r *record.Record) Volume {
-	return Volume{ID: r.ID, Capacity: r.Size, Spec: r.Spec, OnThisNode: true}
+	v := Volume{ID: r.ID, Capacity: r.Size, Spec: r.Spec, OnThisNode: true}
+	if r.Provisioned != nil {
+		v.Rebased = r.Provisioned.Rebased
+	}
+	return v
 }
 
 // checkCreated returns nil if an earlier request like this one created the volume.
@@ -357,6 +382,8 @@ func checkCreated(r *record.Record, req CreateRequest) error {
 	case !r.Spec.Equal(req.Spec) || created.Access != req.Access:
 		return fmt.Errorf("%w: volume %q exists with other layers, another upper policy or another access mode",
 			errdefs.ErrAlreadyExists, req.Name)
+	case created.Rebased != nil && req.ClaimLayers == nil && created.Rebased.Policy != req.OnConflict:
+		return fmt.Errorf("%w: volume %q exists with onConflict: %s", errdefs.ErrAlreadyExists, req.Name, created.Rebased.Policy)
 	case req.Limit > 0 && r.Size == 0 && r.Spec.ManagesUpper():
 		return fmt.Errorf("%w: volume %q exists without a size", errdefs.ErrAlreadyExists, req.Name)
 	case r.Size < req.Required || (req.Limit > 0 && r.Size > req.Limit):

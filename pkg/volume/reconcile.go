@@ -288,25 +288,37 @@ func (s *snapshots) merge(ctx context.Context, lists []flatten.List, run []recor
 	if err != nil {
 		return err
 	}
-	release, err := s.ledger.reserveFrozen(ctx, bytes)
-	if err != nil {
-		return fmt.Errorf("merge frozen uppers: %w", err)
-	}
-	defer release()
-	usage, err := linux.FileSystemUsageAt(s.root.Path())
+	release, err := s.reserveMerged(ctx, bytes, inodes)
 	if err != nil {
 		return err
 	}
-	// btrfs has no limit, and says 0.
-	if usage.Inodes.Total > 0 && usage.Inodes.Available < inodes {
-		return fmt.Errorf("%w: merging frozen uppers takes up to %d inodes, and %d are free",
-			errdefs.ErrResourceExhausted, inodes, usage.Inodes.Available)
-	}
-	isMounted := slices.ContainsFunc(lists, func(l flatten.List) bool { return l.IsMounted && flatten.Shares(l.Frozen, run) })
-	if err := s.uppers.backends.MergeFrozen(ctx, merged.Backend, ids, merged.ID, isMounted); err != nil {
+	defer release()
+	if err := s.uppers.backends.MergeFrozen(ctx, merged.Backend, ids, merged.ID, isMounted(lists, run)); err != nil {
 		return errors.Join(err, s.uppers.backends.DiscardFrozen(merged.ID))
 	}
 	return nil
+}
+
+// reserveMerged reserves what a copy of frozen uppers takes, until release is called.
+func (s *snapshots) reserveMerged(ctx context.Context, bytes, inodes int64) (release func(), err error) {
+	usage, err := linux.FileSystemUsageAt(s.root.Path())
+	if err != nil {
+		return nil, err
+	}
+	// btrfs has no limit, and says 0.
+	if usage.Inodes.Total > 0 && usage.Inodes.Available < inodes {
+		return nil, fmt.Errorf("%w: merging frozen uppers takes up to %d inodes, and %d are free",
+			errdefs.ErrResourceExhausted, inodes, usage.Inodes.Available)
+	}
+	if release, err = s.ledger.reserveFrozen(ctx, bytes); err != nil {
+		return nil, fmt.Errorf("merge frozen uppers: %w", err)
+	}
+	return release, nil
+}
+
+// isMounted reports whether a view may have one of these frozen uppers.
+func isMounted(lists []flatten.List, run []record.Frozen) bool {
+	return slices.ContainsFunc(lists, func(l flatten.List) bool { return l.IsMounted && flatten.Shares(l.Frozen, run) })
 }
 
 // replace puts the merged frozen upper into the record of a volume or snapshot in place of a run. It reports false if the list has changed,

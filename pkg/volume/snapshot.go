@@ -15,7 +15,6 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/record"
-	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/volume/portable"
 )
 
@@ -436,13 +435,13 @@ func checkSource(source Source, id string) error {
 
 // original is what a source consists of. The caller holds s.listing for reading until the record of the new volume is saved. The source
 // volume's lock is held while its upper is frozen.
-func (s *snapshots) original(ctx context.Context, req *CreateRequest, requested []reference.Reference) (*record.Snapshot, error) {
+func (s *snapshots) original(ctx context.Context, req *CreateRequest) (*record.Snapshot, error) {
 	if id := req.Source.Snapshot; id != "" {
 		made, err := s.loadLocal(id)
 		if err != nil {
 			return nil, err
 		}
-		return made, checkClone(made, req, requested)
+		return made, checkClone(made, req)
 	}
 	unlock, err := s.locks.acquire(ctx, req.Source.Volume)
 	if err != nil {
@@ -458,7 +457,7 @@ func (s *snapshots) original(ctx context.Context, req *CreateRequest, requested 
 		made.RequestedLayers = r.Provisioned.RequestedLayers
 	}
 	// Before the volume is frozen for a clone that cannot be made.
-	if err := checkClone(made, req, requested); err != nil {
+	if err := checkClone(made, req); err != nil {
 		return nil, err
 	}
 	if made.Frozen, err = s.capture(ctx, r); err != nil {
@@ -469,20 +468,12 @@ func (s *snapshots) original(ctx context.Context, req *CreateRequest, requested 
 }
 
 // checkClone checks a request for a volume against its source.
-func checkClone(made *record.Snapshot, req *CreateRequest, requested []reference.Reference) error {
+func checkClone(made *record.Snapshot, req *CreateRequest) error {
 	source := req.Source.Snapshot + req.Source.Volume
-	asRequested := made.RequestedLayers
-	if asRequested == nil {
-		asRequested = made.Spec.Layers
-	}
 	switch {
 	case !made.Spec.Persistent() || !req.Spec.Persistent():
 		return fmt.Errorf("%w: a volume with upper %q cannot be made of %s, whose upper is %q: both must be claim",
 			errdefs.ErrInvalidArgument, req.Spec.Upper, source, made.Spec.Upper)
-	case len(requested) > 0 && !slices.Equal(requested, asRequested) && !reference.AreResolved(requested, made.Spec.Layers):
-		// A central controller resolved the tags of the source, and the node never had them.
-		return fmt.Errorf("%w: the volume is to have layers %v, and its source %s has %v; what was written stays on the layers that it was "+
-			"written on: request the same ones", errdefs.ErrInvalidArgument, requested, source, asRequested)
 	case made.Spec.Ownership != req.Spec.Ownership || !same(made.Spec.LayerOwner, req.Spec.LayerOwner):
 		return fmt.Errorf("%w: the volume is to have another ownership or layerOwner than its source %s; request the same ones",
 			errdefs.ErrInvalidArgument, source)

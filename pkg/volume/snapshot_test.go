@@ -458,13 +458,6 @@ func TestCloneRefused(t *testing.T) {
 		"another layerOwner": {Source{Volume: "v"}, func(req *CreateRequest) {
 			req.Spec.LayerOwner = &spec.IDs{UID: 1}
 		}, errdefs.ErrInvalidArgument},
-		"other layers": {Source{Volume: "v"}, func(req *CreateRequest) {
-			other, err := reference.Parse("dir://root/other")
-			if err != nil {
-				panic(err)
-			}
-			req.Spec.Layers = []reference.Reference{other}
-		}, errdefs.ErrInvalidArgument},
 		"no size":                  {Source{Snapshot: "s"}, nil, nil},
 		"less than any volume has": {Source{Volume: "v"}, func(req *CreateRequest) { req.Required, req.Spec.Size = 1, gib }, nil},
 		"as large":                 {Source{Snapshot: "s"}, size(gib, gib), nil},
@@ -511,7 +504,9 @@ func TestCloneOfResolvedLayers(t *testing.T) {
 	} {
 		source := &record.Snapshot{Spec: spec.Spec{Upper: spec.UpperClaim, Layers: layers(image + "1" + digests[0])}}
 		req := CreateRequest{Spec: spec.Spec{Upper: spec.UpperClaim, Layers: layers(requested)}}
-		wantKind(t, checkClone(source, &req, req.Spec.Layers), want)
+		if has := hasLayers(source, req.Spec.Layers); has != (want == nil) {
+			t.Errorf("%s: has the layers of the source: %t", requested, has)
+		}
 		created := &record.Record{
 			Spec: source.Spec, Provisioned: &record.Provisioned{Name: "c", Source: &Source{Volume: "v"}},
 		}

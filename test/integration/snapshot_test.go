@@ -208,8 +208,8 @@ func TestSnapshotsAreRefused(t *testing.T) {
 	for name, from := range map[string]*csi.VolumeContentSource{"snapshot": ofSnapshot(snapshot), "volume": ofVolume(source)} {
 		_, err := createFrom(timeout(t), node, "small", from, snapshotSize/2, attributes...)
 		wantCode(t, err, codes.OutOfRange, "must not have less")
-		_, err = createFrom(timeout(t), node, "layers", from, snapshotSize, "layers", drivertest.Layers("layer-1"), none, "none")
-		wantCode(t, err, codes.InvalidArgument, "request the same ones")
+		_, err = createFrom(timeout(t), node, "layers", from, snapshotSize, "layers", drivertest.Layers("missing"), none, "none")
+		wantCode(t, err, codes.NotFound, "missing")
 		_, err = createFrom(timeout(t), node, "made-of-"+name, from, snapshotSize, attributes...)
 		must(t, err)
 		_, err = createFrom(timeout(t), node, "made-of-"+name, nil, snapshotSize, attributes...)
