@@ -69,7 +69,7 @@ func newCensus(config CensusConfig) *census {
 		cacheBytes: gauge("caches_bytes", "Bytes that the caches take of the disk."),
 		capacity:   gauge("capacity_bytes", "Bytes that can be reserved for new volumes."),
 		reserved:   gauge("reserved_bytes", "Bytes of the disk that are reserved for volumes."),
-		taken:      gauge("census_timestamp_seconds", "Time since the epoch of the census that counted volumes, views, conditions, snapshots and caches."),
+		taken:      gauge("census_timestamp_seconds", "Time since the epoch of the last count of volumes, conditions, snapshots and caches."),
 	}
 }
 

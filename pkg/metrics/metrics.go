@@ -65,7 +65,7 @@ func (m *Metrics) RPCEnded(method, code string, duration time.Duration) {
 
 // AddStore adds what a layer store observes. It is called before the store observes anything.
 func (m *Metrics) AddStore() {
-	m.imageRequests = counter(m, "image_requests_total", "Requests for images, by whether they were on the node (hit) or pulled (miss).", "result")
+	m.imageRequests = counter(m, "image_requests_total", "Requests for images: on the node (hit), or pulled (miss).", "result")
 	m.pulls = histogram(m, "pull_duration_seconds", "Time that the pull of an image took, by result.",
 		prometheus.ExponentialBuckets(0.1, 3, 10), "result")
 	m.pullFailures = counter(m, "pull_failures_total", "Pulls that failed, by the kind of error.", "reason")

@@ -154,8 +154,8 @@ func (d *Dispatcher) writeBatch(name string, batch map[string]*queued, calls map
 	return err
 }
 
-// needless returns the handles of the requests that need not stay: of those that expired, which a controller that was away looks for, and of
-// the answered ones that no call waits for, all but the newest.
+// needless returns the handles of the requests that need not stay: of those that expired, which a controller that was away looks for, and
+// of the answered ones that no call waits for, all but the newest.
 func needless(object *OverlayNode, calls map[string]int) []string {
 	var expired, answered []string
 	for handle, request := range object.Spec.Requests {

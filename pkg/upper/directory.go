@@ -117,9 +117,9 @@ func (b *Backends) MeasureInUse(ctx context.Context, at Location) (bytes, inodes
 	return used.bytes + used.bytes/4 + copySlack.Bytes, used.inodes + used.inodes/4 + copySlack.Inodes, nil
 }
 
-// CopyFiles copies an upper that pods write to, file by file, into a new frozen upper. It takes at most that many bytes and inodes. The copy
-// is not of one moment: squash.CopyInUse says what that means, and has the errors. It is for backends that have no moments. What a failed
-// call left is discarded by DiscardFrozen.
+// CopyFiles copies an upper that pods write to, file by file, into a new frozen upper. It takes at most that many bytes and inodes. The
+// copy is not of one moment: squash.CopyInUse says what that means, and has the errors. It is for backends that have no moments. What a
+// failed call left is discarded by DiscardFrozen.
 func (b *Backends) CopyFiles(ctx context.Context, at Location, id string, bytes, inodes int64) error {
 	if at.Backend != Directory && at.Backend != ProjectQuota {
 		return fmt.Errorf("%w: an upper of the backend %s is not copied file by file", errdefs.ErrInvalidArgument, at.Backend)

@@ -208,8 +208,8 @@ type copiedUpper struct {
 	unpin func()
 }
 
-// copyFiles copies the upper of a volume that is mounted file by file. It returns one without an ID for a volume that can be captured at one moment. Another
-// operation that wants the volume, as an unpublish does, ends the copy, with ErrAborted: no pod waits for it.
+// copyFiles copies the upper of a volume that is mounted file by file. It returns one without an ID for a volume that can be captured at
+// one moment. Another operation that wants the volume, as an unpublish does, ends the copy, with ErrAborted: no pod waits for it.
 func (s *snapshots) copyFiles(ctx context.Context, id string) (copied copiedUpper, err error) {
 	unlock, err := s.locks.acquire(ctx, id)
 	if err != nil {

@@ -43,7 +43,8 @@ func cacheVolume(namespace, layers, commit string) drivertest.Volume {
 
 // job runs a pod that writes files to a volume, and ends in a phase.
 func job(
-	t *testing.T, node *drivertest.Node, statuses *drivertest.PodPhases, name string, v drivertest.Volume, phase corev1.PodPhase, files ...string,
+	t *testing.T, node *drivertest.Node, statuses *drivertest.PodPhases, name string, v drivertest.Volume, phase corev1.PodPhase,
+	files ...string,
 ) {
 	t.Helper()
 	pod := newPod(t, node, name)

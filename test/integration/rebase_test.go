@@ -16,8 +16,8 @@ import (
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
 
-// tuned makes a claim on model v1 that has an entry of its own, one that it changed, one that was only copied up, and one that it deleted. It
-// returns the layers of the next version.
+// tuned makes a claim on model v1 that has an entry of its own, one that it changed, one that was only copied up, and one that it deleted.
+// It returns the layers of the next version.
 func tuned(t *testing.T, node *drivertest.Node, kind string) (v drivertest.Volume, _ string, attributes []string) {
 	t.Helper()
 	layersOf(t, node,
@@ -128,7 +128,8 @@ func TestRebaseDryRun(t *testing.T) {
 	deleteVolume(t, node, v)
 }
 
-// TestRebaseKills kills the driver while it makes claims with other layers. Repeated, each request is answered with OK, and nothing is left.
+// TestRebaseKills kills the driver while it makes claims with other layers. Repeated, each request is answered with OK, and nothing is
+// left.
 func TestRebaseKills(t *testing.T) {
 	takesMinutes(t)
 	for _, kind := range []string{"directory", "image"} {
