@@ -129,17 +129,31 @@ func isRefusal(err error) bool {
 	return errors.As(err, &exit) && exit.Exited()
 }
 
-// trailerSize is the number of random bytes that are compressed after the end of a stream.
-const trailerSize = 32
+const (
+	// trailerSize is the number of random bytes that are compressed after the end of a stream.
+	trailerSize = 32
+	// extraSize is the size of the extra field of the member that has them, the largest there is (RFC 1952).
+	extraSize = 1<<16 - 1
+)
 
 // newTrailer returns random bytes, and a member of gzip that has them. What comes out at the end shows that all before it were whole
 // members: igzip ends without an error, and reads no more, at the first bytes that do not begin one.
+//
+// A stream that is cut off must not go on in the member. Its header is therefore longer than the extra field of any other header, which
+// would take it and leave the data; its random bytes are in no checksum that was computed before, and no zero is among them, which
+// would end a name.
 func newTrailer() (content, member []byte, _ error) {
 	content = make([]byte, trailerSize)
+	extra := make([]byte, extraSize)
 	// It does not fail (crypto/rand).
 	_, _ = rand.Read(content)
+	_, _ = rand.Read(extra)
+	for i := range extra {
+		extra[i] |= 1
+	}
 	var compressed bytes.Buffer
 	writer := gzip.NewWriter(&compressed)
+	writer.Extra = extra
 	_, err := writer.Write(content)
 	err = errors.Join(err, writer.Close())
 	return content, compressed.Bytes(), err

@@ -69,10 +69,10 @@ func content(size int) []byte {
 	return data
 }
 
-// withHeader returns a member with another header.
+// withHeader returns a member with another header, or the header alone.
 func withHeader(member []byte, flags byte, fields ...byte) []byte {
 	header := append([]byte{0x1f, 0x8b, 8, flags, 0, 0, 0, 0, 0, 3}, fields...)
-	return slices.Concat(header, member[10:])
+	return slices.Concat(header, member[min(10, len(member)):])
 }
 
 func changed(data []byte, at int) []byte {
@@ -122,6 +122,10 @@ func streams(t *testing.T) map[string][]byte {
 		"cut in the header":           member[:5],
 		"cut in the data":             member[:len(member)/2],
 		"cut in the checksum":         member[:len(member)-3],
+		"cut in an extra field":       slices.Concat(member, withHeader(nil, 4, 10, 0)),
+		"cut in a long extra field":   slices.Concat(member, withHeader(nil, 4, 0xff, 0xff)),
+		"cut in fields and a name":    slices.Concat(member, withHeader(nil, 4|8, 0xff, 0xff)),
+		"cut in a stored block":       slices.Concat(member, withHeader(nil, 0, 0, 10, 0, 0xf5, 0xff)),
 		"cut in the second":           slices.Concat(member, member[:len(member)/2]),
 		"block of a reserved type":    slices.Concat(member[:10], []byte{0x07}, member[11:]),
 		"member of another algorithm": slices.Concat(member, []byte{0x28, 0xb5, 0x2f, 0xfd}),
