@@ -34,9 +34,10 @@ func Main(args []string) int {
 	return 1
 }
 
-// limits are the program's resource limits.
+// limits are the program's resource limits. With 0 for its core dump, the node's core_pattern could still run a program on its memory, as
+// root and outside of the container. 1 is too little for a file, and the kernel runs no program then (fs/coredump.c).
 var limits = map[int]uint64{
-	unix.RLIMIT_CORE: 0, unix.RLIMIT_FSIZE: 0, unix.RLIMIT_MEMLOCK: 0, unix.RLIMIT_MSGQUEUE: 0,
+	unix.RLIMIT_CORE: 1, unix.RLIMIT_FSIZE: 0, unix.RLIMIT_MEMLOCK: 0, unix.RLIMIT_MSGQUEUE: 0,
 	unix.RLIMIT_NOFILE: 16, unix.RLIMIT_STACK: 1 << 20,
 }
 

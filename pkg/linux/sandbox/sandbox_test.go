@@ -1,24 +1,49 @@
 package sandbox
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/overlay-csi/overlay-csi/test/needs"
 )
 
-const helperArgument = "sandbox-helper"
+const (
+	helperArgument = "sandbox-helper"
+	driverArgument = "sandbox-driver"
+)
 
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == helperArgument {
 		os.Exit(Main(os.Args[2:]))
 	}
+	if len(os.Args) > 1 && os.Args[1] == driverArgument {
+		os.Exit(drive())
+	}
 	os.Exit(m.Run())
+}
+
+// drive starts a program that neither reads, writes nor ends, prints its process ID, and waits.
+func drive() int {
+	root, err := NewRoot("/bin/dash")
+	if err == nil {
+		var process *Process
+		args := []string{"-c", "while :; do :; done"}
+		if process, err = Start(root, []string{"/proc/self/exe", helperArgument}, args, os.Stdin, os.Stdin); err == nil {
+			fmt.Println(process.PID())
+			err = <-process.Exited()
+		}
+	}
+	fmt.Fprintln(os.Stderr, err)
+	return 1
 }
 
 // start starts a program in a sandbox.
@@ -100,7 +125,7 @@ func TestRights(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"Max address space 67108864 67108864 bytes", "Max file size 0 0 bytes", "Max core file size 0 0 bytes"} {
+	for _, want := range []string{"Max address space 67108864 67108864 bytes", "Max file size 0 0 bytes", "Max core file size 1 1 bytes"} {
 		if !strings.Contains(strings.Join(strings.Fields(string(limits)), " "), want) {
 			t.Errorf("no limit %q in\n%s", want, limits)
 		}
@@ -148,6 +173,32 @@ func TestKill(t *testing.T) {
 	process.Kill()
 	if err := <-process.Exited(); err == nil {
 		t.Error("no error of a killed program")
+	}
+}
+
+// TestDriverKilled: the program ends with the process that has started it, although it uses none of its pipes.
+func TestDriverKilled(t *testing.T) {
+	needs.Root(t)
+	driver := exec.Command("/proc/self/exe", driverArgument)
+	driver.Stderr = os.Stderr
+	output, err := driver.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := driver.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var pid int
+	_, scanErr := fmt.Fscan(output, &pid)
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err := errors.Join(scanErr, err, driver.Process.Kill()); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	_ = driver.Wait()
+	ended := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	if n, err := unix.Poll(ended, int(startTimeout.Milliseconds())); n != 1 || err != nil {
+		t.Errorf("process %d goes on: %v", pid, errors.Join(err, unix.Kill(pid, unix.SIGKILL)))
 	}
 }
 

@@ -36,7 +36,7 @@ func Start(root *Root, helper, args []string, stdin, stdout *os.File) (*Process,
 	}
 	defer status.Close()
 	cmd := exec.Command(helper[0], append(helper[1:len(helper):len(helper)], args...)...)
-	cmd.Env = []string{"LD_LIBRARY_PATH=/", "GOMAXPROCS=1"}
+	cmd.Env = []string{"GOMAXPROCS=1"}
 	cmd.Dir = "/"
 	cmd.Stdin, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = stdin, stdout, statusEnd, []*os.File{root.dir}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
