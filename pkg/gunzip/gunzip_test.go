@@ -227,6 +227,27 @@ func TestSourceFails(t *testing.T) {
 	}
 }
 
+// TestSourceFailsWhileHanging: nobody waits for a process whose stream has failed, such as that of a pull that was given up.
+func TestSourceFailsWhileHanging(t *testing.T) {
+	needs.Root(t)
+	root, err := sandbox.NewRoot("/bin/dash")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	failure := errors.New("the download has failed")
+	reader, err := open(failing{failure}, time.Hour, func(stdin, stdout *os.File) (process, error) {
+		return sandbox.Start(root, []string{"/proc/self/exe", helperArgument}, []string{"-c", "while :; do :; done"}, stdin, stdout)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	if _, err := io.ReadAll(reader); !errors.Is(err, failure) {
+		t.Errorf("error %v", err)
+	}
+}
+
 type failing struct{ err error }
 
 func (f failing) Read([]byte) (int, error) { return 0, f.err }

@@ -80,14 +80,20 @@ func open(from io.Reader, stall time.Duration, start func(stdin, stdout *os.File
 		return nil, errors.Join(err, input.Close(), output.Close())
 	}
 	f := &feeder{from: io.MultiReader(from, bytes.NewReader(member)), to: input, done: make(chan struct{})}
-	go f.run()
+	go func() {
+		defer close(f.done)
+		if f.run(); f.readErr != nil {
+			// What it would still give is of no use, and it may hang.
+			started.Kill()
+		}
+	}()
 	return &reader{
 		process: started, stdout: output, feeder: f, stall: stall, trailer: trailer, buffer: make([]byte, chunkSize+trailerSize),
 	}, nil
 }
 
+// run writes the stream to its end, or until the process takes no more.
 func (f *feeder) run() {
-	defer close(f.done)
 	defer f.to.Close()
 	buffer := make([]byte, chunkSize)
 	for {
