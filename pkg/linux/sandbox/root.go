@@ -63,7 +63,7 @@ func NewRoot(program string) (*Root, error) {
 // Close frees the root. Programs that run in it go on.
 func (r *Root) Close() error { return r.dir.Close() }
 
-// add copies a file of this system.
+// add copies a file of this system, whatever this process's umask is: another user runs it.
 func (r *Root) add(name, source string) error {
 	from, err := os.Open(source)
 	if err != nil {
@@ -74,13 +74,16 @@ func (r *Root) add(name, source string) error {
 		if err := linux.Mkdirat(r.dir, parent, 0o555); err != nil && !errors.Is(err, os.ErrExist) {
 			return err
 		}
+		if err := linux.Fchmodat(r.dir, parent, 0o555); err != nil {
+			return err
+		}
 	}
 	to, err := linux.OpenFile(r.dir, name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o555, linux.ResolveBeneath|linux.ResolveNoSymlinks)
 	if err != nil {
 		return err
 	}
 	_, err = io.Copy(to, from)
-	return errors.Join(err, to.Close())
+	return errors.Join(err, to.Chmod(0o555), to.Close())
 }
 
 // parents returns the directories above a relative path, the topmost first.

@@ -167,6 +167,17 @@ func TestShell(t *testing.T) {
 	})
 }
 
+// TestUmask: the program's user may read the root, although files of this process are for its own user alone.
+func TestUmask(t *testing.T) {
+	before := unix.Umask(0o077)
+	defer unix.Umask(before)
+	process, stdin, _ := start(t, "/bin/cat")
+	stdin.Close()
+	if err := <-process.Exited(); err != nil {
+		t.Errorf("cat ended with %v", err)
+	}
+}
+
 // TestKill ends a program that does not end by itself.
 func TestKill(t *testing.T) {
 	process, _, _ := start(t, "/bin/dash", "-c", "while :; do :; done")
