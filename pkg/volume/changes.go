@@ -173,8 +173,9 @@ func (m *Manager) openSnapshot(ctx context.Context, id string) (*record.Snapshot
 		return nil, nil, err
 	}
 	m.listing.RLock()
+	defer m.listing.RUnlock()
 	c := &Changes{ctx: ctx, Tree: diff.Tree{MaxBytes: m.portable.MaxLayerBytes}}
-	c.onClose(m.listing.RUnlock)
+	c.onClose(m.pins.pin(idsOf(made.Frozen)...))
 	if len(made.Frozen) == 0 {
 		return made, c, nil
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
+	"github.com/overlay-csi/overlay-csi/pkg/volume/portable"
 )
 
 // written makes the claim "v", writes a file to it as a pod would, and unpublishes it.
@@ -552,6 +553,41 @@ func TestSweepWhileChangesAreRead(t *testing.T) {
 	check(t, n.manager.Delete(t.Context(), "v"))
 	check(t, n.manager.DeleteSnapshot(t.Context(), "s", nil))
 	wantNames(t, "left while it is read", n.frozen(), read[0].ID)
+	changes.Close()
+	n.manager.reconcile(t.Context())
+	wantNames(t, "left afterwards", n.frozen())
+}
+
+// pushed asks for a snapshot of the claim "v" that is to be in a registry.
+func (n *fakeNode) pushed(name string) (Snapshot, error) {
+	n.t.Helper()
+	h, err := portable.New("registry.example.com/team/snapshots", name, "node-1")
+	check(n.t, err)
+	return n.manager.CreateSnapshot(n.t.Context(), SnapshotRequest{Name: name, Volume: "v", Push: h})
+}
+
+// TestSweepWhileASnapshotIsPushed keeps what a push reads, and discards what nobody reads: a push may take hours.
+func TestSweepWhileASnapshotIsPushed(t *testing.T) {
+	n := newFakeNode(t)
+	n.manager.snapshots.portable.Pushes = portable.NewPushes(t.Context(), 1)
+	defer n.manager.snapshots.portable.Pushes.Close()
+	n.manager.snapshots.send = func(context.Context, string, map[string]string) error { return nil }
+	n.written("read")
+	made, err := n.pushed("s")
+	check(t, err)
+	h, err := portable.Parse(made.ID)
+	check(t, err)
+	_, changes, err := n.manager.openSnapshot(t.Context(), h.RecordID())
+	check(t, err)
+	read := n.loaded("v").Frozen
+	n.writeTo("not read")
+	_, err = n.snapshot("other")
+	check(t, err)
+	check(t, n.manager.Delete(t.Context(), "v"))
+	check(t, n.manager.DeleteSnapshot(t.Context(), "other", nil))
+	wantNames(t, "left while it is pushed", n.frozen(), read[0].ID)
+	check(t, n.manager.DeleteUnpushed(t.Context(), made.ID))
+	wantNames(t, "left of a snapshot that was deleted", n.frozen(), read[0].ID)
 	changes.Close()
 	n.manager.reconcile(t.Context())
 	wantNames(t, "left afterwards", n.frozen())
