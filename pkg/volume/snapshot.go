@@ -156,14 +156,19 @@ func (s *snapshots) createSnapshot(ctx context.Context, req SnapshotRequest) (Sn
 	return toSnapshot(made), s.continuePush(made, req.Secrets)
 }
 
-// continuePush has a snapshot pushed that is to be in a registry, and is not. It returns the error of the last push. The secrets are never
-// on the disk, so that nothing is pushed before it is asked for again.
+// continuePush has a snapshot pushed that is to be in a registry, and is not. It returns the error of the last push, as ErrUnavailable
+// whatever it is: the snapshot is on this node, and is pushed again. After an error that is final external-snapshotter may let go of a
+// snapshot without having it deleted. The secrets are never on the disk, so that nothing is pushed before it is asked for again.
 func (s *snapshots) continuePush(made *record.Snapshot, secrets map[string]string) error {
 	if made.Push == "" || made.Pushed != "" {
 		return nil
 	}
 	id := made.ID
-	return s.portable.Pushes.Continue(id, func(ctx context.Context) error { return s.send(ctx, id, secrets) })
+	err := s.portable.Pushes.Continue(id, func(ctx context.Context) error { return s.send(ctx, id, secrets) })
+	if err != nil {
+		return fmt.Errorf("%w: snapshot %s was taken, its push failed, and is tried again: %s", errdefs.ErrUnavailable, made.Name, err.Error())
+	}
+	return nil
 }
 
 // create makes a snapshot of a volume, with the copy of its upper if that was made before.
@@ -297,12 +302,14 @@ func (s *snapshots) deletePortable(ctx context.Context, id string, secrets map[s
 // it is not known.
 func (s *snapshots) deletePushed(ctx context.Context, h portable.Handle, remove func(digest.Digest) error) error {
 	return s.deleteRecord(ctx, h.RecordID(), func(made *record.Snapshot) (bool, error) {
-		isSame := made != nil && made.Push == h.String()
-		if !isSame {
+		if made != nil && made.Push != h.String() {
 			// That of a snapshot in another repository stays.
-			return made == nil, remove("")
+			return false, remove("")
 		}
-		s.portable.Pushes.Stop(made.ID)
+		s.portable.Pushes.Stop(h.RecordID())
+		if made == nil {
+			return true, remove("")
+		}
 		return true, remove(made.Pushed)
 	})
 }

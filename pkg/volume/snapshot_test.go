@@ -3,6 +3,7 @@ package volume
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math"
 	"os"
 	"path/filepath"
@@ -591,4 +592,21 @@ func TestSweepWhileASnapshotIsPushed(t *testing.T) {
 	changes.Close()
 	n.manager.reconcile(t.Context())
 	wantNames(t, "left afterwards", n.frozen())
+}
+
+// TestErrorOfAPush: the snapshot is there, so that no error of its push is final to external-snapshotter.
+func TestErrorOfAPush(t *testing.T) {
+	n := newFakeNode(t)
+	n.manager.snapshots.portable.Pushes = portable.NewPushes(t.Context(), 1)
+	defer n.manager.snapshots.portable.Pushes.Close()
+	refused := fmt.Errorf("%w: registry.example.com refuses", errdefs.ErrPermissionDenied)
+	n.manager.snapshots.send = func(context.Context, string, map[string]string) error { return refused }
+	n.written("file")
+	var err error
+	for err == nil {
+		_, err = n.pushed("s")
+	}
+	if !errdefs.IsUnavailable(err) || errdefs.IsPermissionDenied(err) || !strings.Contains(err.Error(), refused.Error()) {
+		t.Errorf("the error is %v", err)
+	}
 }

@@ -252,7 +252,7 @@ func TestPortableSnapshotFaults(t *testing.T) {
 	want := p.in(p.a, v, func(target string) { writeOddities(t, target) })
 
 	p.wantRefusedRequests(v)
-	wantCode(t, p.pushError("snapshot", v, "wrong"), codes.Unauthenticated, "registry "+p.r.Host, `user "u"`)
+	wantCode(t, p.pushError("snapshot", v, "wrong"), codes.Unavailable, "registry "+p.r.Host, `user "u"`)
 	base := func(w http.ResponseWriter, request *http.Request) bool {
 		isBase := strings.HasPrefix(request.URL.Path, "/v2/team/base/manifests/")
 		if isBase {
@@ -266,7 +266,7 @@ func TestPortableSnapshotFaults(t *testing.T) {
 		err = p.pushError("snapshot", v, pushPassword)
 		return strings.Contains(err.Error(), "gone from its registry")
 	})
-	wantCode(t, err, codes.NotFound, p.r.Host+"/team/base")
+	wantCode(t, err, codes.Unavailable, p.r.Host+"/team/base")
 	p.r.SetFault(func(w http.ResponseWriter, request *http.Request) bool {
 		http.Error(w, "overloaded", http.StatusServiceUnavailable)
 		return true
@@ -366,14 +366,14 @@ func (p *portableTest) wantRefusedRequests(v drivertest.Volume) {
 		err = create(map[string]string{"push": to}, nil)
 		return err != nil
 	})
-	wantCode(p.T, err, codes.Unauthenticated, "registry "+p.r.Host, "without credentials")
+	wantCode(p.T, err, codes.Unavailable, "registry "+p.r.Host, "without credentials")
 	wantCode(p.T, create(map[string]string{"push": to + "2"}, nil), codes.AlreadyExists, to)
 	handle, err := p.call(p.a, "refused", v, pushPassword)
 	if err == nil {
 		must(p.T, p.delete(p.a, handle.GetSnapshotId(), pushPassword))
 		return
 	}
-	wantCode(p.T, err, codes.Unauthenticated, p.r.Host)
+	wantCode(p.T, err, codes.Unavailable, p.r.Host)
 	list, err := p.a.Controller().ListSnapshots(timeout(p.T), &csi.ListSnapshotsRequest{})
 	must(p.T, err)
 	for _, entry := range list.GetEntries() {
