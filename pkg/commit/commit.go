@@ -24,6 +24,8 @@ type Volume struct {
 	// Layers are the layers of the volume, the topmost first, and Resolved the digests of those that are images.
 	Layers   []reference.Reference
 	Resolved reference.Digests
+	// Apart keeps what was written apart from the image below it: the new image names that, and does not consist of it.
+	Apart bool
 	// WriteTar writes what was written to the volume as the tar of a layer.
 	WriteTar compose.WriteTar
 }
@@ -165,7 +167,7 @@ func (c *Committer) assemble(
 
 // base returns the repository of the image that all layers of a volume are. It reports false if they are something else.
 func (c *Committer) base(v Volume, credentials registry.Credentials) (base *registry.Repository, isImage bool, err error) {
-	if len(v.Layers) != 1 || v.Layers[0].Scheme() != reference.OCI || v.Layers[0].Path() != "" {
+	if v.Apart || len(v.Layers) != 1 || v.Layers[0].Scheme() != reference.OCI || v.Layers[0].Path() != "" {
 		return nil, false, nil
 	}
 	resolved, err := v.resolve(v.Layers[0])

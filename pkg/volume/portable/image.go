@@ -45,8 +45,14 @@ func newImage(h Handle, id digest.Digest, annotations map[string]string) (Image,
 		return Image{}, fmt.Errorf("annotation %s: it is %.64q; a snapshot has the size of its volume there",
 			compose.AnnotationSize, annotations[compose.AnnotationSize])
 	}
-	if made.Created, err = time.Parse(time.RFC3339, annotations[ocispec.AnnotationCreated]); err != nil {
-		return Image{}, fmt.Errorf("annotation %s: %w", ocispec.AnnotationCreated, err)
+	if len(made.Volume) > maxMade {
+		return Image{}, fmt.Errorf("annotation %s has %d bytes; the handle of a volume has at most %d",
+			compose.AnnotationVolume, len(made.Volume), maxMade)
+	}
+	if made.Created, err = time.Parse(time.RFC3339, annotations[ocispec.AnnotationCreated]); err != nil || made.Created.UTC().Year() < 1 {
+		// The parser's error would repeat all of it.
+		return Image{}, fmt.Errorf("annotation %s: it is %.64q; a snapshot has the time there that it was taken at",
+			ocispec.AnnotationCreated, annotations[ocispec.AnnotationCreated])
 	}
 	for key, into := range map[string]*[]reference.Reference{
 		compose.AnnotationLayers: &made.below, compose.AnnotationRequested: &made.requested,
@@ -80,6 +86,10 @@ func (i Image) LayersFor(requested []reference.Reference) ([]reference.Reference
 		return nil, i.others(requested, []reference.Reference{i.base})
 	}
 	// Above what was requested may be the images of other snapshots, which the volume was made from.
+	if slices.Equal(requested, i.requested) && !slices.ContainsFunc(i.below, isNoImage) {
+		// A volume that was made from a snapshot of these layers, and is on the image of that.
+		requested = nil
+	}
 	images := len(i.below) - len(requested)
 	if images < 0 || !areLayers(requested, i.below[images:]) || slices.ContainsFunc(i.below[:images], isNoImage) {
 		return nil, i.others(requested, i.below)

@@ -97,6 +97,10 @@ func TestLayersFor(t *testing.T) {
 		"directory above":    {below: "dir://secret\ndir://a/b", request: "dir://a/b"},
 		"earlier snapshot": {below: "oci://r.example.com/s:0" + at + "\ndir://a/b", request: "dir://a/b",
 			want: self + "\noci://r.example.com/s:0" + at + "\ndir://a/b"},
+		"image of an image, as requested": {below: "oci://r.example.com/s:0" + at, requestedThen: "oci://r.example.com/b:1",
+			request: "oci://r.example.com/b:1", want: self + "\noci://r.example.com/s:0" + at},
+		"directory below, as requested": {below: "oci://r.example.com/s:0" + at + "\ndir://secret", requestedThen: "oci://r.example.com/b:1",
+			request: "oci://r.example.com/b:1"},
 		"image by tag above":     {below: "oci://r.example.com/s:0\ndir://a/b", request: "dir://a/b"},
 		"claims to be requested": {below: "dir://secret", requestedThen: "dir://a/b", request: "dir://a/b"},
 		"fewer":                  {below: "dir://a/b", request: "dir://a/b\ndir://a/c"},
@@ -140,12 +144,20 @@ func TestAnnotations(t *testing.T) {
 	}
 	for key, value := range map[string]string{
 		compose.AnnotationSize: "-1", ocispec.AnnotationCreated: "today", compose.AnnotationLayers: "/etc", compose.AnnotationRequested: "x",
-		ocispec.AnnotationBaseImageName: "UPPER",
+		ocispec.AnnotationBaseImageName: "UPPER", compose.AnnotationVolume: strings.Repeat("v", 1<<20),
 	} {
 		bad := maps.Clone(good)
 		bad[key] = value
 		if _, err := newImage(h, id, bad); err == nil || !strings.Contains(err.Error(), key) {
-			t.Errorf("%s: %q: %v", key, value, err)
+			t.Errorf("%s: %.64q: %v", key, value, err)
+		}
+	}
+	// CSI has no time before the year 1.
+	for _, value := range []string{"0000-06-01T00:00:00Z", "0001-01-01T00:00:00+14:00", strings.Repeat("2", 1<<20)} {
+		bad := maps.Clone(good)
+		bad[ocispec.AnnotationCreated] = value
+		if _, err := newImage(h, id, bad); err == nil || len(err.Error()) > 1024 {
+			t.Errorf("made %.64q: %.1024v", value, err)
 		}
 	}
 	for _, c := range []struct {

@@ -2,9 +2,11 @@ package portable
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
+	"slices"
 	"strconv"
 	"time"
 
@@ -42,11 +44,21 @@ type Snapshot struct {
 	Size   int64
 	// Created is when the snapshot was taken. Each push makes the same image.
 	Created time.Time
-	// Layers are the layers of the volume, the topmost first, Requested those that its claim requested, and Resolved the digests of images.
+	// Layers are the layers of the volume, the topmost first, Requested those that its claim requested, and Resolved the digests of images
+	// that a pod with the volume had.
 	Layers, Requested []reference.Reference
 	Resolved          reference.Digests
 	// WriteTar writes what was written to the volume as the tar of a layer.
 	WriteTar compose.WriteTar
+}
+
+// hadImages reports whether a pod with the volume had its images. Until then nobody knows whether its claim may read them, and they must
+// not be copied with the operator's login to where the claim may read.
+func (s Snapshot) hadImages() bool {
+	return !slices.ContainsFunc(s.Layers, func(layer reference.Reference) bool {
+		_, had := s.Resolved[layer.String()]
+		return layer.Scheme() == reference.OCI && !had
+	})
 }
 
 // CheckSecrets returns ErrInvalidArgument for secrets that are no logins for registries.
@@ -65,7 +77,7 @@ func (r *Registry) Push(ctx context.Context, s Snapshot, secrets map[string]stri
 	if err != nil {
 		return "", err
 	}
-	volume := commit.Volume{Layers: s.Layers, Resolved: s.Resolved, WriteTar: s.WriteTar}
+	volume := commit.Volume{Layers: s.Layers, Resolved: s.Resolved, Apart: !s.hadImages(), WriteTar: s.WriteTar}
 	details := compose.Details{
 		Created: s.Created.Truncate(time.Second), CreatedBy: "overlay-csi: snapshot " + s.Name + " of volume " + s.Volume,
 		Annotations: map[string]string{
@@ -82,7 +94,11 @@ func EmptyTar(_ context.Context, to io.Writer) error {
 	return err
 }
 
-// Read reads what the image of a snapshot says of it, for a claim in a namespace. It returns ErrNotFound if the registry does not have it.
+// errNoSnapshot is the error for an image that no driver pushed as a snapshot.
+var errNoSnapshot = fmt.Errorf("%w: no snapshot of this driver", errdefs.ErrInvalidArgument)
+
+// Read reads what the image of a snapshot says of it, for a claim in a namespace. It returns ErrNotFound if the registry does not have it,
+// and ErrInvalidArgument if it is no snapshot.
 func (r *Registry) Read(ctx context.Context, h Handle, secrets map[string]string, namespace string) (Image, error) {
 	credentials, err := registry.ParseCredentials(secrets)
 	if err != nil {
@@ -107,18 +123,22 @@ func (r *Registry) read(ctx context.Context, h Handle, credentials registry.Cred
 		return Image{}, fmt.Errorf("read snapshot %s: %w", h, err)
 	}
 	annotations, err := compose.ReadAnnotations(ctx, root, r.documents, repository.Fetch)
+	if errors.Is(err, compose.ErrNoBase) {
+		return Image{}, fmt.Errorf("%w: image %s: %s", errNoSnapshot, h.Image(), err.Error())
+	}
 	if err != nil {
 		return Image{}, fmt.Errorf("read snapshot %s: %w", h, err)
 	}
 	made, err := newImage(h, root.Digest, maps.Clone(annotations))
 	if err != nil {
-		return Image{}, fmt.Errorf("%w: image %s is no snapshot of this driver: %w", errdefs.ErrInvalidArgument, h.Image(), err)
+		return Image{}, fmt.Errorf("%w: image %s: %w", errNoSnapshot, h.Image(), err)
 	}
 	return made, nil
 }
 
 // Delete deletes the image of a snapshot. id is its digest, "" if it is not known. It returns nil if the registry does not have it, and if
-// the registry deletes nothing.
+// the registry deletes nothing. It returns ErrFailedPrecondition for an image that is no snapshot: whoever writes handles or moves tags
+// must not have the operator's login delete other images.
 func (r *Registry) Delete(ctx context.Context, h Handle, id digest.Digest, secrets map[string]string) error {
 	credentials, err := registry.ParseCredentials(secrets)
 	if err != nil {
@@ -126,14 +146,17 @@ func (r *Registry) Delete(ctx context.Context, h Handle, id digest.Digest, secre
 	}
 	repository := r.client.Repository(h.named, credentials.AsOperator())
 	if id == "" {
-		root, err := repository.Resolve(ctx)
-		if errdefs.IsNotFound(err) {
+		made, err := r.read(ctx, h, credentials.AsOperator())
+		switch {
+		case errdefs.IsNotFound(err):
 			return nil
-		}
-		if err != nil {
+		case errors.Is(err, errNoSnapshot):
+			return fmt.Errorf("%w: delete snapshot %s: %s; if the image is to stay, set deletionPolicy: Retain",
+				errdefs.ErrFailedPrecondition, h, err.Error())
+		case err != nil:
 			return fmt.Errorf("delete snapshot %s: %w", h, err)
 		}
-		id = root.Digest
+		id = made.Digest
 	}
 	if err := repository.Delete(ctx, id); err != nil {
 		return fmt.Errorf("delete snapshot %s: %w", h, err)
