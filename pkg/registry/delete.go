@@ -75,6 +75,11 @@ func (r *Repository) deleteFrom(ctx context.Context, host docker.RegistryHost, i
 		if err != nil {
 			return err
 		}
+		if response.Request.Method != http.MethodDelete {
+			// net/http asks with GET where some redirects point: the answer to that says nothing of the manifest.
+			response.Body.Close()
+			return fmt.Errorf("%w: %s redirects the request to %s", errdefs.ErrUnavailable, host.Host, response.Request.URL.Host)
+		}
 		if response.StatusCode >= 200 && response.StatusCode < 300 {
 			return response.Body.Close()
 		}

@@ -38,6 +38,16 @@ func TestDelete(t *testing.T) {
 			t.Errorf("status %d: %v", status, err)
 		}
 	}
+	registry.SetFault(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method == http.MethodDelete {
+			http.Redirect(w, r, "/v2/", http.StatusFound)
+		}
+		return r.Method == http.MethodDelete
+	})
+	if err := repositoryOf(t, client, tag, credentials).Delete(t.Context(), id); !errdefs.IsUnavailable(err) ||
+		!strings.Contains(err.Error(), "redirects") {
+		t.Errorf("the request is redirected: %v", err)
+	}
 	registry.SetFault(nil)
 	for range 2 {
 		must(t, repositoryOf(t, client, tag, credentials).Delete(t.Context(), id))
