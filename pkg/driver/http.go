@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,8 +11,16 @@ import (
 	"time"
 )
 
-// readHeaderTimeout bounds how long a client may take to send its request's header.
-const readHeaderTimeout = 5 * time.Second
+const (
+	// readHeaderTimeout bounds how long a client may take to send its request's header.
+	readHeaderTimeout = 5 * time.Second
+	// answerTimeout bounds how long an answer may take, with the time that the client takes to read it. A profile takes that long beside
+	// what the client asks for. Few scrapes are served at a time, and a client that does not read must not keep the others out.
+	answerTimeout = 30 * time.Second
+	// idleTimeout is how long a connection is kept between two requests: a scrape interval or two. Any pod can make connections, and each
+	// takes a file descriptor of the driver.
+	idleTimeout = 2 * time.Minute
+)
 
 // HTTPConfig has what is served over HTTP.
 type HTTPConfig struct {
@@ -21,6 +30,9 @@ type HTTPConfig struct {
 	Metrics http.Handler
 	// Profiles has profiles served beneath /debug/pprof/ (net/http/pprof).
 	Profiles bool
+
+	// answerTimeout is in place of the constant in tests.
+	answerTimeout time.Duration
 }
 
 // ServeHTTP serves on listener until ctx is done, and closes listener. /healthz answers 200 until then. /readyz answers 503 while the
@@ -42,7 +54,9 @@ func ServeHTTP(ctx context.Context, listener net.Listener, config HTTPConfig) er
 		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 		mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
 	}
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: readHeaderTimeout}
+	server := &http.Server{
+		Handler: mux, ReadHeaderTimeout: readHeaderTimeout, WriteTimeout: cmp.Or(config.answerTimeout, answerTimeout), IdleTimeout: idleTimeout,
+	}
 	stop := context.AfterFunc(ctx, func() { server.Close() })
 	defer stop()
 	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {

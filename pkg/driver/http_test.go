@@ -7,8 +7,10 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"sync/atomic"
 	"testing"
+	"time"
 )
 
 func TestServeHTTP(t *testing.T) {
@@ -70,6 +72,44 @@ func TestServeHTTP(t *testing.T) {
 	if conn, err := net.Dial("tcp", listener.Addr().String()); err == nil {
 		conn.Close()
 		t.Error("the listener is open after ServeHTTP returned")
+	}
+}
+
+// TestServeHTTPGivesUpClientsThatDoNotRead: any pod may ask for metrics, and must not keep Prometheus out.
+func TestServeHTTPGivesUpClientsThatDoNotRead(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	ended := make(chan error, 1)
+	metrics := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		for {
+			if _, err := w.Write(make([]byte, 1<<20)); err != nil {
+				ended <- err
+				return
+			}
+		}
+	})
+	served := make(chan error, 1)
+	go func() {
+		served <- ServeHTTP(ctx, listener, HTTPConfig{Metrics: metrics, answerTimeout: 100 * time.Millisecond})
+	}()
+	client, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	if _, err := fmt.Fprint(client, "GET /metrics HTTP/1.1\r\nHost: node\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the answer ended with %v", err)
+	}
+	stop()
+	if err := <-served; err != nil {
+		t.Error(err)
 	}
 }
 
