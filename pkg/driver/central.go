@@ -268,7 +268,7 @@ type deletion struct {
 	key, method       string
 	request, response proto.Message
 	log               []any
-	// reason and object are those of the event about a deletion that a node is too gone for.
+	// reason and object are those of the event about a deletion that a node is too gone for. Without an object there is none.
 	reason string
 	object *corev1.ObjectReference
 }
@@ -303,6 +303,9 @@ func (c *Central) deleteOn(ctx context.Context, segment string, d deletion) erro
 		return err
 	}
 	klog.FromContext(ctx).Info("Given up, its node is gone", append(d.log, logNode, object.Spec.Node)...)
+	if d.object == nil {
+		return nil
+	}
 	c.Events.Eventf(d.object, corev1.EventTypeWarning, d.reason,
 		"Node %s is gone: %s counts as deleted. If the node comes back, its driver deletes what is left of it", object.Spec.Node, d.what)
 	return nil

@@ -110,6 +110,16 @@ func TestPortableSnapshot(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// Of one that is in the registry, nothing is lost with its node.
+	other, err := portable.New(r.Host+"/team/snapshots", "snapshot-2", "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.away, c.gone = []string{"a"}, []string{"a"}
+	_, err = central.DeleteSnapshot(t.Context(), &csi.DeleteSnapshotRequest{SnapshotId: other.String(), Secrets: req.GetSecrets()})
+	if err != nil || len(c.events) > 0 {
+		t.Errorf("deleted after its node: %v, events %q", err, c.events)
+	}
 	restore.Name = "pvc-4"
 	if _, err := central.CreateVolume(t.Context(), restore); !isNotFound(err) || !strings.Contains(err.Error(), r.Host) {
 		t.Errorf("a volume of a snapshot that was deleted: %v", err)

@@ -136,8 +136,12 @@ func (c *Central) deleteSnapshotOn(ctx context.Context, segment, handle string) 
 	})
 }
 
-// contentOf returns the VolumeSnapshotContent of a snapshot: external-snapshotter names both by the UID of the VolumeSnapshot.
+// contentOf returns the VolumeSnapshotContent of a snapshot: external-snapshotter names both by the UID of the VolumeSnapshot. It returns
+// nil for one in a registry, whose handle does not say it, and which does not go with its node.
 func contentOf(handle string) *corev1.ObjectReference {
+	if portable.IsHandle(handle) {
+		return nil
+	}
 	name, _, _ := strings.Cut(handle, handleSeparator)
 	return &corev1.ObjectReference{
 		APIVersion: "snapshot.storage.k8s.io/v1", Kind: "VolumeSnapshotContent", Name: "snapcontent-" + strings.TrimPrefix(name, "snapshot-"),
