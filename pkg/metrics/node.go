@@ -2,14 +2,20 @@ package metrics
 
 import (
 	"context"
+	"fmt"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/singleflight"
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/store"
 )
+
+// usageWait is how long a scrape waits for the file system of the data root. Prometheus gives up after 10 seconds.
+const usageWait = 2 * time.Second
 
 // NodeConfig has the parts of the driver of a node. All fields are required.
 type NodeConfig struct {
@@ -30,11 +36,14 @@ type NodeConfig struct {
 type Node struct {
 	config NodeConfig
 	census *census
+	// usageAt reads how full a file system is, and reads has the one reading under way: where that hangs, scrapes do not pile up.
+	usageAt func(path string) (linux.Usage, error)
+	reads   singleflight.Group
 }
 
 // AddNode adds what there is on a node. The caller calls Run of what AddNode returns.
 func (m *Metrics) AddNode(config NodeConfig) *Node {
-	n := &Node{config: config, census: newCensus(config.CensusConfig)}
+	n := &Node{config: config, census: newCensus(config.CensusConfig), usageAt: linux.FileSystemUsageAt}
 	m.registry.MustRegister(n)
 	return n
 }
@@ -91,7 +100,7 @@ func (n *Node) Collect(metrics chan<- prometheus.Metric) {
 	send(desc.pulls, float64(now.Pulls))
 	send(desc.fetches, float64(now.Fetching), "running")
 	send(desc.fetches, float64(now.Waiting), "waiting")
-	if usage, err := linux.FileSystemUsageAt(n.config.DataRoot); err == nil {
+	if usage, err := n.usage(); err == nil {
 		send(desc.size, float64(usage.Bytes.Total))
 		send(desc.available, float64(usage.Bytes.Available))
 		send(desc.inodes, float64(usage.Inodes.Total))
@@ -107,6 +116,18 @@ func (n *Node) Collect(metrics chan<- prometheus.Metric) {
 	send(desc.registered, boolean(n.config.Registered() == nil))
 	for _, counted := range n.census.counted() {
 		metrics <- counted
+	}
+}
+
+// usage returns how full the file system of the data root is. It returns an error if that does not answer in time.
+func (n *Node) usage() (linux.Usage, error) {
+	read := n.reads.DoChan("", func() (any, error) { return n.usageAt(n.config.DataRoot) })
+	select {
+	case result := <-read:
+		usage, _ := result.Val.(linux.Usage)
+		return usage, result.Err
+	case <-time.After(usageWait):
+		return linux.Usage{}, fmt.Errorf("the file system of %s does not answer", n.config.DataRoot)
 	}
 }
 

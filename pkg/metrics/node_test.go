@@ -5,11 +5,14 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/overlay-csi/overlay-csi/pkg/cache"
 	"github.com/overlay-csi/overlay-csi/pkg/dataroot"
+	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/overlay"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
@@ -122,4 +125,25 @@ func TestNode(t *testing.T) {
 		`overlay_csi_damaged_records 1`,
 		`overlay_csi_registered 0`,
 	)
+}
+
+// TestScrapeOfADataRootThatHangs: the rest is served, and scrapes that hang do not pile up.
+func TestScrapeOfADataRootThatHangs(t *testing.T) {
+	n := newTestNode(t)
+	answer := make(chan struct{})
+	var reads atomic.Int64
+	n.node.usageAt = func(string) (linux.Usage, error) {
+		reads.Add(1)
+		<-answer
+		return linux.Usage{}, nil
+	}
+	for range 2 {
+		if text := scrape(t, n.metrics); !strings.Contains(text, "overlay_csi_ready 1\n") || strings.Contains(text, "overlay_csi_data_root") {
+			t.Errorf("got %s", text)
+		}
+	}
+	if reads.Load() != 1 {
+		t.Errorf("%d wait for the file system", reads.Load())
+	}
+	close(answer)
 }
