@@ -76,8 +76,8 @@ var (
 
 // othersFlags are flags that the documentation names and that are not the driver's.
 var othersFlags = []string{
-	"all", "context", "dry-run", "enable-distributed-snapshotting", "help", "long", "node-deployment", "pod", "push", "root-dir", "secret",
-	"socket", "ultra",
+	"all", "context", "dry-run", "enable-distributed-snapshotting", "format", "help", "long", "name", "node-deployment", "pod", "push",
+	"root-dir", "secret", "socket", "ultra",
 }
 
 // TestDocumentation compares what the pages name with what there is: links, paths, make targets, flags, tests and types.
