@@ -46,8 +46,17 @@ func Open(dir *os.File, path string, flags int, resolve uint64) (*os.File, error
 
 // OpenFile is [Open] for flags that may create a file (os.O_CREATE), which then has this mode, less the umask.
 func OpenFile(dir *os.File, path string, flags int, mode uint32, resolve uint64) (*os.File, error) {
+	return openFile(dir, path, fullPath(dir, path), flags, mode, resolve)
+}
+
+// OpenAs is [Open] with another name for the handle: in a deep tree, a path would grow with the depth.
+func OpenAs(dir *os.File, path, name string, flags int, resolve uint64) (*os.File, error) {
+	return openFile(dir, path, name, flags, 0, resolve)
+}
+
+func openFile(dir *os.File, path, name string, flags int, mode uint32, resolve uint64) (*os.File, error) {
 	how := unix.OpenHow{Flags: uint64(flags) | unix.O_CLOEXEC, Mode: uint64(mode), Resolve: resolve}
-	return open("openat2", dir, path, fullPath(dir, path), func(fd int) (opened int, err error) {
+	return open("openat2", dir, path, name, func(fd int) (opened int, err error) {
 		for range openTries {
 			opened, err = unix.Openat2(fd, path, &how)
 			if !mayPass(err, resolve) {

@@ -44,7 +44,7 @@ func look(dir *os.File, path string) (file, error) {
 	if dir == nil {
 		return file{}, nil
 	}
-	handle, err := linux.Open(dir, path, linux.O_PATH|linux.O_NOFOLLOW, linux.ResolveBeneath|linux.ResolveNoSymlinks)
+	handle, err := linux.OpenAs(dir, path, "an entry of a view", linux.O_PATH|linux.O_NOFOLLOW, linux.ResolveBeneath|linux.ResolveNoSymlinks)
 	if isGone(err) && !errors.Is(err, syscall.ESTALE) || errors.Is(err, syscall.ENAMETOOLONG) {
 		return file{}, nil
 	}

@@ -12,7 +12,7 @@ func (w *walker) compareDir(e *entry) error {
 		return nil // It is gone.
 	}
 	next := &level{
-		path: join(e.level.path, e.name), below: e.below(), upper: e.Dir, view: e.view.handle, isKept: e.level.isKept,
+		path: &place{e.level.path, e.name}, below: e.below(), upper: e.Dir, view: e.view.handle, isKept: e.level.isKept,
 	}
 	if e.oldBelow.isDir() {
 		next.old = e.oldBelow.handle
@@ -29,7 +29,7 @@ func (w *walker) compareDir(e *entry) error {
 		if err := w.makeTransparent(e); err != nil {
 			return err
 		}
-		isMerged, next.below, next.new, e.newBelow = true, join(e.level.below, e.name), e.new.handle, e.new
+		isMerged, next.below, next.new, e.newBelow = true, &place{e.level.below, e.name}, e.new.handle, e.new
 		// It is closed as e.new.
 		defer func() { e.newBelow = file{} }()
 	}
@@ -131,10 +131,11 @@ func (w *walker) hasChanges(e *entry) (bool, error) {
 	}
 	defer again.Dir.Close()
 	l := &level{below: e.below(), upper: again.Dir, view: e.view.handle, old: e.oldBelow.handle}
-	if w.opened += again.Dir.Len() + 3; w.opened > maxOpen {
-		return false, errTooDeep
+	leave, err := w.enter(l)
+	if err != nil {
+		return false, err
 	}
-	defer func() { w.opened -= again.Dir.Len() + 3 }()
+	defer leave()
 	for {
 		if w.ctx.Err() != nil {
 			return false, context.Cause(w.ctx)

@@ -33,7 +33,7 @@ func ParsePolicy(text string) (Policy, error) {
 
 // Conflict is an entry that both sides changed.
 type Conflict struct {
-	// Path is where the view of the uppers has or had it, relative to its root.
+	// Path is where the view of the uppers has or had it, relative to its root. Of one of more than 4095 bytes it is the end, after "…".
 	Path string
 	// Upper is what the uppers did to what the old layers have, and Layers what the new layers did. A directory that is gone below, or is
 	// something else, is deleted there, or changed.
@@ -47,9 +47,9 @@ func (c Conflict) String() string {
 }
 
 const (
-	// maxReported is how many conflicts a report has, and maxPath how many bytes of a path are in a text.
+	// maxReported is how many conflicts a report has, and maxQuoted how many bytes of a path are in a text.
 	maxReported = 5
-	maxPath     = 200
+	maxQuoted   = 200
 )
 
 // Report is what a record and an event say about conflicts.
@@ -81,8 +81,8 @@ func (r *Report) String() string {
 
 // quote returns a path in quotes, and of a long one its end.
 func quote(path string) string {
-	if len(path) > maxPath {
-		return fmt.Sprintf("…%q", path[len(path)-maxPath:])
+	if len(path) > maxQuoted {
+		return fmt.Sprintf("…%q", path[len(path)-maxQuoted:])
 	}
 	return fmt.Sprintf("%q", path)
 }

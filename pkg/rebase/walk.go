@@ -14,6 +14,8 @@ import (
 const (
 	// maxOpen is the most directories that are open at the same time, those on the way to the one that is compared in each tree.
 	maxOpen = 1 << 13
+	// entryHandles is how many files an entry has open beside its directories in the uppers.
+	entryHandles = 5
 	// pauseBelow is the number of levels of which the buffers of the listings are kept.
 	pauseBelow = 32
 )
@@ -61,10 +63,10 @@ type walker struct {
 
 // level is a directory that the uppers have.
 type level struct {
-	path  string
+	path  *place
 	upper *squash.Dir
-	// below is the path of what it goes on with in the layers, "" for nothing.
-	below string
+	// below is where the layers have what it goes on with, nil for nothing.
+	below *place
 	// view is the directory as the uppers show it. old and new are what it goes on with below, nil for nothing.
 	view, old, new *os.File
 	// isKept is set in a directory that stays as the uppers have it, in spite of a conflict.
@@ -80,18 +82,16 @@ func (w *walker) run() error {
 	}
 	defer root.Close()
 	// The driver gives the root of an upper its attributes, which are no pod's changes.
-	return w.walk(&level{path: ".", below: ".", upper: root, view: w.tree.View, old: w.tree.Old, new: w.tree.New})
+	return w.walk(&level{path: &place{}, below: &place{}, upper: root, view: w.tree.View, old: w.tree.Old, new: w.tree.New})
 }
 
 // walk compares the entries of a directory.
 func (w *walker) walk(l *level) error {
-	handles := l.upper.Len() + 3
-	w.opened += handles
-	w.depth++
-	defer func() { w.opened -= handles; w.depth-- }()
-	if w.opened > maxOpen {
-		return errTooDeep
+	leave, err := w.enter(l)
+	if err != nil {
+		return err
 	}
+	defer leave()
 	restore, err := w.editor.keepTimes(l)
 	if err != nil {
 		return err
@@ -122,6 +122,17 @@ func (w *walker) walk(l *level) error {
 	}
 }
 
+// enter counts what is open for a directory until leave is called.
+func (w *walker) enter(l *level) (leave func(), err error) {
+	handles := l.upper.Len() + entryHandles
+	if w.opened+handles > maxOpen {
+		return nil, errTooDeep
+	}
+	w.opened += handles
+	w.depth++
+	return func() { w.opened -= handles; w.depth-- }, nil
+}
+
 // entry is one name in a directory.
 type entry struct {
 	squash.Entry
@@ -142,20 +153,26 @@ func (e *entry) close() {
 	}
 }
 
-// below returns the path of what the entry goes on with in the layers, "" for nothing.
-func (e *entry) below() string {
+// below returns where the layers have what the entry goes on with, nil for nothing.
+func (e *entry) below() *place {
 	switch {
-	case !e.GoesOn || !e.IsAbsolute && e.level.below == "":
-		return ""
+	case !e.GoesOn || !e.IsAbsolute && e.level.below == nil:
+		return nil
 	case e.IsAbsolute:
-		return e.Below
+		return &place{&place{}, e.Below}
 	}
-	return join(e.level.below, e.Below)
+	return &place{e.level.below, e.Below}
 }
 
 // isInPlace reports whether the entry goes on with what the layers have in the same place. What was moved away and back does.
 func (e *entry) isInPlace() bool {
-	return e.GoesOn && e.level.below != "" && e.below() == join(e.level.below, e.name)
+	switch {
+	case !e.GoesOn || e.level.below == nil:
+		return false
+	case e.IsAbsolute:
+		return e.Below == (&place{e.level.below, e.name}).String()
+	}
+	return e.Below == e.name
 }
 
 // find looks a name up in all trees.
@@ -296,15 +313,7 @@ func (w *walker) isUnchanged(e *entry) (bool, error) {
 // conflict reports a conflict, and whether the entry of the layers is taken.
 func (w *walker) conflict(e *entry, upper, layers diff.Kind) (takes bool, err error) {
 	if w.visit != nil {
-		err = w.visit(Conflict{Path: join(e.level.path, e.name), Upper: upper, Layers: layers})
+		err = w.visit(Conflict{Path: (&place{e.level.path, e.name}).String(), Upper: upper, Layers: layers})
 	}
 	return w.policy == TakeLayers, err
-}
-
-// join returns the path of an entry of a directory.
-func join(dir, name string) string {
-	if dir == "." {
-		return name
-	}
-	return dir + "/" + name
 }
