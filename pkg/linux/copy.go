@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math"
 	"os"
+	"syscall"
 )
 
 // copyPart is what CopyFile copies between two looks at its context.
@@ -13,11 +15,23 @@ const copyPart = 8 << 20
 // CopyFile copies the content of a file into an empty one, and leaves holes where the file has them. It moves the positions of both
 // handles.
 func CopyFile(ctx context.Context, from, to *os.File) error {
+	return CopyFileUpTo(ctx, from, to, math.MaxInt64)
+}
+
+// CopyFileUpTo is CopyFile for a file that somebody may write to meanwhile. It returns EFBIG for more than that many bytes of data, and
+// does not copy them: whoever fills holes before the copy, and makes others behind it, needs little room for a file of any size.
+func CopyFileUpTo(ctx context.Context, from, to *os.File, most int64) error {
 	stat, err := StatFile(from)
 	if err != nil {
 		return err
 	}
-	err = Data(from, func(offset, bytes int64) error { return copyRange(ctx, from, to, offset, min(bytes, stat.Size-offset)) })
+	err = Data(from, func(offset, bytes int64) error {
+		bytes = max(0, min(bytes, stat.Size-offset))
+		if most -= bytes; most < 0 {
+			return fmt.Errorf("copy %s: %w", from.Name(), syscall.EFBIG)
+		}
+		return copyRange(ctx, from, to, offset, bytes)
+	})
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path"
 	"syscall"
@@ -23,7 +24,11 @@ const (
 	maxReplaced = 16
 	// maxRemoved is how often a copy of a directory is thrown away because the directory was removed.
 	maxRemoved = 1024
+	// unaccounted is how many bytes a file may have that take no block: file systems have those of small ones in the inode.
+	unaccounted = 64 << 10
 )
+
+var errOutOfRoom = fmt.Errorf("%w: pods write faster than the upper can be copied", errdefs.ErrUnavailable)
 
 // errReplaced says that another file has the name by now.
 var errReplaced = errors.New("it was replaced")
@@ -299,7 +304,7 @@ func (c *copier) take(inodes, bytes int64) error {
 	c.left.Inodes -= inodes
 	c.left.Bytes -= bytes
 	if c.left.Inodes < 0 || c.left.Bytes < 0 {
-		return fmt.Errorf("%w: pods write faster than the upper can be copied", errdefs.ErrUnavailable)
+		return errOutOfRoom
 	}
 	return nil
 }
@@ -379,7 +384,12 @@ func (c *copier) copyContent(ctx context.Context, from, made *os.File, stat linu
 		return err
 	}
 	defer data.Close()
-	err = c.files.copyContent(ctx, 0, data, made)
+	// What is left, and what was taken for the file.
+	most := c.left.Bytes + min(stat.DiskBytes()+unaccounted, math.MaxInt64-c.left.Bytes)
+	err = c.files.copyContent(ctx, 0, data, made, most)
+	if errors.Is(err, syscall.EFBIG) {
+		return errOutOfRoom
+	}
 	// A file that was cut ends where it was cut: there is nothing to read (EOF) or to look for (ENXIO).
 	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ENXIO) {
 		return err

@@ -251,3 +251,33 @@ func TestCopyInUseRefuses(t *testing.T) {
 		t.Errorf("got %v for a tree that is too deep", err)
 	}
 }
+
+// TestCopyInUseOfFileThatIsFilled: a pod fills the holes of a file before the copy comes to them, and may make others behind it, so that a
+// small quota is enough. The copy takes no more than its room.
+func TestCopyInUseOfFileThatIsFilled(t *testing.T) {
+	const room, size = 1 << 20, 64 << 20
+	base := memory(t)
+	file, err := os.Create(filepath.Join(base, "file"))
+	must(t, err)
+	defer file.Close()
+	must(t, file.Truncate(size))
+	// As the copier finds it. What follows is what it would copy afterwards.
+	stat, err := linux.StatFile(file)
+	must(t, err)
+	for offset := int64(0); offset < size; offset += 2 << 20 {
+		_, err := file.WriteAt(make([]byte, 1<<20), offset)
+		must(t, err)
+	}
+	made, err := os.Create(filepath.Join(base, "made"))
+	must(t, err)
+	defer made.Close()
+	c := &copier{files: files{noClones: []bool{true}}, left: Room{Bytes: room, Inodes: 1}}
+	if err := c.copyContent(t.Context(), file, made, stat); !errdefs.IsUnavailable(err) {
+		t.Errorf("the error is %v", err)
+	}
+	copied, err := linux.StatFile(made)
+	must(t, err)
+	if copied.DiskBytes() > 2*room {
+		t.Errorf("it has copied %d bytes, and there is room for %d", copied.DiskBytes(), room)
+	}
+}

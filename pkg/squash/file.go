@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"slices"
 	"syscall"
@@ -204,11 +205,11 @@ func (f *files) copyRegular(ctx context.Context, upper int, found result, from, 
 			overlay[redirectXattr] = target
 		}
 	case found.data != nil:
-		err = f.copyContent(ctx, upper, found.data, made)
+		err = f.copyContent(ctx, upper, found.data, made, math.MaxInt64)
 	case found.first.stat.Size > 0:
 		var data *os.File
 		if data, err = linux.Reopen(from, os.O_RDONLY|syscall.O_NOATIME); err == nil {
-			err = errors.Join(f.copyContent(ctx, upper, data, made), data.Close())
+			err = errors.Join(f.copyContent(ctx, upper, data, made, math.MaxInt64), data.Close())
 		}
 	}
 	if err == nil {
@@ -220,8 +221,9 @@ func (f *files) copyRegular(ctx context.Context, upper int, found result, from, 
 	return err
 }
 
-// copyContent copies the content of a file, by sharing its blocks if the file system can do that.
-func (f *files) copyContent(ctx context.Context, upper int, from, to *os.File) error {
+// copyContent copies the content of a file, by sharing its blocks if the file system can do that. It returns EFBIG if it would copy more
+// than that many bytes.
+func (f *files) copyContent(ctx context.Context, upper int, from, to *os.File, most int64) error {
 	if !f.noClones[upper] {
 		err := linux.Clone(to, from)
 		if err == nil {
@@ -230,7 +232,7 @@ func (f *files) copyContent(ctx context.Context, upper int, from, to *os.File) e
 		// Whatever it is, a copy says so if it is more than that.
 		f.noClones[upper] = errors.Is(err, syscall.EOPNOTSUPP) || errors.Is(err, syscall.ENOTTY)
 	}
-	return linux.CopyFile(ctx, from, to)
+	return linux.CopyFileUpTo(ctx, from, to, most)
 }
 
 // setAttributes gives a file the owner, mode, extended attributes and times of another one, and these attributes of overlayfs. It sets
