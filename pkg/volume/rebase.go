@@ -110,6 +110,9 @@ func (m *Manager) rebase(ctx context.Context, original *record.Snapshot, onto ne
 		if err := m.openFrozenChanges(c, r, nil); err != nil {
 			return nil, err
 		}
+		if err := m.reopenFrozen(c, r); err != nil {
+			return nil, err
+		}
 		tree, err := m.openRebase(c, r, publicationOf(r), onto.layers)
 		if err != nil {
 			return nil, err
@@ -124,6 +127,18 @@ func (m *Manager) rebase(ctx context.Context, original *record.Snapshot, onto ne
 	}
 	original.Resolved, original.Layers = onto.layers.Digests, onto.layers.Stored
 	return report, nil
+}
+
+// reopenFrozen opens the frozen uppers of a volume once more, with the groups that they are stored with. The view of one in a disk image
+// maps the groups of the mount that it was opened by.
+func (m *Manager) reopenFrozen(c *Changes, r *record.Record) error {
+	dirs, err := m.openFrozen(c.ctx, placedOf(r))
+	if err != nil {
+		return err
+	}
+	c.own(dirs...)
+	c.Tree.Uppers = nil
+	return c.setUppers(dirs)
 }
 
 // publicationOf returns a publication with the group of a volume's files, as nobody has it.

@@ -16,8 +16,8 @@ import (
 	"github.com/overlay-csi/overlay-csi/test/drivertest"
 )
 
-// tuned makes a claim on model v1 that has an entry of its own, one that it changed, one that was only copied up, and one that it deleted.
-// It returns the layers of the next version.
+// tuned makes a claim on model v1 that has an entry of its own, one that it changed, one that was only copied up, and one that it
+// deleted. It returns the layers of the next version.
 func tuned(t *testing.T, node *drivertest.Node, kind string) (v drivertest.Volume, _ string, attributes []string) {
 	t.Helper()
 	layersOf(t, node,
@@ -164,4 +164,40 @@ func TestRebaseKills(t *testing.T) {
 			wantNothingFrozen(t, node)
 		})
 	}
+}
+
+// TestGroupOfARebasedClone: what pods with other fsGroups wrote, and what is taken from the new layers, belongs to that of the pod that has
+// the clone.
+func TestGroupOfARebasedClone(t *testing.T) {
+	onEachFreezing(t, []string{"directory", "image", "btrfs"}, func(t *testing.T, node *drivertest.Node, attributes []string) {
+		layersOf(t, node,
+			map[string]string{"layer": "layer", "config": "v1", "dir/file": "v1", "kept/file": "v1", "touched": "v1"},
+			map[string]string{"layer": "layer", "config": "v2", "dir/file": "v2", "kept/file": "v2", "touched": "v2", "both/new": "v2"})
+		script(t, "chmod 711 "+node.LayerDir+"/layer-1/dir")
+		v := createSized(t, node, "source", readWriteOnce, snapshotSize, append(attributes, "layers", drivertest.Layers("layer-0"))...)
+		use := func(v drivertest.Volume, group uint32, text string, names ...string) {
+			t.Helper()
+			pod := newPod(t, node, "pod")
+			v = withGroup(v, groupText(group))
+			target := publish(t, pod, v)
+			script(t, "cd "+target+" && "+text)
+			for _, name := range append(names, "", "layer", "config", "dir", "dir/own", "kept", "kept/own", "both", "both/own", "touched") {
+				wantGroups(t, target, map[string]uint32{name: group})
+			}
+			unpublish(t, pod, v)
+			removePod(t, pod)
+		}
+		use(v, 1000, "mkdir both && touch dir/own kept/own both/own touched && printf mine >config && chgrp 1000 . both */own")
+		use(v, 2000, "true")
+		for policy := range rebased {
+			clone := restore(t, node, policy, ofVolume(v),
+				append(attributes, "layers", drivertest.Layers("layer-1"), "onConflict", policy)...)
+			use(clone, 3000, "stat -c %a dir | grep -x 711", "both/new", "dir/file")
+			use(clone, 1000, "true", "both/new", "dir/file")
+			deleteVolume(t, node, clone)
+		}
+		use(v, 1000, "true")
+		deleteVolume(t, node, v)
+		wantNothingFrozen(t, node)
+	})
 }
