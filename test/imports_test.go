@@ -31,10 +31,12 @@ var mayImport = map[string][]string{
 	"pkg/overlaynode": {},
 	"pkg/volume": {
 		"pkg/cache", "pkg/dataroot", "pkg/diff", "pkg/kubeapi", "pkg/kubelet", "pkg/layer", "pkg/overlay", "pkg/record", "pkg/reference",
-		"pkg/rebase", "pkg/spec", "pkg/store", "pkg/upper", "pkg/volume/chown", "pkg/volume/flatten", "pkg/volume/portable",
+		"pkg/rebase", "pkg/spec", "pkg/store", "pkg/upper", "pkg/volume/chown", "pkg/volume/flatten", "pkg/volume/lock",
+		"pkg/volume/portable",
 	},
 	"pkg/cache":           {"pkg/record", "pkg/upper"},
 	"pkg/volume/chown":    {},
+	"pkg/volume/lock":     {},
 	"pkg/volume/flatten":  {"pkg/record", "pkg/upper"},
 	"pkg/volume/portable": {"pkg/commit", "pkg/image", "pkg/image/compose", "pkg/reference", "pkg/registry"},
 	"pkg/rebase":          {"pkg/diff", "pkg/squash"},

@@ -163,7 +163,7 @@ func (l *ledger) check(ctx context.Context, wanted int64) error {
 // call does what is missing. Expand returns ErrOutOfRange if the volume is larger than limit, and ErrInvalidArgument if its size is
 // not the driver's to change.
 func (m *Manager) Expand(ctx context.Context, id, path string, required, limit int64) (int64, error) {
-	unlock, err := m.locks.acquire(ctx, id)
+	unlock, err := m.locks.Acquire(ctx, id)
 	if err != nil {
 		return 0, err
 	}

@@ -59,7 +59,7 @@ func (m *Manager) ReadChanges(ctx context.Context, id, pod string) (*Changes, er
 			return err
 		}
 		var end func()
-		c.ctx, end = m.locks.addReader(ctx, r.ID)
+		c.ctx, end = m.locks.AddReader(ctx, r.ID)
 		c.onClose(end)
 		p, err := m.publicationToRead(r, pod)
 		if errdefs.IsNotFound(err) && pod == "" && r.Spec.Persistent() {
@@ -88,7 +88,7 @@ func (m *Manager) CaptureChanges(ctx context.Context, id string) (*Changes, erro
 			return err
 		}
 		// Until the files are closed: a copy is in no record, and the volume may be deleted.
-		c.onClose(m.pins.pin(idsOf(frozen)...))
+		c.onClose(m.pins.Pin(idsOf(frozen)...))
 		captured := *r
 		if len(frozen) > len(r.Frozen) {
 			c.onClose(func() { m.discardCopy(ctx, frozen[0].ID) })
@@ -138,7 +138,7 @@ func (m *Manager) sendSnapshot(ctx context.Context, id string, secrets map[strin
 	if err != nil {
 		return err
 	}
-	unlock, err := m.locks.acquire(ctx, snapshotLock(id))
+	unlock, err := m.locks.Acquire(ctx, snapshotLock(id))
 	if err != nil {
 		return err
 	}
@@ -160,7 +160,7 @@ var errNothingToPush = errors.New("the snapshot is gone, or was pushed")
 
 // openSnapshot opens what a snapshot has that is to be pushed. Until the changes are closed, no frozen upper is discarded.
 func (m *Manager) openSnapshot(ctx context.Context, id string) (*record.Snapshot, *Changes, error) {
-	unlock, err := m.locks.acquire(ctx, snapshotLock(id))
+	unlock, err := m.locks.Acquire(ctx, snapshotLock(id))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -175,7 +175,7 @@ func (m *Manager) openSnapshot(ctx context.Context, id string) (*record.Snapshot
 	m.listing.RLock()
 	defer m.listing.RUnlock()
 	c := &Changes{ctx: ctx, Tree: diff.Tree{MaxBytes: m.portable.MaxLayerBytes}}
-	c.onClose(m.pins.pin(idsOf(made.Frozen)...))
+	c.onClose(m.pins.Pin(idsOf(made.Frozen)...))
 	if len(made.Frozen) == 0 {
 		return made, c, nil
 	}
@@ -194,7 +194,7 @@ func (m *Manager) openChanges(ctx context.Context, id string, open func(*Changes
 	if err := record.CheckID(id); err != nil {
 		return nil, err
 	}
-	unlock, err := m.locks.acquire(ctx, id)
+	unlock, err := m.locks.Acquire(ctx, id)
 	if err != nil {
 		return nil, err
 	}
@@ -309,7 +309,7 @@ func (m *Manager) openAtRest(c *Changes, r *record.Record) error {
 
 // releaseRead releases an upper at rest that was read. Another operation that has the volume finds it in use, and releases it itself.
 func (m *Manager) releaseRead(ctx context.Context, id string, u upper.Upper) {
-	unlock, ok := m.locks.tryAcquire(id)
+	unlock, ok := m.locks.TryAcquire(id)
 	if !ok {
 		return
 	}

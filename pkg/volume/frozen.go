@@ -362,7 +362,7 @@ func (s *snapshots) sweep(ctx context.Context) error {
 		return err
 	}
 	// Before the records are read: one that is pinned no more is in a record by now, or nobody needs it.
-	pinned := s.pins.all()
+	pinned := s.pins.All()
 	listed, err := s.volumes.FrozenInUse()
 	if err != nil {
 		return fmt.Errorf("find the frozen uppers that nothing uses: %w", err)

@@ -16,6 +16,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/linux"
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
+	"github.com/overlay-csi/overlay-csi/pkg/volume/lock"
 )
 
 // Condition is a fault of a volume on this node, or of what all volumes of the node need.
@@ -144,7 +145,7 @@ type checker struct {
 	views   views
 	uppers  uppers
 	layers  layers
-	locks   *locks
+	locks   *lock.Locks
 
 	mu sync.Mutex
 	// running are the checks in progress. There is one at a time for a volume at a target, so that a file system that does not
@@ -167,7 +168,7 @@ const checkWait = 5 * time.Second
 
 // load returns the record of a volume. It returns ErrNotFound if the volume is not on this node.
 func (c *checker) load(id string) (*record.Record, error) {
-	unlock, isIdle := c.locks.tryAcquire(id)
+	unlock, isIdle := c.locks.TryAcquire(id)
 	if isIdle {
 		defer unlock()
 	}
@@ -287,7 +288,7 @@ func (c *checker) checkMounted(ctx context.Context, current *healthCheck, r *rec
 // isExpected reports whether a view must be mounted that is in the record: an operation in progress may be about to mount or unmount
 // it, and one that has ended since the record was loaded may have unmounted it.
 func (c *checker) isExpected(id, target string) bool {
-	if c.locks.isHeld(id) {
+	if c.locks.IsHeld(id) {
 		return false
 	}
 	r, err := c.records.Load(id)

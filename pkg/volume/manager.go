@@ -26,6 +26,7 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/reference"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
+	"github.com/overlay-csi/overlay-csi/pkg/volume/lock"
 )
 
 // Keys of log messages.
@@ -160,7 +161,7 @@ type Manager struct {
 	caches  *cache.Store
 	ledger  *ledger
 	usage   usageCache
-	locks   *locks
+	locks   *lock.Locks
 	checker *checker
 	ready   atomic.Bool
 }
@@ -170,11 +171,11 @@ func NewManager(config Config) *Manager {
 	uppers := uppers{config.Backends, config.Pods, config.Root.Path(), config.Node}
 	views := views{config.Mounter}
 	ledger := newLedger(config, uppers)
-	locks := newLocks()
+	locks := lock.NewLocks()
 	unrecorded := unrecorded{config.Records, uppers, views, ledger}
 	snapshots := &snapshots{
 		node: config.Node, root: config.Root, volumes: config.Records, records: config.Records.Snapshots(), uppers: uppers, views: views,
-		ledger: ledger, locks: locks, pins: newPins(), portable: config.Portable,
+		ledger: ledger, locks: locks, pins: lock.NewPins(), portable: config.Portable,
 	}
 	m := &Manager{
 		config:     config,
@@ -231,7 +232,7 @@ func (u cacheUppers) Hold() (release func()) {
 }
 
 // Pin keeps frozen uppers from being swept until unpin is called.
-func (u cacheUppers) Pin(ids ...string) (unpin func()) { return u.snapshots.pins.pin(ids...) }
+func (u cacheUppers) Pin(ids ...string) (unpin func()) { return u.snapshots.pins.Pin(ids...) }
 
 // Sweep discards the frozen uppers that no record lists.
 func (u cacheUppers) Sweep(ctx context.Context) error { return u.snapshots.sweep(ctx) }

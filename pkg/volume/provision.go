@@ -63,7 +63,7 @@ type Volume struct {
 // topology, the provisioner of any node may be the one that deletes it.
 func (m *Manager) Create(ctx context.Context, req CreateRequest) (Volume, error) {
 	id := HandleFor(req.Name)
-	unlock, err := m.locks.acquire(ctx, id)
+	unlock, err := m.locks.Acquire(ctx, id)
 	if err != nil {
 		return Volume{}, err
 	}
@@ -262,7 +262,7 @@ func (m *Manager) resolveRequested(ctx context.Context, req *CreateRequest) (req
 // ErrUnavailable while a container still has a view that was unmounted. A volume that was deleted does not come back after a power cut:
 // nobody would ask again.
 func (m *Manager) Delete(ctx context.Context, id string) error {
-	unlock, err := m.locks.acquire(ctx, id)
+	unlock, err := m.locks.Acquire(ctx, id)
 	if err != nil {
 		return err
 	}

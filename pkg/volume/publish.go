@@ -38,7 +38,7 @@ type PublishRequest struct {
 // ErrAlreadyExists if it is mounted otherwise. If a step fails, or if ctx ends before the mount, Publish undoes what it did.
 // What a crash leaves is in the record, where the next Publish, Unpublish or reconciliation finds it.
 func (m *Manager) Publish(ctx context.Context, req PublishRequest) error {
-	unlock, err := m.locks.acquire(ctx, req.VolumeID)
+	unlock, err := m.locks.Acquire(ctx, req.VolumeID)
 	if err != nil {
 		return err
 	}

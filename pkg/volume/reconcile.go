@@ -65,7 +65,7 @@ func (m *Manager) reconcile(ctx context.Context) {
 
 // reconcileInTime reconciles a volume, and waits at most reconcilePatience for that.
 func (m *Manager) reconcileInTime(ctx context.Context, id string) {
-	unlock, ok := m.locks.tryAcquire(id)
+	unlock, ok := m.locks.TryAcquire(id)
 	if !ok {
 		return
 	}
@@ -197,7 +197,7 @@ func (s *snapshots) flatten(ctx context.Context, failed map[string]bool) bool {
 	}
 	merged := newMerged(run)
 	// The sweep would discard it before it is complete, and a record lists it.
-	defer s.pins.pin(merged.ID)()
+	defer s.pins.Pin(merged.ID)()
 	err = s.merge(ctx, lists, run, merged)
 	switch {
 	case ctx.Err() != nil:
@@ -240,7 +240,7 @@ func (s *snapshots) plan(failed map[string]bool) (lists []flatten.List, run []re
 		return nil, nil, nil, err
 	}
 	run = flatten.Plan(lists, func(run []record.Frozen) bool { return failed[runKey(run)] })
-	return lists, run, s.pins.pin(idsOf(run)...), nil
+	return lists, run, s.pins.Pin(idsOf(run)...), nil
 }
 
 // runKey names a run of frozen uppers: there is one with these ends.
@@ -328,7 +328,7 @@ func (s *snapshots) replace(ctx context.Context, list flatten.List, run []record
 	if lock == "" {
 		lock = snapshotLock(list.Snapshot)
 	}
-	unlock, err := s.locks.acquire(ctx, lock)
+	unlock, err := s.locks.Acquire(ctx, lock)
 	if err != nil {
 		return false, err
 	}

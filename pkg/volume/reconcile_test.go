@@ -94,7 +94,7 @@ func TestReconcileLeavesOneBehind(t *testing.T) {
 		}
 		close(answer)
 		synctest.Wait()
-		unlock, ok := n.manager.locks.tryAcquire("v")
+		unlock, ok := n.manager.locks.TryAcquire("v")
 		if !ok {
 			t.Fatal("the volume is still locked after its file system has answered")
 		}
@@ -194,7 +194,7 @@ func TestReconcileSkipsBusyVolumes(t *testing.T) {
 	n.publish(n.request("p1", inline))
 	clear(n.mounts)
 	n.gone["p1"] = true
-	unlock, err := n.manager.locks.acquire(t.Context(), "v")
+	unlock, err := n.manager.locks.Acquire(t.Context(), "v")
 	check(t, err)
 	n.manager.reconcile(t.Context())
 	if _, err := n.records.Load("v"); err != nil {

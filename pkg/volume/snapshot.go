@@ -10,11 +10,11 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/singleflight"
 	"k8s.io/klog/v2"
 
 	"github.com/overlay-csi/overlay-csi/pkg/record"
+	"github.com/overlay-csi/overlay-csi/pkg/volume/lock"
 	"github.com/overlay-csi/overlay-csi/pkg/volume/portable"
 )
 
@@ -28,14 +28,14 @@ type snapshots struct {
 	uppers  uppers
 	views   views
 	ledger  *ledger
-	locks   *locks
+	locks   *lock.Locks
 	// portable are the snapshots in registries. send pushes one, and has its record say so.
 	portable Portable
 	send     func(ctx context.Context, id string, secrets map[string]string) error
 	// listing is held for reading from before a frozen upper exists, or is taken over from another record, until the record that lists it
 	// is saved. The sweep of those that no record lists holds it for writing. What takes long pins its frozen uppers instead.
 	listing sync.RWMutex
-	pins    *pins
+	pins    *lock.Pins
 	// copies are the snapshots whose volumes are being copied file by file.
 	copies singleflight.Group
 }
@@ -74,14 +74,6 @@ type Snapshot struct {
 	OnThisNode bool
 }
 
-// Portable are the snapshots in registries.
-type Portable struct {
-	Registry *portable.Registry
-	Pushes   *portable.Pushes
-	// MaxLayerBytes is how large a layer may be that is pushed, 0 for any size: nodes would unpack no larger one.
-	MaxLayerBytes int64
-}
-
 // CreateSnapshot keeps what was written to a volume until now. It returns the same snapshot for a repeated request, and
 // ErrAlreadyExists if the name is that of a snapshot of another volume. A volume that is mounted is copied at one moment, where its
 // backend can do that: else the error is ErrFailedPrecondition, or with CopyInUse it is copied file by file. That may take long: it goes
@@ -114,7 +106,7 @@ func (s *snapshots) createSnapshot(ctx context.Context, req SnapshotRequest) (Sn
 	if err := record.CheckID(req.Volume); err != nil {
 		return Snapshot{}, err
 	}
-	unlock, err := s.locks.acquire(ctx, snapshotLock(id))
+	unlock, err := s.locks.Acquire(ctx, snapshotLock(id))
 	if err != nil {
 		return Snapshot{}, err
 	}
@@ -137,7 +129,7 @@ func (s *snapshots) createSnapshot(ctx context.Context, req SnapshotRequest) (Sn
 			return Snapshot{}, fmt.Errorf("make snapshot %s: %w", id, err)
 		}
 	}
-	unlockVolume, err := s.locks.acquire(ctx, req.Volume)
+	unlockVolume, err := s.locks.Acquire(ctx, req.Volume)
 	if err == nil {
 		defer unlockVolume()
 		made, err = s.create(ctx, id, req, copied)
@@ -154,21 +146,6 @@ func (s *snapshots) createSnapshot(ctx context.Context, req SnapshotRequest) (Sn
 	}
 	klog.FromContext(ctx).Info("Snapshot created", keySnapshot, id, keyVolume, req.Volume)
 	return toSnapshot(made), s.continuePush(made, req.Secrets)
-}
-
-// continuePush has a snapshot pushed that is to be in a registry, and is not. It returns the error of the last push, as ErrUnavailable
-// whatever it is: the snapshot is on this node, and is pushed again. After an error that is final external-snapshotter may let go of a
-// snapshot without having it deleted. The secrets are never on the disk, so that nothing is pushed before it is asked for again.
-func (s *snapshots) continuePush(made *record.Snapshot, secrets map[string]string) error {
-	if made.Push == "" || made.Pushed != "" {
-		return nil
-	}
-	id := made.ID
-	err := s.portable.Pushes.Continue(id, func(ctx context.Context) error { return s.send(ctx, id, secrets) })
-	if err != nil {
-		return fmt.Errorf("%w: snapshot %s was taken, its push failed, and is tried again: %s", errdefs.ErrUnavailable, made.Name, err.Error())
-	}
-	return nil
 }
 
 // create makes a snapshot of a volume, with the copy of its upper if that was made before.
@@ -188,7 +165,7 @@ func (s *snapshots) create(ctx context.Context, id string, req SnapshotRequest, 
 	case copied.ID == "":
 		frozen, err = s.capture(ctx, r)
 	case !reflect.DeepEqual(copied.below, r.Frozen) || !reflect.DeepEqual(copied.Group, r.Group):
-		err = errRevoked
+		err = lock.ErrRevoked
 	default:
 		frozen = slices.Concat([]record.Frozen{copied.Frozen}, r.Frozen)
 	}
@@ -216,7 +193,7 @@ type copiedUpper struct {
 // copyFiles copies the upper of a volume that is mounted file by file. It returns one without an ID for a volume that can be captured at
 // one moment. Another operation that wants the volume, as an unpublish does, ends the copy, with ErrAborted: no pod waits for it.
 func (s *snapshots) copyFiles(ctx context.Context, id string) (copied copiedUpper, err error) {
-	unlock, err := s.locks.acquire(ctx, id)
+	unlock, err := s.locks.Acquire(ctx, id)
 	if err != nil {
 		return copied, err
 	}
@@ -238,7 +215,7 @@ func (s *snapshots) copyFiles(ctx context.Context, id string) (copied copiedUppe
 	if err != nil {
 		return copied, err
 	}
-	ctx, end := s.locks.addReader(ctx, id)
+	ctx, end := s.locks.AddReader(ctx, id)
 	defer end()
 	unlock()
 	at := s.uppers.location(r, nil)
@@ -252,7 +229,7 @@ func (s *snapshots) copyFiles(ctx context.Context, id string) (copied copiedUppe
 	}
 	defer release()
 	copied = copiedUpper{Frozen: frozenOf(r), below: r.Frozen}
-	copied.unpin = s.pins.pin(copied.ID)
+	copied.unpin = s.pins.Pin(copied.ID)
 	if err := s.uppers.backends.CopyFiles(ctx, at, copied.ID, bytes, inodes); err != nil {
 		defer copied.unpin()
 		return copiedUpper{}, errors.Join(err, s.uppers.backends.DiscardFrozen(copied.ID))
@@ -275,48 +252,9 @@ func (s *snapshots) DeleteSnapshot(ctx context.Context, id string, secrets map[s
 	return s.deleteRecord(ctx, id, func(made *record.Snapshot) (bool, error) { return made == nil || made.Push == "", nil })
 }
 
-// DeleteUnpushed deletes what this node has of a snapshot that is or was to be in a registry, and ends its push. It returns nil if it has
-// nothing. What is in the registry stays.
-func (s *snapshots) DeleteUnpushed(ctx context.Context, id string) error {
-	h, err := portable.Parse(id)
-	if err != nil || h.RecordID() == "" {
-		return err
-	}
-	return s.deletePushed(ctx, h, func(digest.Digest) error { return nil })
-}
-
-// deletePortable deletes a snapshot in a registry, and then what this node has of it.
-func (s *snapshots) deletePortable(ctx context.Context, id string, secrets map[string]string) error {
-	h, err := portable.Parse(id)
-	if err != nil {
-		return err
-	}
-	remove := func(pushed digest.Digest) error { return s.portable.Registry.Delete(ctx, h, pushed, secrets) }
-	if h.RecordID() == "" {
-		return remove("")
-	}
-	return s.deletePushed(ctx, h, remove)
-}
-
-// deletePushed deletes the record of a snapshot that is pushed, after remove has deleted its image. remove gets the digest of that, "" if
-// it is not known.
-func (s *snapshots) deletePushed(ctx context.Context, h portable.Handle, remove func(digest.Digest) error) error {
-	return s.deleteRecord(ctx, h.RecordID(), func(made *record.Snapshot) (bool, error) {
-		if made != nil && made.Push != h.String() {
-			// That of a snapshot in another repository stays.
-			return false, remove("")
-		}
-		s.portable.Pushes.Stop(h.RecordID())
-		if made == nil {
-			return true, remove("")
-		}
-		return true, remove(made.Pushed)
-	})
-}
-
 // deleteRecord deletes the record of a snapshot if before, which gets the record if it can be read, returns true.
 func (s *snapshots) deleteRecord(ctx context.Context, id string, before func(made *record.Snapshot) (bool, error)) error {
-	unlock, err := s.locks.acquire(ctx, snapshotLock(id))
+	unlock, err := s.locks.Acquire(ctx, snapshotLock(id))
 	if err != nil {
 		return err
 	}
@@ -370,24 +308,6 @@ func (s *snapshots) loadLocal(id string) (*record.Snapshot, error) {
 		return nil, fmt.Errorf("%w: snapshot %s does not exist on this node, but %s", errdefs.ErrNotFound, id, made.Push)
 	}
 	return made, err
-}
-
-func (s *snapshots) getPortable(ctx context.Context, id string, secrets map[string]string) (Snapshot, error) {
-	h, err := portable.Parse(id)
-	if err != nil {
-		return Snapshot{}, err
-	}
-	if h.RecordID() != "" {
-		made, err := s.records.Load(h.RecordID())
-		if err == nil && made.Push == id {
-			return toSnapshot(made), nil
-		}
-		if err != nil && !errdefs.IsNotFound(err) {
-			return Snapshot{}, err
-		}
-	}
-	image, err := s.portable.Registry.Get(ctx, h, secrets)
-	return Snapshot{ID: id, Volume: image.Volume, Size: image.Size, Created: image.Created, Ready: true}, err
 }
 
 // ListSnapshots returns the snapshots on this node that follow the one with the ID after, and at most limit of them if that is positive.
@@ -450,7 +370,7 @@ func (s *snapshots) original(ctx context.Context, req *CreateRequest) (*record.S
 		}
 		return made, checkClone(made, req)
 	}
-	unlock, err := s.locks.acquire(ctx, req.Source.Volume)
+	unlock, err := s.locks.Acquire(ctx, req.Source.Volume)
 	if err != nil {
 		return nil, err
 	}

@@ -21,7 +21,7 @@ import (
 // record: it discards an ephemeral upper, and releases a persistent one, which stays. It returns nil if there is nothing to do.
 // Where the record is damaged or missing, it releases what it finds of the view, and leaves what is in the data root for a person.
 func (m *Manager) Unpublish(ctx context.Context, id, target string) error {
-	unlock, err := m.locks.acquire(ctx, id)
+	unlock, err := m.locks.Acquire(ctx, id)
 	if err != nil {
 		return err
 	}

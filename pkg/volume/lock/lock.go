@@ -1,4 +1,5 @@
-package volume
+// Package lock excludes operations on one volume from each other, and keeps what they read.
+package lock
 
 import (
 	"context"
@@ -14,8 +15,8 @@ import (
 // timeout of 2 minutes, so that an operation behind an unmount that hangs is answered.
 const lockWait = 30 * time.Second
 
-// locks has one lock for each volume.
-type locks struct {
+// Locks has one lock for each volume.
+type Locks struct {
 	mu      sync.Mutex
 	held    map[string]*volumeLock
 	readers map[string]*reader
@@ -32,14 +33,15 @@ type volumeLock struct {
 	users int
 }
 
-func newLocks() *locks { return &locks{held: map[string]*volumeLock{}, readers: map[string]*reader{}} }
+// NewLocks returns locks of which none is held.
+func NewLocks() *Locks { return &Locks{held: map[string]*volumeLock{}, readers: map[string]*reader{}} }
 
-// errRevoked is why a reader has to end.
-var errRevoked = fmt.Errorf("%w: the volume was mounted, unmounted or changed while it was read; try again", errdefs.ErrAborted)
+// ErrRevoked is why a reader has to end.
+var ErrRevoked = fmt.Errorf("%w: the volume was mounted, unmounted or changed while it was read; try again", errdefs.ErrAborted)
 
-// addReader lets the caller, which holds the lock of a volume, read its files also when it has released the lock. The context is done when
+// AddReader lets the caller, which holds the lock of a volume, read its files also when it has released the lock. The context is done when
 // another operation has the lock, which then waits until the caller has closed all files and called end.
-func (l *locks) addReader(ctx context.Context, id string) (_ context.Context, end func()) {
+func (l *Locks) AddReader(ctx context.Context, id string) (_ context.Context, end func()) {
 	ctx, revoke := context.WithCancelCause(ctx)
 	r := &reader{revoke, make(chan struct{})}
 	l.mu.Lock()
@@ -55,14 +57,14 @@ func (l *locks) addReader(ctx context.Context, id string) (_ context.Context, en
 }
 
 // revoke ends the reader of a volume, and waits until it has.
-func (l *locks) revoke(ctx context.Context, id string) error {
+func (l *Locks) revoke(ctx context.Context, id string) error {
 	l.mu.Lock()
 	r := l.readers[id]
 	l.mu.Unlock()
 	if r == nil {
 		return nil
 	}
-	r.revoke(errRevoked)
+	r.revoke(ErrRevoked)
 	select {
 	case <-r.done:
 		return nil
@@ -71,9 +73,9 @@ func (l *locks) revoke(ctx context.Context, id string) error {
 	}
 }
 
-// acquire locks a volume, and ends its reader. It waits until ctx is done, at most lockWait, and then returns ErrAborted, as the CSI
+// Acquire locks a volume, and ends its reader. It waits until ctx is done, at most lockWait, and then returns ErrAborted, as the CSI
 // specification requires while an operation on the volume is pending.
-func (l *locks) acquire(ctx context.Context, id string) (unlock func(), err error) {
+func (l *Locks) Acquire(ctx context.Context, id string) (unlock func(), err error) {
 	l.mu.Lock()
 	lock, ok := l.held[id]
 	if !ok {
@@ -99,8 +101,8 @@ func (l *locks) acquire(ctx context.Context, id string) (unlock func(), err erro
 	}
 }
 
-// tryAcquire locks a volume if it is not locked.
-func (l *locks) tryAcquire(id string) (unlock func(), ok bool) {
+// TryAcquire locks a volume if it is not locked.
+func (l *Locks) TryAcquire(id string) (unlock func(), ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if _, held := l.held[id]; held {
@@ -112,29 +114,30 @@ func (l *locks) tryAcquire(id string) (unlock func(), ok bool) {
 	return func() { <-lock.token; l.leave(id, lock) }, true
 }
 
-// isHeld reports whether an operation on a volume is in progress.
-func (l *locks) isHeld(id string) bool {
+// IsHeld reports whether an operation on a volume is in progress.
+func (l *Locks) IsHeld(id string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	_, held := l.held[id]
 	return held
 }
 
-// pins keep frozen uppers from being discarded that no record lists: those that are being made or read for long.
-type pins struct {
+// Pins keep frozen uppers from being discarded that no record lists: those that are being made or read for long.
+type Pins struct {
 	mu    sync.Mutex
 	count map[string]int
 }
 
-func newPins() *pins { return &pins{count: map[string]int{}} }
+// NewPins returns pins that keep nothing.
+func NewPins() *Pins { return &Pins{count: map[string]int{}} }
 
-// pin keeps frozen uppers until unpin is called. The caller holds snapshots.listing for reading, or nobody has made them yet.
-func (p *pins) pin(ids ...string) (unpin func()) {
+// Pin keeps frozen uppers until unpin is called. The caller holds snapshots.listing for reading, or nobody has made them yet.
+func (p *Pins) Pin(ids ...string) (unpin func()) {
 	p.add(ids, 1)
 	return sync.OnceFunc(func() { p.add(ids, -1) })
 }
 
-func (p *pins) add(ids []string, n int) {
+func (p *Pins) add(ids []string, n int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, id := range ids {
@@ -144,14 +147,14 @@ func (p *pins) add(ids []string, n int) {
 	}
 }
 
-// all returns the frozen uppers that are pinned now.
-func (p *pins) all() map[string]int {
+// All returns the frozen uppers that are pinned now.
+func (p *Pins) All() map[string]int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return maps.Clone(p.count)
 }
 
-func (l *locks) leave(id string, lock *volumeLock) {
+func (l *Locks) leave(id string, lock *volumeLock) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	lock.users--

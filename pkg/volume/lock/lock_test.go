@@ -1,4 +1,4 @@
-package volume
+package lock
 
 import (
 	"context"
@@ -11,20 +11,20 @@ import (
 )
 
 func TestLocks(t *testing.T) {
-	l := newLocks()
-	unlock, err := l.acquire(t.Context(), "a")
+	l := NewLocks()
+	unlock, err := l.Acquire(t.Context(), "a")
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
-	if _, err := l.acquire(ctx, "a"); !errdefs.IsAborted(err) {
+	if _, err := l.Acquire(ctx, "a"); !errdefs.IsAborted(err) {
 		t.Errorf("the volume is taken: %v", err)
 	}
-	if _, ok := l.tryAcquire("a"); ok {
+	if _, ok := l.TryAcquire("a"); ok {
 		t.Error("took a volume that is taken")
 	}
-	other, ok := l.tryAcquire("b")
+	other, ok := l.TryAcquire("b")
 	if !ok {
 		t.Fatal("another volume waits")
 	}
@@ -38,7 +38,7 @@ func TestLocks(t *testing.T) {
 	failed := make(chan error, 50)
 	for range 50 {
 		group.Go(func() {
-			unlock, err := l.acquire(t.Context(), "a")
+			unlock, err := l.Acquire(t.Context(), "a")
 			if err != nil {
 				failed <- err
 				return
