@@ -18,7 +18,9 @@ func TestChartFitsTheAPI(t *testing.T) {
 	values, err := filepath.Glob(chart + "/ci/*.yaml")
 	must(t, err)
 	for _, file := range values {
-		rendered[filepath.Base(file)], err = command("helm", "template", "dry-run", chart, "--namespace", driverNamespace, "--values", file)
+		// A PodMonitor is of a kind that the Prometheus operator brings, and the cluster has none.
+		rendered[filepath.Base(file)], err = command("helm", "template", "dry-run", chart, "--namespace", driverNamespace, "--values", file,
+			"--set", "metrics.podMonitor.enabled=false")
 		must(t, err)
 	}
 	for _, file := range []string{"../../deploy/namespace.yaml", "../../deploy/overlay-csi.yaml"} {
