@@ -70,7 +70,7 @@ func (m *Metrics) AddStore() {
 		prometheus.ExponentialBuckets(0.1, 3, 10), "result")
 	m.pullFailures = counter(m, "pull_failures_total", "Pulls that failed, by the kind of error.", "reason")
 	m.receivedBytes = counter(m, "received_bytes_total", "Bytes of blobs that were received from registries and archives.").WithLabelValues()
-	m.unpackedBytes = counter(m, "unpacked_bytes_total", "Bytes of layers that were decompressed and unpacked.").WithLabelValues()
+	m.unpackedBytes = counter(m, "unpacked_bytes_total", "Bytes of blobs that were decompressed and unpacked.").WithLabelValues()
 	m.collections = counter(m, "collections_total", "Runs of garbage collection, by result.", "result")
 	m.removedLayers = counter(m, "collected_layers_total", "Layers that garbage collection removed.").WithLabelValues()
 	m.collectedBytes = counter(m, "collected_bytes_total", "Bytes that garbage collection removed, by kind of what had them.", "kind")
