@@ -38,12 +38,15 @@ func TestOverlaySemantics(t *testing.T) {
 				must(t, os.Chown(filepath.Join(layer, "f"), 1234, 5678))
 				must(t, os.Chmod(filepath.Join(layer, "f"), 0o640))
 				target := publish(t, pod, v)
+				// Also after a test that is skipped, because the kernel lacks what it is about: the next one has the same node.
+				defer func() {
+					unpublish(t, pod, v)
+					removePod(t, pod)
+					wantFile(t, filepath.Join(layer, "f"), "layer")
+					wantFile(t, filepath.Join(layer, "dir/sub/b"), "b")
+					wantNothingLeft(t, node)
+				}()
 				test(t, target, layer, upperDir(node, pod, v))
-				unpublish(t, pod, v)
-				removePod(t, pod)
-				wantFile(t, filepath.Join(layer, "f"), "layer")
-				wantFile(t, filepath.Join(layer, "dir/sub/b"), "b")
-				wantNothingLeft(t, node)
 			})
 		}
 	})
