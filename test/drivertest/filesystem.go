@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -48,7 +49,24 @@ func MakeImage(name, image string, size int64, content string) error {
 			return err
 		}
 	}
-	return run(system.make(image, content))
+	return system.format(image, content)
+}
+
+// formatTries is how often mkfs.btrfs is tried, a second after another: it asks for the files behind all mounts, and a test beside this one
+// may let one of them fail.
+const formatTries = 30
+
+// format makes the file system in an image file or on a device.
+func (s fileSystem) format(image, content string) error {
+	var err error
+	for range formatTries {
+		err = run(s.make(image, content))
+		if err == nil || !strings.Contains(err.Error(), "cannot check mount status") {
+			return err
+		}
+		time.Sleep(time.Second)
+	}
+	return err
 }
 
 // LargeSectors binds a file to a loop device with sectors of 4096 bytes. The device goes with its last user.
@@ -85,7 +103,7 @@ func LargeSectors(file string) (*os.File, error) {
 }
 
 // FormatDevice makes the file system of that name on a block device.
-func FormatDevice(name, device string) error { return run(fileSystems[name].make(device, "")) }
+func FormatDevice(name, device string) error { return fileSystems[name].format(device, "") }
 
 // MountImage mounts the file system of that name that is in an image file. The error says what the kernel lacks of it.
 func MountImage(name, image, dir string) error {
