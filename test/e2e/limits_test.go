@@ -81,7 +81,6 @@ func TestClaimFollowsTheGroupOfThePod(t *testing.T) {
 // TestClaimGrows: a larger request is real in the pods that use the claim, without a restart.
 func TestClaimGrows(t *testing.T) {
 	t.Parallel()
-	n := newNamespace(t, "baseline")
 	grows := func(c *storagev1.StorageClass) { yes := true; c.AllowVolumeExpansion = &yes }
 	for name, c := range map[string]struct {
 		mode       corev1.PersistentVolumeAccessMode
@@ -91,6 +90,8 @@ func TestClaimGrows(t *testing.T) {
 		"disk":   {corev1.ReadWriteOnce, []string{"layers", threeLayers}},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := newNamespace(t, "baseline")
 			n.claim(name, class(storageClass(t, grows, c.parameters...)), access(c.mode), request("32Mi"))
 			p := n.run(name, withVolume(claimVolume("work", name)))
 			p.refused("dd if=/dev/zero of=/work/big bs=1M count=48", "No space left")
