@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"time"
@@ -91,6 +92,18 @@ func runController(ctx context.Context, opts controllerOptions) error {
 	}
 	klog.FromContext(ctx).Info("Started", logVersion, version, logDriver, opts.driverName, logEndpoint, opts.endpoint)
 	return group.Wait()
+}
+
+// newNodeRecorder returns a recorder of events, nil without an API server.
+func newNodeRecorder(ctx context.Context, opts options) (_ record.EventRecorder, stop func(), err error) {
+	config, err := kubeapi.Config(opts.kubeconfig)
+	if errors.Is(err, rest.ErrNotInCluster) {
+		return nil, func() {}, nil
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	return newRecorder(ctx, config, opts.driverName)
 }
 
 // newRecorder returns a recorder of events. stop has it send no more.

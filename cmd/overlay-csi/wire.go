@@ -11,7 +11,6 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sync/errgroup"
-	"k8s.io/client-go/rest"
 	kuberecord "k8s.io/client-go/tools/record"
 	"k8s.io/klog/v2"
 	mount "k8s.io/mount-utils"
@@ -307,18 +306,6 @@ func newManager(
 			MaxLayerBytes: opts.store.MaxLayerBytes,
 		},
 	}), nil
-}
-
-// newNodeRecorder returns a recorder of events, nil without an API server.
-func newNodeRecorder(ctx context.Context, opts options) (_ kuberecord.EventRecorder, stop func(), err error) {
-	config, err := kubeapi.Config(opts.kubeconfig)
-	if errors.Is(err, rest.ErrNotInCluster) {
-		return nil, func() {}, nil
-	}
-	if err != nil {
-		return nil, nil, err
-	}
-	return newRecorder(ctx, config, opts.driverName)
 }
 
 // newController returns the controller service of this node.

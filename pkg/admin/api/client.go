@@ -57,22 +57,28 @@ func (c *Client) Diff(ctx context.Context, id, pod string, change func(Change) e
 		return err
 	}
 	defer response.Body.Close()
-	decoder := json.NewDecoder(response.Body)
-	for {
-		var event DiffEvent
-		if err := decoder.Decode(&event); err != nil {
-			return fmt.Errorf("read the changes of volume %s: %w; the volume was mounted or unmounted, or the driver has restarted: try again",
-				id, err)
+	return readEvents(response.Body, "changes of volume "+id, func(event DiffEvent) (end bool, message string, err error) {
+		if event.Change != nil {
+			err = change(*event.Change)
 		}
+		return event.End, event.Error, err
+	})
+}
+
+// readEvents reads the lines of an answer until each reports the end, a message of the driver or an error. what is in the answer.
+func readEvents[E any](from io.Reader, what string, each func(E) (end bool, message string, err error)) error {
+	decoder := json.NewDecoder(from)
+	for {
+		var event E
+		if err := decoder.Decode(&event); err != nil {
+			return fmt.Errorf("read the %s: %w; the volume was mounted or unmounted, or the driver has restarted: try again", what, err)
+		}
+		end, message, err := each(event)
 		switch {
-		case event.Error != "":
-			return errors.New(event.Error)
-		case event.End:
-			return nil
-		case event.Change != nil:
-			if err := change(*event.Change); err != nil {
-				return err
-			}
+		case message != "":
+			return errors.New(message)
+		case end || err != nil:
+			return err
 		}
 	}
 }

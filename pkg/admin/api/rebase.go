@@ -2,9 +2,6 @@ package api
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
-	"fmt"
 	"net/http"
 	"net/url"
 )
@@ -34,22 +31,10 @@ func (c *Client) Rebase(ctx context.Context, id string, layers []string, conflic
 		return err
 	}
 	defer response.Body.Close()
-	decoder := json.NewDecoder(response.Body)
-	for {
-		var event RebaseEvent
-		if err := decoder.Decode(&event); err != nil {
-			return fmt.Errorf("read the conflicts of volume %s: %w; the volume was mounted or unmounted, or the driver has restarted: try again",
-				id, err)
+	return readEvents(response.Body, "conflicts of volume "+id, func(event RebaseEvent) (end bool, message string, err error) {
+		if event.Conflict != nil {
+			err = conflict(*event.Conflict)
 		}
-		switch {
-		case event.Error != "":
-			return errors.New(event.Error)
-		case event.End:
-			return nil
-		case event.Conflict != nil:
-			if err := conflict(*event.Conflict); err != nil {
-				return err
-			}
-		}
-	}
+		return event.End, event.Error, err
+	})
 }
