@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"slices"
 	"sync"
@@ -19,7 +18,6 @@ import (
 	"github.com/overlay-csi/overlay-csi/pkg/record"
 	"github.com/overlay-csi/overlay-csi/pkg/spec"
 	"github.com/overlay-csi/overlay-csi/pkg/upper"
-	"github.com/overlay-csi/overlay-csi/pkg/volume/portable"
 )
 
 // Changes is what was written to a volume, open for reading until Close.
@@ -103,90 +101,6 @@ func (m *Manager) discardCopy(ctx context.Context, id string) {
 	if err := m.uppers.backends.DiscardFrozen(id); err != nil {
 		klog.FromContext(ctx).Error(err, "Could not discard a frozen upper, reconcile will", keyFrozen, id)
 	}
-}
-
-// sendSnapshot pushes a snapshot to its registry. Then its record has the digest, and no frozen uppers: the registry has what they have. It
-// returns nil if there is no such snapshot any more.
-func (m *Manager) sendSnapshot(ctx context.Context, id string, secrets map[string]string) error {
-	made, changes, err := m.openSnapshot(ctx, id)
-	if errors.Is(err, errNothingToPush) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	handle, err := portable.Parse(made.Push)
-	if err != nil {
-		changes.Close()
-		return err
-	}
-	requested := made.RequestedLayers
-	if requested == nil {
-		requested = made.Spec.Layers
-	}
-	pushed, err := m.portable.Registry.Push(ctx, portable.Snapshot{
-		Handle: handle, Name: made.Name, Volume: made.Volume, Size: made.Size, Created: made.Created,
-		Layers: made.Spec.Layers, Requested: requested, Resolved: made.Resolved,
-		WriteTar: func(ctx context.Context, to io.Writer) error {
-			if len(made.Frozen) == 0 {
-				return portable.EmptyTar(ctx, to)
-			}
-			return diff.WriteLayer(ctx, changes.Tree, to)
-		},
-	}, secrets)
-	changes.Close()
-	if err != nil {
-		return err
-	}
-	unlock, err := m.locks.Acquire(ctx, snapshotLock(id))
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	// It may have been flattened.
-	if made, err = m.snapshots.records.Load(id); err != nil {
-		return err
-	}
-	made.Pushed, made.Frozen, made.Layers = pushed, nil, nil
-	if err := m.snapshots.records.Save(made); err != nil {
-		return err
-	}
-	m.sweepAfter(ctx)
-	return nil
-}
-
-// errNothingToPush is the error of openSnapshot for a snapshot that was deleted, or is in its registry.
-var errNothingToPush = errors.New("the snapshot is gone, or was pushed")
-
-// openSnapshot opens what a snapshot has that is to be pushed. Until the changes are closed, no frozen upper is discarded.
-func (m *Manager) openSnapshot(ctx context.Context, id string) (*record.Snapshot, *Changes, error) {
-	unlock, err := m.locks.Acquire(ctx, snapshotLock(id))
-	if err != nil {
-		return nil, nil, err
-	}
-	defer unlock()
-	made, err := m.snapshots.records.Load(id)
-	if errdefs.IsNotFound(err) || err == nil && made.Pushed != "" {
-		return nil, nil, errNothingToPush
-	}
-	if err != nil {
-		return nil, nil, err
-	}
-	m.listing.RLock()
-	defer m.listing.RUnlock()
-	c := &Changes{ctx: ctx, Tree: diff.Tree{MaxBytes: m.portable.MaxLayerBytes}}
-	c.onClose(m.pins.Pin(idsOf(made.Frozen)...))
-	if len(made.Frozen) == 0 {
-		return made, c, nil
-	}
-	r := &record.Record{
-		ID: made.Volume, Spec: made.Spec, Size: made.Size, Resolved: made.Resolved, Layers: made.Layers, Group: made.Group, Frozen: made.Frozen,
-	}
-	if err := m.openFrozenChanges(c, r, nil); err != nil {
-		c.Close()
-		return nil, nil, fmt.Errorf("open snapshot %s: %w", id, err)
-	}
-	return made, c, nil
 }
 
 // openChanges calls open with the lock of a volume and its record.

@@ -181,53 +181,6 @@ func (m *Manager) provisionFrom(
 	return m.provision(ctx, r)
 }
 
-// restorePortable makes a volume that begins with a snapshot in a registry. It is a new volume, whose layers are the image of the snapshot
-// and what belongs below that. A central controller has found these already.
-func (m *Manager) restorePortable(ctx context.Context, id string, req CreateRequest) (Volume, error) {
-	requested, err := m.requestedLayers(ctx, req)
-	if err != nil {
-		return Volume{}, err
-	}
-	if req.Resolved == nil {
-		if requested, err = m.readPortable(ctx, &req, requested); err != nil {
-			return Volume{}, fmt.Errorf("create volume %s: %w", req.Name, err)
-		}
-	}
-	req.Spec.Layers = req.Resolved
-	if err := errors.Join(m.config.Layers.Check(req.Spec.Layers), req.Spec.CheckSized()); err != nil {
-		return Volume{}, err
-	}
-	return m.provision(ctx, &record.Record{
-		ID: id, Spec: req.Spec, Size: req.Spec.Size,
-		Provisioned: &record.Provisioned{Name: req.Name, Access: req.Access, RequestedLayers: requested, Source: &req.Source},
-	})
-}
-
-// readPortable sets the layers and the size of a volume that is made from a snapshot in a registry. It returns the layers that were
-// requested, those of the snapshot's claim if none were.
-func (m *Manager) readPortable(
-	ctx context.Context, req *CreateRequest, requested []reference.Reference,
-) ([]reference.Reference, error) {
-	h, err := portable.Parse(req.Source.Snapshot)
-	if err != nil {
-		return nil, err
-	}
-	image, err := m.portable.Registry.Read(ctx, h, req.Secrets, req.Namespace)
-	if err != nil {
-		return nil, err
-	}
-	if req.Resolved, err = image.LayersFor(requested); err != nil {
-		return nil, err
-	}
-	if req.Spec.Size, err = image.SizeFor(req.Spec.Size, req.Limit); err != nil {
-		return nil, err
-	}
-	if len(requested) == 0 {
-		return image.Requested(), nil
-	}
-	return requested, nil
-}
-
 // requestedLayers returns the layers of a request as they were requested.
 func (m *Manager) requestedLayers(ctx context.Context, req CreateRequest) (requested []reference.Reference, err error) {
 	requested = req.Spec.Layers
